@@ -1,0 +1,39 @@
+# Everything runs in .venv, which `make setup` creates once and refreshes when pyproject.toml or this file changes.
+# TORCH is pinned in the same pip command as everything else, so that no dependency can replace it with another build.
+TORCH ?= torch==2.13.0
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; do \
+	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then echo $$p; break; fi; done)
+BIN := .venv/bin
+STAMP := .venv/.setup-done
+
+.PHONY: setup demo test lint docs clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml Makefile
+	@test -x $(BIN)/pip || test -n "$(PYTHON)" || { echo "tokenprune needs Python 3.11 or newer, and none is on PATH." \
+		"Install one, or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -x $(BIN)/pip || { echo "creating .venv with $(PYTHON)"; "$(PYTHON)" -m venv .venv; }
+	@echo "installing $(TORCH), tokenprune and its tools into .venv (a minute or more the first time)"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check "$(TORCH)" -e ".[dev,docs]"
+	@touch $@
+
+demo: setup
+	$(BIN)/tokenprune compare dense random uniform_grid fastv --backbone openvla-oft --preset small
+
+test: lint docs
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python tools/lint_hot.py
+
+# Never add --quiet: mkdocs then lets broken links pass even with --strict.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf .venv site dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,140 @@
+"""The Prismatic body that OpenVLA and OpenVLA-OFT share: fused towers, projector and a Llama decoder.
+
+Parameter names are those of the released checkpoints, so a state dict loads without a key map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaModel
+
+from tokenprune.backbone import DecoderShape
+from tokenprune.decoder import Decoder
+from tokenprune_adapters.preprocess import ImageTransform
+from tokenprune_adapters.vision import VisionTower, ViTConfig
+from tokenprune_adapters.vision import flops as tower_flops
+
+TOWERS = ("featurizer", "fused_featurizer")
+"""Names of the towers in the checkpoint, in the order in which their features are concatenated: DINOv2, SigLIP."""
+
+
+@dataclass(frozen=True)
+class PrismaticConfig:
+    """Dimensions of the body.
+
+    Attributes:
+        towers: DINOv2's first, then SigLIP's.
+        decoder: The decoder's shape.
+        vocab: Rows of the embedding table.
+        max_positions: Longest sequence the decoder was made for.
+        eps: Epsilon of the decoder's norms; 1e-6 in the releases, whose config leaves it to Llama's default.
+        rope_theta: Base of the rotary frequencies.
+    """
+
+    towers: tuple[ViTConfig, ...]
+    decoder: DecoderShape
+    vocab: int
+    max_positions: int = 2048
+    eps: float = 1e-6
+    rope_theta: float = 10000.0
+
+    @property
+    def vision_width(self) -> int:
+        """Channels of the fused features."""
+        return sum(tower.hidden_size for tower in self.towers)
+
+    def vision_flops(self, views: int) -> dict[str, int]:
+        """FLOPs of towers and projector per query."""
+        rows, cols = self.towers[0].grid
+        wide, width = 4 * self.vision_width, self.decoder.hidden
+        projector = 2 * rows * cols * (self.vision_width * wide + wide * width + width * width)
+        return {"vision": views * sum(tower_flops(tower) for tower in self.towers), "projector": views * projector}
+
+
+class VisionBackbone(nn.Module):
+    """The fused towers."""
+
+    def __init__(self, towers: Sequence[ViTConfig]) -> None:
+        """Make one tower per configuration, under the checkpoint's names."""
+        super().__init__()
+        for name, config in zip(TOWERS, towers, strict=True):
+            self.add_module(name, VisionTower(config))
+
+    def forward(self, pixels: Tensor, transform: ImageTransform, dtype: torch.dtype) -> Tensor:
+        """Features `[B, N, sum of widths]` of cropped uint8 pixels `[B, 3, S, S]`, each tower with its own normalisation."""
+        features = [self.get_submodule(name)(transform.normalise(pixels, tower, dtype)) for tower, name in enumerate(TOWERS)]
+        return torch.cat(features, dim=-1)
+
+
+class Projector(nn.Module):
+    """Fused patch features to the decoder's width, token by token."""
+
+    def __init__(self, vision_width: int, width: int) -> None:
+        """Three linear layers with exact GELUs between them."""
+        super().__init__()
+        self.fc1 = nn.Linear(vision_width, 4 * vision_width)
+        self.fc2 = nn.Linear(4 * vision_width, width)
+        self.fc3 = nn.Linear(width, width)
+        self.act = nn.GELU()
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map `[..., vision_width]` to `[..., width]`."""
+        return cast(Tensor, self.fc3(self.act(self.fc2(self.act(self.fc1(features))))))
+
+
+class LanguageModel(nn.Module):
+    """Holder of transformers' Llama modules under the checkpoint's prefix; its `forward` is never called."""
+
+    def __init__(self, config: PrismaticConfig) -> None:
+        """Build the modules; the caller fills the weights."""
+        super().__init__()
+        shape = config.decoder
+        self.model = LlamaModel(
+            LlamaConfig(
+                vocab_size=config.vocab,
+                hidden_size=shape.hidden,
+                intermediate_size=shape.mlp,
+                num_hidden_layers=shape.depth,
+                num_attention_heads=shape.heads,
+                num_key_value_heads=shape.kv_heads,
+                head_dim=shape.head_dim,
+                rms_norm_eps=config.eps,
+                max_position_embeddings=config.max_positions,
+            )
+        )
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Embeddings `[..., D]` of token ids."""
+        return nn.functional.embedding(ids, cast(Tensor, self.model.embed_tokens.weight))
+
+    def decoder(self, config: PrismaticConfig) -> Decoder:
+        """The decoder loop over these modules."""
+        layers = cast(Sequence[nn.Module], self.model.layers)
+        shape = config.decoder
+        return Decoder(layers, self.model.norm, head_dim=shape.head_dim, rope_theta=config.rope_theta, causal=shape.causal)
+
+
+@torch.no_grad()
+def fill_untrained(module: nn.Module, seed: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Give a module on the meta device random weights.
+
+    Matrices are scaled by the root of their inputs so that every part passes on signals of ordinary size; norms
+    and layer scales are ones, biases zeros. The numbers are drawn in float32 on the CPU, so they do not depend on
+    device or dtype. They are no policy: whatever comes out is marked untrained.
+    """
+    module.to_empty(device=device)
+    module.to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        leaf = name.rsplit(".", 1)[-1]
+        if parameter.dim() < 2:
+            parameter.fill_(0.0 if leaf == "bias" else 1.0)
+            continue
+        fan_in = 1 if "embed" in name and "proj" not in name else parameter[0].numel()
+        values = torch.empty(parameter.shape).normal_(0.0, fan_in**-0.5, generator=generator)
+        parameter.copy_(values)

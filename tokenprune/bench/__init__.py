@@ -1,0 +1,1 @@
+"""Measuring pipelines against the dense policy."""

@@ -1,0 +1,185 @@
+"""Several pipelines against the dense policy, on the same observations, in turn, in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from tokenprune.backbone import Backbone, BackboneInfo
+from tokenprune.bench.provenance import provenance
+from tokenprune.bench.replay import Tick, query_steps, replay
+from tokenprune.config import DENSE
+from tokenprune.episode import Episode
+from tokenprune.errors import ConfigError
+from tokenprune.flops import query_flops
+from tokenprune.loader import LoadedPipeline
+from tokenprune.policy import ActionChunk, Policy
+from tokenprune.registry import Registry
+from tokenprune.trace import QueryTrace
+
+FORMAT_VERSION = 1
+WARMUP = 2
+UNTRAINED = (
+    "The weights are untrained random numbers: action error says how far pruning moves the output, and nothing about success."
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One pipeline's line in the table.
+
+    Attributes:
+        pipeline: Its label.
+        tokens_mean: Visual tokens held, mean over layers and queries.
+        tokens_last: Visual tokens the last layer holds, mean over queries.
+        gflops: Per query, the whole policy.
+        flop_ratio: Dense FLOPs over its own.
+        median_ms: Whole query, observation to actions.
+        p95_ms: Likewise.
+        speedup: Median over queries of dense time over its own, query by query.
+        efficiency: Speedup over FLOP ratio: how much of the saved arithmetic became saved time.
+        selection: Time spent choosing and moving tokens, as a share of the dense query.
+        error: Mean absolute difference from the dense actions per group of dimensions, in the environment's units.
+        gripper_flips: Actions whose gripper command differs from dense.
+        actions: Actions compared.
+        fallbacks: Queries that ran dense because a stage failed.
+    """
+
+    pipeline: str
+    tokens_mean: float
+    tokens_last: float
+    gflops: float
+    flop_ratio: float
+    median_ms: float
+    p95_ms: float
+    speedup: float
+    efficiency: float
+    selection: float
+    error: dict[str, float]
+    gripper_flips: int
+    actions: int
+    fallbacks: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Rows, and everything needed to repeat or doubt them; `data` is what the result file holds."""
+
+    rows: tuple[Row, ...]
+    data: dict[str, Any]
+
+
+def compare(
+    backbone: Backbone,
+    pipelines: Sequence[LoadedPipeline],
+    episode: Episode,
+    registry: Registry,
+    queries: int | None = None,
+    settings: dict[str, Any] | None = None,
+    begin: Callable[[int], Tick] = lambda total: lambda: None,
+) -> Comparison:
+    """Replay an episode to the dense policy and to every pipeline.
+
+    The dense policy is the same loop with no stages, asked in turn with the others, so each query of each pipeline
+    has a dense query beside it. Queries before the measured ones warm up caches and kernels.
+
+    Args:
+        backbone: Shared by all.
+        pipelines: What to compare; `dense` among them is the baseline itself.
+        episode: What is replayed.
+        registry: Discovered plugins.
+        queries: How many queries, from the start; all when left out.
+        settings: Recorded in the result.
+        begin: Called with the number of queries to come; what it returns is called after each.
+
+    Raises:
+        ConfigError: If two pipelines have the same name.
+        TraceError: If a query did not run to plan.
+    """
+    others = [p for p in pipelines if p.label != "dense"]
+    labels = ["dense", *(p.label for p in others)]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ConfigError(f"two pipelines are called '{label}'; rename one, or write '{label}@keep=0.25' to vary it")
+    policies = [Policy(backbone, config, registry) for config in (DENSE, *(p.config for p in others))]
+    steps = query_steps(episode, backbone.info.action.horizon, queries)
+    warm = steps[: min(WARMUP, len(steps))]
+    tick = begin(len(policies) * (len(steps) + len(warm)))
+    replay(policies, episode, warm, tick)
+    chunks = replay(policies, episode, steps, tick)
+    rows = tuple(make_row(label, own, chunks[0], backbone.info) for label, own in zip(labels, chunks, strict=True))
+    data = {
+        "format_version": FORMAT_VERSION,
+        "kind": "compare",
+        "provenance": provenance(backbone.device),
+        "settings": settings or {},
+        "backbone": describe(backbone.info),
+        "note": UNTRAINED if backbone.info.untrained else "",
+        "episode": {"name": episode.name, "instruction": episode.instruction, "steps": list(steps), "meta": dict(episode.meta)},
+        "warmup_queries": len(warm),
+        "pipelines": {"dense": {"version": 1, "name": "dense"}, **{p.label: p.resolved for p in others}},
+        "notes": {label: notes(policy) for label, policy in zip(labels, policies, strict=True)},
+        "rows": [asdict(row) for row in rows],
+        "queries": {label: [c.trace.to_json(with_ids=True) for c in own] for label, own in zip(labels, chunks, strict=True)},
+    }
+    return Comparison(rows, data)
+
+
+def make_row(label: str, own: Sequence[ActionChunk], dense: Sequence[ActionChunk], info: BackboneInfo) -> Row:
+    """Summarise one pipeline's queries beside the dense ones at the same steps."""
+    traces = [chunk.trace for chunk in own]
+    times = np.array([trace.milliseconds for trace in traces])
+    baseline = np.array([chunk.trace.milliseconds for chunk in dense])
+    flops = np.mean([trace_flops(info, trace) for trace in traces])
+    flop_ratio = float(np.mean([trace_flops(info, chunk.trace) for chunk in dense]) / flops)
+    speedup = float(np.median(baseline / times))
+    pairs = np.stack([chunk.actions for chunk in own]), np.stack([chunk.actions for chunk in dense])
+    distance = np.abs(pairs[0] - pairs[1])
+    flips = 0
+    if info.action.gripper is not None:
+        dim, threshold = info.action.gripper
+        flips = int(((pairs[0][..., dim] > threshold) != (pairs[1][..., dim] > threshold)).sum())
+    return Row(
+        pipeline=label,
+        tokens_mean=float(np.mean([np.mean(trace.plan.prunable) for trace in traces])),
+        tokens_last=float(np.mean([trace.plan.prunable[-1] for trace in traces])),
+        gflops=float(flops / 1e9),
+        flop_ratio=flop_ratio,
+        median_ms=float(np.median(times)),
+        p95_ms=float(np.percentile(times, 95)),
+        speedup=speedup,
+        efficiency=speedup / flop_ratio,
+        selection=float(np.median([trace.phases.get("selection", 0.0) for trace in traces]) / np.median(baseline)),
+        error={name: float(distance[..., list(dims)].mean()) for name, dims in info.action.groups.items()},
+        gripper_flips=flips,
+        actions=int(pairs[0].shape[0] * pairs[0].shape[1]),
+        fallbacks=sum(bool(trace.fallback) for trace in traces),
+    )
+
+
+def trace_flops(info: BackboneInfo, trace: QueryTrace) -> int:
+    """FLOPs of a query as it ran, attention probes included."""
+    return query_flops(info, trace.plan, tuple((probe.layer, probe.count) for probe in trace.probes)).total
+
+
+def describe(info: BackboneInfo) -> dict[str, Any]:
+    """The backbone as plain data."""
+    return {
+        "name": info.name,
+        "source": info.source,
+        "untrained": info.untrained,
+        "decoder": asdict(info.decoder),
+        "views": list(info.views),
+        "horizon": info.action.horizon,
+        "capabilities": sorted(info.capabilities),
+    }
+
+
+def notes(policy: Policy) -> list[str]:
+    """What each stage says of itself on this backbone."""
+    bound = policy.pipeline
+    said = [(name, stage.notes(bound.info)) for name, stage in zip(bound.names, bound.stages, strict=True)]
+    return [f"{name}: {text}" for name, text in said if text]

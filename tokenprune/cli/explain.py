@@ -1,0 +1,186 @@
+"""`tokenprune explain`: what a pipeline would do on a backbone; no weights are made or read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from tokenprune.cli.options import (
+    BackboneName,
+    Checkpoint,
+    Json,
+    Options,
+    Plugins,
+    Preset,
+    Sets,
+    backbone_options,
+    bundled_episode,
+    print_json,
+    registry,
+    source,
+)
+
+if TYPE_CHECKING:
+    from tokenprune.backbone import BackboneInfo
+    from tokenprune.layout import TokenLayout
+    from tokenprune.pipeline import BoundPipeline
+    from tokenprune.registry import Registry
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the verb."""
+    app.command()(explain)
+
+
+def describe_backbone(
+    found: Registry, name: str, preset: str | None, checkpoint: str | None, options: Mapping[str, Any]
+) -> tuple[BackboneInfo, Callable[[str], TokenLayout]]:
+    """A backbone's facts and its layout by instruction."""
+    preset, checkpoint = source(preset, checkpoint)
+    folder = None if checkpoint is None else Path(checkpoint)
+    described: tuple[BackboneInfo, Callable[[str], TokenLayout]] = found.backbone_factory(name).describe(preset, folder, options)
+    return described
+
+
+def explain(
+    pipeline: Annotated[str, typer.Argument(help="A pipeline file or name.")],
+    backbone: BackboneName = "openvla-oft",
+    preset: Preset = None,
+    checkpoint: Checkpoint = None,
+    instruction: Annotated[str | None, typer.Option(help="The bundled episode's when left out.")] = None,
+    options: Options = None,
+    sets: Sets = None,
+    plugins: Plugins = None,
+    as_json: Json = False,
+) -> None:
+    """Show tokens and FLOPs per layer, every cut, who is asked in which order, and what asking costs."""
+    from tokenprune.episode import load_episode
+    from tokenprune.loader import load_pipeline
+    from tokenprune.pipeline import bind
+
+    found = registry(plugins)
+    loaded = load_pipeline(pipeline, found, sets or ())
+    info, layout_of = describe_backbone(found, backbone, preset, checkpoint, backbone_options(options))
+    instruction = instruction or load_episode(bundled_episode(found, backbone)).instruction
+    bound = bind(loaded.config, info, found)
+    layout = layout_of(instruction)
+    facts = {
+        "pipeline": loaded.resolved,
+        "backbone": f"{info.name} {info.source}" + (", untrained" if info.untrained else ""),
+        "instruction": instruction,
+        "tokens": layout.n_tokens,
+        "segments": [{"role": s.role.value, "view": s.view, "start": s.start, "length": s.length, "prunable": s.prunable} for s in layout.segments],
+        "hooks": [
+            {"hook": hook, "stage": bound.names[index], "from": _owner(found, bound.names[index])}
+            for hook, calls in bound.hooks.items()
+            for index, _ in calls
+        ],
+        "notes": [f"{name}: {note}" for name, stage in zip(bound.names, bound.stages, strict=True) if (note := stage.notes(info))],
+        "modes": {mode: _mode(bound, info, layout, mode) for mode in loaded.config.modes},
+    }
+    if as_json:
+        print_json(facts)
+    else:
+        _print(facts)
+
+
+def _owner(found: Registry, stage: str) -> str:
+    owner = found.stage(stage).owner
+    return f"{owner.distribution} {owner.version}"
+
+
+def _mode(bound: BoundPipeline, info: BackboneInfo, layout: TokenLayout, mode: str) -> dict[str, Any]:
+    from tokenprune.flops import query_flops
+    from tokenprune.plan import make_plan
+
+    plan = bound.plan(layout, mode)
+    probes = [(layer, rows) for stage in bound.stages for layer, rows in stage.probes(info)]
+    counted = tuple((layer, len(layout.span(rows))) for layer, rows in probes)
+    own, dense = query_flops(info, plan, counted), query_flops(info, make_plan((), (), layout, mode, info.decoder.depth))
+    return {
+        "cuts": [
+            {
+                "after": "embedding" if cut.after < 0 else cut.after,
+                "found": cut.found,
+                "keep": cut.keep,
+                "at_most": cut.union,
+                "views": {"+".join(group.views): group.keep for group in cut.groups},
+                "stages": [bound.names[i] for i in cut.stages],
+            }
+            for cut in plan.cuts
+        ],
+        "layers": [
+            {"layer": layer, "tokens": tokens, "prunable": prunable, "gflops": own.layers[layer] / 1e9}
+            for layer, (tokens, prunable) in enumerate(zip(plan.tokens, plan.prunable, strict=True))
+        ],
+        "probes": [{"layer": layer, "rows": rows, "count": len(layout.span(rows))} for layer, rows in probes],
+        "graph_safe": plan.graph_safe,
+        "gflops": {
+            **{part: n / 1e9 for part, n in own.other.items()},
+            "decoder": own.decoder / 1e9,
+            "probes": own.probe / 1e9,
+            "total": own.total / 1e9,
+            "dense": dense.total / 1e9,
+        },
+        "flop_ratio": dense.total / own.total,
+    }
+
+
+def _print(facts: dict[str, Any]) -> None:
+    console = Console(highlight=False)
+    print(f"{facts['pipeline']['name']} on {facts['backbone']}: {facts['tokens']} tokens for \"{facts['instruction']}\"")
+    parts = [f"{s['view'] or s['role']} {s['length']}" for s in facts["segments"]]
+    print(f"sequence: {' | '.join(parts)}\n")
+    if facts["hooks"]:
+        table = _table("hook", "stage", "from")
+        for hook in facts["hooks"]:
+            table.add_row(hook["hook"], hook["stage"], hook["from"])
+        console.print(table)
+    for note in facts["notes"]:
+        print(note)
+    for mode, plan in facts["modes"].items():
+        print(f"\nmode {mode}")
+        _print_cuts(console, plan)
+        _print_layers(console, plan)
+        gflops = plan["gflops"]
+        other = ", ".join(f"{part} {n:.4g}" for part, n in gflops.items() if part not in ("total", "dense"))
+        print(f"GFLOP: {other}")
+        print(f"total {gflops['total']:.4g} of dense {gflops['dense']:.4g}: {plan['flop_ratio']:.2f} times fewer")
+        if not plan["graph_safe"]:
+            print("counts depend on the input: not safe for CUDA graphs; numbers above are upper bounds")
+
+
+def _print_cuts(console: Console, plan: dict[str, Any]) -> None:
+    if not plan["cuts"]:
+        print("no cuts")
+        return
+    table = _table("cut after", "finds", "keeps", "views", "asked")
+    for cut in plan["cuts"]:
+        views = ", ".join(f"{view} {keep}" for view, keep in cut["views"].items())
+        table.add_row(str(cut["after"]), str(cut["found"]), ("<= " if cut["at_most"] else "") + str(cut["keep"]), views, ", ".join(cut["stages"]))
+    console.print(table)
+
+
+def _print_layers(console: Console, plan: dict[str, Any]) -> None:
+    table = _table("layers", "tokens", "visual", "GFLOP", "attention rows computed")
+    layers = plan["layers"]
+    starts = [i for i, layer in enumerate(layers) if i == 0 or layer["tokens"] != layers[i - 1]["tokens"]]
+    for start, stop in zip(starts, [*starts[1:], len(layers)], strict=True):
+        run = layers[start:stop]
+        probes = "; ".join(f"layer {p['layer']}: {p['count']} {p['rows']} rows" for p in plan["probes"] if start <= p["layer"] < stop)
+        name = str(start) if stop == start + 1 else f"{start}-{stop - 1}"
+        table.add_row(name, str(run[0]["tokens"]), str(run[0]["prunable"]), f"{sum(layer['gflops'] for layer in run):.4g}", probes)
+    console.print(table)
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    return table

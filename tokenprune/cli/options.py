@@ -1,0 +1,79 @@
+"""Options that several verbs share."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tokenprune.errors import ConfigError
+from tokenprune.registry import Registry
+
+Plugins = Annotated[list[Path] | None, typer.Option("--plugin", help="A python file with stages; may be repeated.")]
+Json = Annotated[bool, typer.Option("--json", help="Print plain data instead of tables.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", help="stages.1.keep=0.5 and the like, for every pipeline named.")]
+BackboneName = Annotated[str, typer.Option("--backbone", help="A registered backbone.")]
+Preset = Annotated[str | None, typer.Option(help="Size of untrained random weights; `small` when no checkpoint is given.")]
+Checkpoint = Annotated[str | None, typer.Option(help="Folder in the release's format, or a hub id.")]
+Options = Annotated[list[str] | None, typer.Option("--option", help="The backbone's own: views=[primary], proprio=false, unnorm_key=…")]
+EpisodePath = Annotated[Path | None, typer.Option("--episode", help="A recorded episode; the bundled one when left out.")]
+
+
+def registry(plugins: Sequence[Path] | None) -> Registry:
+    """Everything installed, and the files given."""
+    return Registry.discover(plugin_files=tuple(plugins or ()))
+
+
+def print_json(data: object) -> None:
+    """Plain data on standard output."""
+    json.dump(data, sys.stdout, indent=1, default=str)
+    sys.stdout.write("\n")
+
+
+def backbone_options(given: Sequence[str] | None) -> dict[str, Any]:
+    """`key=value` pairs, values read as YAML.
+
+    Raises:
+        ConfigError: If a pair has no `=` or its value is not YAML.
+    """
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    parsed = {}
+    for pair in given or ():
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--option {pair}: write key=value, such as views=[primary]")
+        try:
+            parsed[key.strip()] = YAML(typ="safe", pure=True).load(value)
+        except YAMLError as error:
+            raise ConfigError(f"--option {pair}: the value is not YAML") from error
+    return parsed
+
+
+def source(preset: str | None, checkpoint: str | None) -> tuple[str | None, str | None]:
+    """Preset and checkpoint; the small preset when neither is given."""
+    return (preset, checkpoint) if preset or checkpoint else ("small", None)
+
+
+def bundled_episode(found: Registry, backbone: str) -> Path:
+    """Path of the episode that ships with a backbone.
+
+    Raises:
+        ConfigError: If none does.
+    """
+    name = found.backbone(backbone).spec.episode
+    if not name:
+        raise ConfigError(f"no episode ships with backbone '{backbone}'; give one with --episode PATH")
+    package, _, resource = name.partition(":")
+    return Path(str(importlib.resources.files(package).joinpath(resource)))
+
+
+def plain(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy that JSON can write."""
+    return json.loads(json.dumps(mapping, default=str))  # type: ignore[no-any-return]

@@ -1,0 +1,193 @@
+"""Verbs that run a policy over a recorded episode: run and compare."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from tokenprune.cli.options import (
+    BackboneName,
+    Checkpoint,
+    EpisodePath,
+    Json,
+    Options,
+    Plugins,
+    Preset,
+    Sets,
+    backbone_options,
+    bundled_episode,
+    print_json,
+    registry,
+    source,
+)
+
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:0.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")]
+Seed = Annotated[int, typer.Option(help="Seed of a preset's random weights.")]
+Queries = Annotated[int | None, typer.Option(help="Queries from the start of the episode; all when left out.")]
+Out = Annotated[Path, typer.Option(help="Folder for the result file.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the verbs."""
+    for verb in (compare, run):
+        app.command()(verb)
+
+
+def compare(
+    pipelines: Annotated[list[str], typer.Argument(help="Names or files; NAME@keep=0.25 varies one. Dense is always there.")],
+    backbone: BackboneName = "openvla-oft",
+    preset: Preset = None,
+    checkpoint: Checkpoint = None,
+    episode: EpisodePath = None,
+    queries: Queries = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    seed: Seed = 0,
+    options: Options = None,
+    sets: Sets = None,
+    plugins: Plugins = None,
+    out: Out = Path("results"),
+    as_json: Json = False,
+) -> None:
+    """Compare pipelines with the dense policy on one recorded episode: tokens, FLOPs, time, action error."""
+    result = _compare(pipelines, backbone, preset, checkpoint, episode, queries, device, dtype, seed, options, sets, plugins)
+    path = _write(out, f"compare-{backbone}", result.data)
+    if as_json:
+        print_json(result.data)
+        return
+    from tokenprune.report.tables import WIDTH, compare_legend, compare_table
+
+    data = result.data
+    facts, first = data["provenance"], data["queries"]["dense"][0]
+    print(f"{data['backbone']['name']} {data['backbone']['source']}, {dtype}, {facts['gpu'] or facts['cpu']}, attention {first['attention_kernel']}")
+    print(f'{len(data["episode"]["steps"])} queries of "{data["episode"]["instruction"]}"\n')
+    Console(width=WIDTH, highlight=False).print(compare_table(result.rows))
+    print(compare_legend(result.rows, data["note"]))
+    for label, said in data["notes"].items():
+        for line in said:
+            print(f"{label}: {line}")
+    print(f"\nwrote {path}")
+
+
+def run(
+    pipeline: Annotated[str, typer.Argument(help="A name or file.")],
+    backbone: BackboneName = "openvla-oft",
+    preset: Preset = None,
+    checkpoint: Checkpoint = None,
+    episode: EpisodePath = None,
+    queries: Queries = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    seed: Seed = 0,
+    options: Options = None,
+    sets: Sets = None,
+    plugins: Plugins = None,
+    out: Out = Path("results"),
+    as_json: Json = False,
+) -> None:
+    """Run one pipeline over a recorded episode and print what each query did."""
+    from tokenprune.bench.compare import UNTRAINED, describe
+    from tokenprune.bench.provenance import provenance
+    from tokenprune.bench.replay import query_steps, replay
+    from tokenprune.episode import load_episode
+    from tokenprune.loader import load_pipeline
+    from tokenprune.policy import Policy, load_backbone
+
+    found = registry(plugins)
+    loaded = load_pipeline(pipeline, found, sets or ())
+    preset, checkpoint = source(preset, checkpoint)
+    recorded = load_episode(episode or bundled_episode(found, backbone))
+    policy = Policy(load_backbone(backbone, found, checkpoint, preset, device, dtype, seed, backbone_options(options)), loaded.config, found)
+    steps = query_steps(recorded, policy.backbone.info.action.horizon, queries)
+    with _progress() as begin:
+        chunks = replay([policy], recorded, steps, begin(len(steps)))[0]
+    info = policy.backbone.info
+    data = {
+        "format_version": 1,
+        "kind": "run",
+        "provenance": provenance(policy.backbone.device),
+        "backbone": describe(info),
+        "note": UNTRAINED if info.untrained else "",
+        "episode": {"name": recorded.name, "instruction": recorded.instruction, "steps": steps},
+        "pipeline": loaded.resolved,
+        "queries": [c.trace.to_json(with_ids=True) | {"actions": c.actions.tolist()} for c in chunks],
+    }
+    path = _write(out, f"run-{backbone}", data)
+    if as_json:
+        print_json(data)
+        return
+    print(f'{loaded.label} on {info.name} {info.source}: "{recorded.instruction}"')
+    for step, query in zip(steps, data["queries"], strict=True):
+        kept = "; ".join(f"{'+'.join(f'{v} {n[0]}' for v, n in views.items())} after {cut}" for cut, views in query["kept_per_view"].items())
+        phases = ", ".join(f"{name} {ms:.0f}" for name, ms in query["phases_ms"].items() if ms >= 0.5)
+        print(f"step {step:3d}  {query['mode']}  {query['query_ms']:.0f} ms ({phases})  kept {kept or 'everything'}{query['fallback'] and '  FELL BACK: ' + query['fallback']}")
+    if info.untrained:
+        print("The weights are untrained random numbers: the actions mean nothing.")
+    print(f"\nwrote {path}")
+
+
+def _compare(
+    names: Sequence[str],
+    backbone: str,
+    preset: str | None,
+    checkpoint: str | None,
+    episode: Path | None,
+    queries: int | None,
+    device: str,
+    dtype: str,
+    seed: int,
+    options: Sequence[str] | None,
+    sets: Sequence[str] | None,
+    plugins: Sequence[Path] | None,
+) -> Any:  # noqa: ANN401 - Comparison, whose module imports torch
+    found = registry(plugins)
+    from tokenprune.loader import load_pipeline
+
+    loaded = [load_pipeline(name, found, () if name == "dense" else (sets or ())) for name in names]
+    from tokenprune.bench.compare import compare as measure
+    from tokenprune.episode import load_episode
+    from tokenprune.policy import load_backbone
+
+    preset, checkpoint = source(preset, checkpoint)
+    recorded = load_episode(episode or bundled_episode(found, backbone))
+    chosen = backbone_options(options)
+    settings = {"preset": preset, "checkpoint": checkpoint, "device": device, "dtype": dtype, "seed": seed, "options": chosen, "episode": str(episode or "bundled")}
+    model = load_backbone(backbone, found, checkpoint, preset, device, dtype, seed, chosen)
+    with _progress() as begin:
+        return measure(model, loaded, recorded, found, queries, settings, begin)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int], Callable[[], None]]]:
+    """A bar on standard error, absent where that is no terminal."""
+    console = Console(file=sys.stderr)
+    columns = (TextColumn("queries"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+
+        def begin(total: int) -> Callable[[], None]:
+            task = bar.add_task("queries", total=total)
+            return lambda: bar.advance(task)
+
+        yield begin
+
+
+def _write(folder: Path, stem: str, data: dict[str, Any]) -> Path:
+    """Write a result under a name that is not taken."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    path = folder / f"{stem}-{stamp}.json"
+    number = 1
+    while path.exists():
+        path, number = folder / f"{stem}-{stamp}-{number}.json", number + 1
+    path.write_text(json.dumps(data, indent=1, default=str) + "\n", encoding="utf-8")
+    return path

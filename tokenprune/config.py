@@ -1,0 +1,177 @@
+"""What a pipeline file says, as types. `loader.py` reads files into these; `pipeline.py` binds them to a backbone."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from tokenprune.budget import UNION, Amount, Budget
+
+EMBEDDING = "embedding"
+_SHARE = re.compile(r"^(\d+(?:\.\d+)?)%$")
+_NAME = r"^[a-z0-9][a-z0-9_.\-]*$"
+
+
+class Strict(BaseModel):
+    """Frozen, and any key it does not know is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _amount(value: object) -> object:
+    """Accept 128, 0.25, "union", {count: 128} or {ratio: 0.25}; an int is a count, a float a ratio."""
+    if isinstance(value, dict) and set(value) & {"ratio", "count"}:
+        if len(value) != 1:
+            raise ValueError("give a ratio or a count, not both")
+        kind, number = next(iter(value.items()))
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise ValueError(f"{kind} must be a number")
+        if kind == "count" and not isinstance(number, int):
+            raise ValueError(f"count must be a whole number, got {number}")
+        value = float(number) if kind == "ratio" else number
+    if isinstance(value, bool) or not (isinstance(value, int | float) or value == UNION):
+        raise ValueError("keep is a count (128), a ratio (0.25) or 'union'")
+    if isinstance(value, float) and not 0 < value <= 1:
+        raise ValueError(f"a ratio lies in (0, 1], got {value}; write a count as a whole number")
+    if isinstance(value, int) and value < 0:
+        raise ValueError(f"a count is at least 0, got {value}")
+    return value
+
+
+KeepAmount = Annotated[Amount, BeforeValidator(_amount)]
+
+
+def _keep(value: object) -> object:
+    """A mapping of modes to amounts, or one amount for every mode."""
+    if isinstance(value, dict) and not set(value) & {"ratio", "count"}:
+        return {str(mode): _amount(amount) for mode, amount in value.items()}
+    return _amount(value)
+
+
+Keep = Annotated[Amount | dict[str, Amount], BeforeValidator(_keep)]
+
+
+def _cut(value: object) -> object:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError("a cut is 'embedding', a layer number, or a share of the depth such as '31%'")
+    if isinstance(value, int) and value < 0:
+        raise ValueError(f"layers count from 0, got {value}")
+    if isinstance(value, str) and value != EMBEDDING:
+        share = _SHARE.match(value)
+        if share is None or not 0 <= float(share.group(1)) <= 100:
+            raise ValueError(f"'{value}' is not a cut: write 'embedding', a layer number, or a share such as '31%'")
+    return value
+
+
+CutPoint = Annotated[int | str, BeforeValidator(_cut)]
+
+
+def _cuts(value: object) -> object:
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+Cuts = Annotated[tuple[CutPoint, ...], BeforeValidator(_cuts), Field(min_length=1)]
+
+
+def layer_of(cut: int | str, depth: int) -> int:
+    """Index of the layer a cut follows; -1 is before layer 0.
+
+    A share is rounded to the nearest layer of the depth, so that one file fits decoders of 18 and 32 layers.
+
+    Raises:
+        ValueError: If the decoder has no such layer, or the cut would follow the last one, where it saves nothing.
+    """
+    if cut == EMBEDDING:
+        return -1
+    layer = cut if isinstance(cut, int) else round(float(cut.rstrip("%")) / 100 * depth)
+    if layer > depth - 2:
+        raise ValueError(f"after: {cut} is layer {layer}; a decoder of {depth} layers can be cut after layers 0 to {depth - 2}")
+    return layer
+
+
+class StageConfig(Strict):
+    """What every stage has in a pipeline file."""
+
+    use: str = Field(description="Name of the stage, as `tokenprune list` shows it.")
+
+
+class ViewBudget(Strict):
+    """A budget of one view's own."""
+
+    keep: Keep = Field(description="Tokens of this view to keep.")
+
+
+class CutConfig(StageConfig):
+    """What every stage has that drops tokens.
+
+    `keep` is a share of, or a count among, the tokens each cut finds. A view named under `views` has its own budget
+    and no longer counts in `keep`.
+    """
+
+    after: Cuts = Field(default=(EMBEDDING,), description="Where to cut: 'embedding', layers, or shares of the depth.")
+    keep: Keep = Field(description="A count, a ratio, 'union', or one of these per mode.")
+    views: dict[str, ViewBudget] = Field(default_factory=dict, description="Budgets of single views.")
+    of: Literal["prunable", "sequence"] = Field(default="prunable", description="What a ratio is a share of.")
+    floor: int = Field(default=0, ge=0, description="Prunable tokens never to fall below.")
+    bucket: int = Field(default=1, ge=1, description="Counts are rounded up to a multiple of this.")
+    weight: float = Field(default=1.0, gt=0, description="Weight of this stage's score where several meet at one cut.")
+
+    def budget(self, mode: str, view: str | None = None) -> Budget:
+        """The budget in one mode, of one view or of all views without one of their own."""
+        keep = self.views[view].keep if view is not None else self.keep
+        amount = keep[mode] if isinstance(keep, dict) else keep
+        return Budget(amount, self.of, self.floor if view is None else 0, self.bucket)
+
+    def modes(self) -> dict[str, set[str]]:
+        """Modes each `keep` names, by the key that holds it; empty for a keep that holds in every mode."""
+        keeps = {"keep": self.keep, **{f"views.{name}.keep": view.keep for name, view in self.views.items()}}
+        return {key: set(keep) for key, keep in keeps.items() if isinstance(keep, dict)}
+
+
+def _one_each(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(names)) != len(names):
+        raise ValueError("modes must have distinct names")
+    if {"ratio", "count"} & set(names):
+        raise ValueError("a mode cannot be called 'ratio' or 'count'")
+    return names
+
+
+class PipelineConfig(Strict):
+    """A pipeline file, resolved: no `extends` left, stages checked by their own classes."""
+
+    version: Literal[1] = Field(description="Format of the file.")
+    name: str = Field(pattern=_NAME, description="Lower-case name shown in tables and results.")
+    description: str = Field(default="", description="What the pipeline is, one line.")
+    modes: Annotated[tuple[str, ...], AfterValidator(_one_each)] = Field(
+        default=("default",), min_length=1, description="Modes a controller may choose; the first is the default."
+    )
+    positions: Literal["preserve", "compact"] = Field(
+        default="preserve", description="Whether kept tokens keep their original position or are renumbered at each cut."
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of stages that draw random numbers.")
+    on_error: Literal["raise", "dense"] = Field(
+        default="raise", description="What a failing stage does in a query: raise, or fall back to a query without pruning."
+    )
+    stages: tuple[Any, ...] = Field(default=(), description="Stages in the order in which they are asked.")
+
+    @field_validator("stages")
+    @classmethod
+    def _are_stages(cls, stages: tuple[Any, ...]) -> tuple[Any, ...]:
+        for stage in stages:
+            if not isinstance(stage, StageConfig):
+                raise ValueError("stages must be read by the loader, which knows each stage's own configuration")
+        return stages
+
+    @model_validator(mode="after")
+    def _modes_are_declared(self) -> PipelineConfig:
+        for index, stage in enumerate(self.stages):
+            for key, named in stage.modes().items() if isinstance(stage, CutConfig) else ():
+                if named != set(self.modes):
+                    wrong = sorted(named ^ set(self.modes))
+                    raise ValueError(f"stages.{index}.{key} must name the modes {list(self.modes)}, and only those; see {wrong}")
+        return self
+
+
+DENSE = PipelineConfig(version=1, name="dense", description="No stages: every lossless saving, nothing dropped.")

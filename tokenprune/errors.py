@@ -1,0 +1,66 @@
+"""Every error a user can cause, each saying what is wrong, where, and what would be right."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TokenPruneError(Exception):
+    """Base of every error raised on purpose by tokenprune."""
+
+
+class ConfigError(TokenPruneError):
+    """A pipeline file or option is wrong; the message starts with `file:line:col` where there is a file."""
+
+
+class CapabilityError(ConfigError):
+    """A pipeline asks for something the backbone does not offer."""
+
+
+class PluginError(TokenPruneError):
+    """A plugin is unknown, broken, registered twice, or does not follow the hook specifications."""
+
+
+class LayoutError(TokenPruneError):
+    """Segments do not form a contiguous sequence, or a named row or view does not exist."""
+
+
+class SelectionError(TokenPruneError):
+    """A proposal or selection has the wrong shape, dtype or range."""
+
+
+class StageError(TokenPruneError):
+    """A stage raised, or returned something that cannot be used, while a query was running."""
+
+
+class TraceError(TokenPruneError):
+    """The tokens a layer really held differ from the plan."""
+
+
+class ObservationError(TokenPruneError):
+    """An observation or instruction cannot be given to the policy."""
+
+
+class CheckpointError(TokenPruneError):
+    """A checkpoint is incomplete, truncated, unsafe, or does not fit the backbone."""
+
+
+class EpisodeError(TokenPruneError):
+    """A recorded episode cannot be read."""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """Return the part of an error message that names the nearest valid choice and lists the rest.
+
+    Args:
+        name: What the user wrote.
+        valid: The names that would have been accepted.
+
+    Returns:
+        `"; did you mean 'x'? valid: x, y"`, without the question when nothing is near.
+    """
+    choices = sorted(set(valid))
+    listed = ", ".join(choices) if choices else "(none)"
+    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'? valid: {listed}" if close else f"; valid: {listed}"

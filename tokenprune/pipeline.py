@@ -1,0 +1,121 @@
+"""A pipeline bound to a backbone: frozen stage callables and one plan per layout and mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pluggy
+import torch
+
+from tokenprune.backbone import BackboneInfo
+from tokenprune.config import PipelineConfig
+from tokenprune.context import LayoutTables
+from tokenprune.errors import CapabilityError, ConfigError, PluginError
+from tokenprune.hookspecs import HOT_HOOKS, PROJECT, StageHooks
+from tokenprune.layout import TokenLayout
+from tokenprune.plan import Plan, make_plan
+from tokenprune.registry import Registry
+from tokenprune.stage import Stage
+
+Hook = tuple[int, Callable[..., Any]]
+"""Index of the stage and its implementation, bound."""
+
+
+@dataclass
+class BoundPipeline:
+    """What runs: made by `bind`, shared by nothing else.
+
+    Attributes:
+        config: The pipeline file, resolved.
+        info: The backbone it was bound to.
+        names: `use` of each stage.
+        stages: The stage objects in pipeline order.
+        hooks: Per hook point, implementations in pipeline order.
+    """
+
+    config: PipelineConfig
+    info: BackboneInfo
+    names: tuple[str, ...]
+    stages: tuple[Stage[Any], ...]
+    hooks: dict[str, tuple[Hook, ...]]
+    _plans: dict[tuple[TokenLayout, str, tuple[int, ...]], Plan] = field(default_factory=dict)
+    _tables: dict[tuple[TokenLayout, torch.device], LayoutTables] = field(default_factory=dict)
+
+    def plan(self, layout: TokenLayout, mode: str | None = None, unions: tuple[int, ...] = ()) -> Plan:
+        """The plan of a layout in a mode (the default one when left out), made once and kept."""
+        key = (layout, mode or self.config.modes[0], unions)
+        if key not in self._plans:
+            self._plans[key] = make_plan(self.stages, self.names, layout, key[1], self.info.decoder.depth, unions)
+        return self._plans[key]
+
+    def tables(self, layout: TokenLayout, device: torch.device) -> LayoutTables:
+        """The layout as tensors on a device, made once and kept."""
+        key = (layout, device)
+        if key not in self._tables:
+            self._tables[key] = LayoutTables(layout, device)
+        return self._tables[key]
+
+    def weights(self, stages: Sequence[int]) -> list[float]:
+        """Weights of some stages' scores."""
+        return [getattr(self.stages[index].config, "weight", 1.0) for index in stages]
+
+
+def bind(config: PipelineConfig, info: BackboneInfo, registry: Registry) -> BoundPipeline:
+    """Make fresh stage objects, check them against the backbone, and freeze their hooks.
+
+    Raises:
+        CapabilityError: If a stage requires something the backbone does not offer.
+        ConfigError: If a cut does not fit the decoder's depth.
+        PluginError: If a stage cannot be made.
+    """
+    names = tuple(stage.use for stage in config.stages)
+    stages = []
+    for index, stage_config in enumerate(config.stages):
+        registered = registry.stage(stage_config.use)
+        missing = sorted(registered.spec.requires - info.capabilities)
+        if missing:
+            offered = ", ".join(sorted(info.capabilities)) or "none of the optional ones"
+            raise CapabilityError(
+                f"pipeline '{config.name}', stages.{index}: '{stage_config.use}' requires {', '.join(missing)}, "
+                f"which backbone '{info.name}' does not offer (it offers {offered})"
+            )
+        try:
+            stage = registry.stage_class(stage_config.use)(stage_config)
+            stage.cuts(info.decoder.depth)
+            stage.layers(info.decoder.depth)
+        except ValueError as error:
+            raise ConfigError(f"pipeline '{config.name}', stages.{index} ('{stage_config.use}'): {error}") from error
+        stages.append(stage)
+    return BoundPipeline(config, info, names, tuple(stages), freeze(stages, names))
+
+
+def freeze(stages: Sequence[Stage[Any]], names: Sequence[str]) -> dict[str, tuple[Hook, ...]]:
+    """Read pluggy's order once and keep plain callables.
+
+    Stages are registered in reverse, because pluggy calls the last one registered first and the file's order is the
+    contract; `tryfirst` and `trylast` keep their meaning.
+
+    Raises:
+        PluginError: If an implementation does not fit its specification or wraps a hot hook.
+    """
+    manager = pluggy.PluginManager(PROJECT)
+    manager.add_hookspecs(StageHooks)
+    place = {id(stage): index for index, stage in enumerate(stages)}
+    for index in reversed(range(len(stages))):
+        try:
+            manager.register(stages[index], name=f"{index}:{names[index]}")
+        except pluggy.PluginValidationError as error:
+            raise PluginError(f"stage '{names[index]}': {error}") from error
+    hooks: dict[str, tuple[Hook, ...]] = {}
+    for name in (*HOT_HOOKS, "reset"):
+        found = []
+        for impl in reversed(getattr(manager.hook, name).get_hookimpls()):
+            if impl.hookwrapper or impl.wrapper:
+                raise PluginError(f"stage '{names[place[id(impl.plugin)]]}': '{name}' is called in every query and cannot be wrapped")
+            if len(impl.argnames) != 1:
+                raise PluginError(f"stage '{names[place[id(impl.plugin)]]}': '{name}' takes exactly one argument besides self")
+            found.append((place[id(impl.plugin)], impl.function))
+        hooks[name] = tuple(found)
+    return hooks

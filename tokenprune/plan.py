@@ -1,0 +1,164 @@
+"""What a pipeline becomes for one layout and one mode: every count a known integer before the query starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from tokenprune.budget import UNION
+from tokenprune.config import CutConfig
+from tokenprune.errors import ConfigError, nearest
+from tokenprune.layout import TokenLayout
+from tokenprune.stage import Stage
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Views that share a budget of their own at one cut."""
+
+    views: tuple[str, ...]
+    keep: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A place where tokens leave.
+
+    Attributes:
+        after: Layer it follows, -1 for before layer 0.
+        stages: Indices of the pipeline's stages whose proposals meet here, in pipeline order.
+        found: Prunable tokens it finds.
+        keep: Prunable tokens it keeps; for an unresolved union, the most it could keep.
+        groups: Budgets of single views, filled first.
+        union: The stage whose `keep: union` sets the count and its bucket, while the count is not known.
+    """
+
+    after: int
+    stages: tuple[int, ...]
+    found: int
+    keep: int
+    groups: tuple[Group, ...] = ()
+    union: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cuts and token counts of one query.
+
+    Attributes:
+        layout: The query's tokens.
+        mode: Mode the counts are for.
+        depth: Decoder layers.
+        cuts: Ascending by layer.
+        calls: Per layer, indices of the stages whose `score_layer` is called after it.
+        unions: Counts of the `keep: union` cuts resolved so far.
+    """
+
+    layout: TokenLayout
+    mode: str
+    depth: int
+    cuts: tuple[Cut, ...]
+    calls: tuple[tuple[int, ...], ...]
+    unions: tuple[int, ...] = ()
+
+    @cached_property
+    def cut_after(self) -> Mapping[int, Cut]:
+        """Cuts by the layer they follow."""
+        return {cut.after: cut for cut in self.cuts}
+
+    @cached_property
+    def prunable(self) -> tuple[int, ...]:
+        """Prunable tokens each layer holds."""
+        held = len(self.layout.prunable)
+        counts = []
+        for layer in range(self.depth):
+            before = self.cut_after.get(layer - 1)
+            held = held if before is None else before.keep
+            counts.append(held)
+        return tuple(counts)
+
+    @cached_property
+    def tokens(self) -> tuple[int, ...]:
+        """Tokens each layer holds, pruned or not."""
+        return tuple(n + len(self.layout.fixed) for n in self.prunable)
+
+    @property
+    def graph_safe(self) -> bool:
+        """Whether every count is known before the query starts."""
+        return not self.unions and not any(cut.union for cut in self.cuts)
+
+
+def make_plan(
+    stages: Sequence[Stage], names: Sequence[str], layout: TokenLayout, mode: str, depth: int, unions: tuple[int, ...] = ()
+) -> Plan:
+    """Work out every cut of a pipeline.
+
+    Args:
+        stages: The pipeline's stages in order.
+        names: Their names, for errors.
+        layout: The query's tokens.
+        mode: Mode to plan for.
+        depth: Decoder layers.
+        unions: Counts of the first `keep: union` cuts, where they are known already.
+
+    Raises:
+        ConfigError: If a budget names a view the layout lacks, or a share of a view whose size is not known at the cut.
+    """
+    at_cut: dict[int, list[int]] = {}
+    for index, stage in enumerate(stages):
+        for after in stage.cuts(depth):
+            at_cut.setdefault(after, []).append(index)
+    view_sizes: dict[str, int] | None = {name: s.length for name, s in layout.views.items() if s.prunable}
+    held, fixed, cuts, pending = len(layout.prunable), len(layout.fixed), [], list(unions)
+    for after in sorted(at_cut):
+        keeps, groups, union = [], [], False
+        for index in at_cut[after]:
+            config = stages[index].config
+            assert isinstance(config, CutConfig)
+            if config.views:
+                own = _view_groups(config, names[index], mode, layout, view_sizes)
+                groups += own
+                keeps.append(min(sum(g.keep for g in own), held))
+                continue
+            budget = config.budget(mode)
+            resolved = None
+            if budget.amount == UNION:
+                resolved = pending.pop(0) if pending else None
+                union = union or resolved is None
+            keeps.append(budget.count(held, fixed, resolved))
+        keep = min(keeps)
+        cuts.append(Cut(after, tuple(at_cut[after]), held, keep, tuple(groups), union))
+        if keep < held or union:
+            known = len(view_sizes or ()) == 1 or {g.views for g in groups} == {(v,) for v in layout.views}
+            sizes = {g.views[0]: g.keep for g in groups} if groups else dict.fromkeys(view_sizes or (), keep)
+            view_sizes = sizes if known and len(at_cut[after]) == 1 else None
+        held = keep
+    calls = tuple(
+        tuple(i for i, stage in enumerate(stages) if hasattr(stage, "score_layer") and layer in stage.layers(depth))
+        for layer in range(depth)
+    )
+    return Plan(layout, mode, depth, tuple(cuts), calls, unions)
+
+
+def _view_groups(
+    config: CutConfig, stage: str, mode: str, layout: TokenLayout, sizes: Mapping[str, int] | None
+) -> list[Group]:
+    for view in config.views:
+        if view not in layout.views:
+            raise ConfigError(f"stage '{stage}': views.{view} is no view of this policy{nearest(view, layout.views)}")
+    rest = tuple(name for name in layout.views if name not in config.views)
+    groups = [((name,), config.budget(mode, name), f"views.{name}.keep") for name in config.views]
+    groups += [(rest, config.budget(mode), "keep")] if rest else []
+    result = []
+    for views, budget, key in groups:
+        if budget.amount == UNION:
+            raise ConfigError(f"stage '{stage}': {key}: 'union' cannot stand beside budgets of single views; give a count")
+        if sizes is None and not isinstance(budget.amount, int):
+            raise ConfigError(
+                f"stage '{stage}': {key}: {budget.amount} is a share, but how many tokens of {', '.join(views)} an earlier "
+                "cut leaves is not known beforehand; give a count"
+            )
+        held = sum((sizes or {v: layout.views[v].length for v in views}).get(v, 0) for v in views)
+        result.append(Group(views, budget.count(held, 0)))
+    return result

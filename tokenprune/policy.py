@@ -1,0 +1,251 @@
+"""A policy: observations in, actions out, with one memory per environment and a trace of every query."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tokenprune.backbone import Backbone, Observation
+from tokenprune.config import DENSE, PipelineConfig
+from tokenprune.context import ControlContext, ControlDecision
+from tokenprune.errors import ConfigError, ObservationError, StageError, TokenPruneError, nearest
+from tokenprune.history import EpisodeStart, ExecutedAction, QueryRecord, Slot
+from tokenprune.layout import TokenLayout
+from tokenprune.loader import load_pipeline
+from tokenprune.pipeline import BoundPipeline, bind
+from tokenprune.registry import Registry
+from tokenprune.runtime import Query
+from tokenprune.trace import Clock, QueryTrace
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class ActionChunk:
+    """What a query returns.
+
+    Attributes:
+        actions: Actions `[T, D]` in the environment's units.
+        normalised: The same before un-normalisation.
+        trace: What the query did.
+    """
+
+    actions: np.ndarray
+    normalised: np.ndarray
+    trace: QueryTrace
+
+
+class Policy:
+    """A backbone with a pipeline.
+
+    Several policies may share one backbone; each has a memory of its own.
+    """
+
+    def __init__(self, backbone: Backbone, config: PipelineConfig, registry: Registry) -> None:
+        """Bind the pipeline to the backbone.
+
+        Raises:
+            ConfigError: If the pipeline does not fit the backbone.
+        """
+        self.backbone = backbone
+        self.pipeline = bind(config, backbone.info, registry)
+        self._dense = bind(DENSE, backbone.info, registry)
+        self._slots: dict[int, Slot] = {}
+        self._layouts: dict[int, TokenLayout] = {}
+
+    def reset(self, instruction: str, slot: int = 0) -> None:
+        """Begin an episode or a new task in one environment; everything remembered there is forgotten.
+
+        Raises:
+            ObservationError: If the instruction cannot be given to the policy.
+        """
+        layout = self.backbone.layout(instruction)
+        number = self._slots[slot].number + 1 if slot in self._slots else 0
+        self._layouts[slot] = layout
+        self._slots[slot] = Slot(slot, instruction, number)
+        start = EpisodeStart(slot, instruction, number)
+        for index, hook in self.pipeline.hooks["reset"]:
+            self._host(index, "reset", hook, start)
+
+    def act(self, observation: Observation, slot: int = 0) -> ActionChunk:
+        """Query the policy for one environment.
+
+        Raises:
+            ObservationError: If the observation is not what the policy was made for.
+            StageError: If a stage fails and the pipeline does not fall back.
+            TraceError: If the query did not run to plan.
+        """
+        return self.act_batch({slot: observation})[slot]
+
+    @torch.inference_mode()
+    def act_batch(self, observations: Mapping[int, Observation]) -> dict[int, ActionChunk]:
+        """Query the policy for several environments; those with the same layout and mode share a pass."""
+        started = time.perf_counter()
+        groups: dict[tuple[TokenLayout, str], list[int]] = {}
+        for slot, observation in observations.items():
+            if slot not in self._slots:
+                raise ObservationError(f"slot {slot} has no episode; call reset(instruction, slot={slot}) first")
+            self.backbone.check(observation)
+        for slot in observations:
+            groups.setdefault((self._layouts[slot], self._mode(self._slots[slot])), []).append(slot)
+        chunks: dict[int, ActionChunk] = {}
+        for (layout, mode), members in groups.items():
+            slots = [self._slots[slot] for slot in members]
+            chunks |= self._query(layout, mode, slots, [observations[slot] for slot in members], started)
+            started = time.perf_counter()
+        return {slot: chunks[slot] for slot in observations}
+
+    def executed(self, action: np.ndarray, pose: np.ndarray | None = None, time: float | None = None, slot: int = 0) -> None:
+        """Tell the policy that the robot executed an action; controllers and observers read it.
+
+        Args:
+            action: Commanded action `[D]` in the environment's units.
+            pose: Achieved end-effector pose, where the host knows it.
+            time: Seconds since the start of the episode.
+            slot: The environment.
+
+        Raises:
+            ObservationError: If the slot has no episode or the action has the wrong shape or is not finite.
+        """
+        if slot not in self._slots:
+            raise ObservationError(f"slot {slot} has no episode; call reset(instruction, slot={slot}) first")
+        action = np.asarray(action, dtype=np.float64)
+        if action.shape != (self.backbone.info.action.dims,) or not np.isfinite(action).all():
+            raise ObservationError(f"an executed action is {self.backbone.info.action.dims} finite numbers, got {action!r}")
+        record = ExecutedAction(slot, action, pose, time)
+        self._slots[slot].executed.append(record)
+        for index, hook in self.pipeline.hooks["observe"]:
+            self._host(index, "observe", hook, record)
+
+    def _mode(self, slot: Slot) -> str:
+        modes = self.pipeline.config.modes
+        context = ControlContext(slot.index, modes, slot.queries, tuple(slot.executed))
+        for index, hook in self.pipeline.hooks["control"]:
+            decision = self._host(index, "control", hook, context)
+            if decision is None:
+                continue
+            name = self.pipeline.names[index]
+            if not isinstance(decision, ControlDecision):
+                raise StageError(f"stage '{name}': control returned {type(decision).__name__}, not a ControlDecision or None")
+            if decision.mode not in modes:
+                raise StageError(f"stage '{name}' chose mode '{decision.mode}'{nearest(decision.mode, modes)}")
+            return decision.mode
+        return modes[0]
+
+    def _query(
+        self, layout: TokenLayout, mode: str, slots: list[Slot], observations: Sequence[Observation], started: float
+    ) -> dict[int, ActionChunk]:
+        clock = Clock(self.backbone.device)
+        clock.enter("preprocess")
+        inputs = self.backbone.prepare(observations, [slot.instruction for slot in slots])
+        try:
+            query, normalised = self._run(self.pipeline, self.pipeline.plan(layout, mode), inputs, slots, clock)
+        except StageError as error:
+            if self.pipeline.config.on_error == "raise":
+                raise
+            query, normalised = self._run(self._dense, self._dense.plan(layout), inputs, slots, clock)
+            query.trace = replace(query.trace, pipeline=self.pipeline.config.name, fallback=str(error))
+        actions = self.backbone.unnormalise(normalised)
+        clock.enter("history")
+        for row, slot in enumerate(slots):
+            slot.queries += 1
+            slot.frames = {view: pixels[row] for view, pixels in inputs.images.items()}
+        clock.enter("end")
+        if self.backbone.device.type == "cuda":
+            torch.cuda.synchronize(self.backbone.device)
+        trace = query.trace
+        trace.phases = clock.milliseconds()
+        trace.milliseconds = (time.perf_counter() - started) * 1e3
+        return {slot.index: ActionChunk(actions[row], normalised[row], trace) for row, slot in enumerate(slots)}
+
+    def _run(self, pipeline: BoundPipeline, plan: Any, inputs: Any, slots: list[Slot], clock: Clock) -> tuple[Query, np.ndarray]:  # noqa: ANN401
+        tables = pipeline.tables(plan.layout, self.backbone.device)
+        query = Query(pipeline, plan, tables, slots, inputs.images, clock)
+        result = self.backbone.infer(inputs, query)
+        clock.enter("head")
+        normalised = result.double().cpu().numpy()
+        query.finish()
+        if not np.isfinite(normalised).all():
+            raise TokenPruneError(
+                f"backbone '{self.backbone.info.name}' returned actions that are not finite; "
+                "its weights or dtype cannot be used (float16 overflows where bfloat16 does not)"
+            )
+        if pipeline.hooks["observe"]:
+            clock.enter("history")
+            record = QueryRecord(tuple(s.index for s in slots), plan.mode, plan.layout, query.tokens, result)
+            for index, hook in pipeline.hooks["observe"]:
+                self._host(index, "observe", hook, record)
+        return query, normalised
+
+    def _host(self, index: int, hook_name: str, hook: Any, argument: object) -> Any:  # noqa: ANN401
+        try:
+            return hook(argument)
+        except Exception as error:
+            name = self.pipeline.names[index]
+            raise StageError(f"stage '{name}' failed in {hook_name}: {type(error).__name__}: {error}") from error
+
+
+def load(
+    backbone: str,
+    *,
+    checkpoint: str | Path | None = None,
+    preset: str | None = None,
+    pipeline: str | Path | PipelineConfig = "dense",
+    device: str = "cpu",
+    dtype: str = "float32",
+    seed: int = 0,
+    overrides: Sequence[str] = (),
+    registry: Registry | None = None,
+    **options: Any,  # noqa: ANN401 - the backbone's own options, checked by it
+) -> Policy:
+    """Load a backbone and bind a pipeline to it.
+
+    Args:
+        backbone: Registered name, such as `openvla-oft`.
+        checkpoint: Folder in the release's format, or a hub id.
+        preset: Size to fill with untrained random weights instead of a checkpoint.
+        pipeline: Name of a shipped pipeline, path of a file, or a configuration.
+        device: torch device.
+        dtype: One of `float32`, `bfloat16`, `float16`, `float64`.
+        seed: Seed of a preset's random weights.
+        overrides: `stages.1.keep=0.5` and the like, applied to the pipeline.
+        registry: Discovered plugins; discovered now when left out.
+        **options: What the backbone accepts besides, such as `unnorm_key`.
+
+    Raises:
+        PluginError: If the backbone or a stage is unknown.
+        ConfigError: If the pipeline or an option is wrong.
+        CheckpointError: If the checkpoint cannot be used.
+    """
+    registry = registry or Registry.discover()
+    config = pipeline if isinstance(pipeline, PipelineConfig) else load_pipeline(pipeline, registry, overrides).config
+    return Policy(load_backbone(backbone, registry, checkpoint, preset, device, dtype, seed, options), config, registry)
+
+
+def load_backbone(
+    name: str,
+    registry: Registry,
+    checkpoint: str | Path | None,
+    preset: str | None,
+    device: str,
+    dtype: str,
+    seed: int,
+    options: Mapping[str, Any],
+) -> Backbone:
+    """Load a backbone alone, to share it between policies; arguments as in `load`."""
+    if dtype not in DTYPES:
+        raise ConfigError(f"unknown dtype '{dtype}'{nearest(dtype, DTYPES)}")
+    try:
+        target = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"'{device}' is no torch device; write cpu, cuda or cuda:0") from error
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device '{device}' was asked for, but torch {torch.__version__} sees no GPU")
+    made: Backbone = registry.backbone_factory(name).build(preset, checkpoint, options, target, DTYPES[dtype], seed)
+    return made

@@ -1,0 +1,57 @@
+"""Results as tables that fit 80 columns."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from tokenprune.bench.compare import Row
+
+WIDTH = 80
+
+
+def compare_table(rows: tuple[Row, ...]) -> Table:
+    """One line per pipeline; the legend below the table explains the columns."""
+    groups = tuple(name for name in rows[0].error if name != "gripper")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold", show_edge=False)
+    table.add_column("\npipeline", overflow="fold", min_width=12)
+    for heading in (
+        "tokens\nmean", "\nlast", "FLOP\nG", "\nratio", "ms\np50", "\np95", "speed\nup", "eff\n", "sel\n%",
+        *(f"{'' if i else 'L1'}\n{name[:5]}" for i, name in enumerate(groups)), "grip\nflip",
+    ):  # fmt: skip
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row.pipeline,
+            f"{row.tokens_mean:.0f}",
+            f"{row.tokens_last:.0f}",
+            f"{row.gflops:.4g}",
+            f"{row.flop_ratio:.2f}",
+            f"{row.median_ms:.0f}",
+            f"{row.p95_ms:.0f}",
+            f"{row.speedup:.2f}",
+            f"{row.efficiency:.2f}",
+            f"{100 * row.selection:.1f}",
+            *(f"{row.error[name]:.2f}" for name in groups),
+            str(row.gripper_flips),
+        )
+    return table
+
+
+def compare_legend(rows: tuple[Row, ...], note: str) -> str:
+    """What the columns mean, and what the numbers do not say."""
+    lines = [
+        "tokens: visual tokens held, mean over layers and at the last one. ms: whole query,",
+        "observation to actions. speedup: dense over own time, query by query, median;",
+        "eff: speedup / FLOP ratio. sel: choosing and moving tokens, % of a dense query.",
+        f"L1 and gripper flips: against dense, over {rows[0].actions} actions.",
+    ]
+    fallen = [f"{row.pipeline} {row.fallbacks}" for row in rows if row.fallbacks]
+    if fallen:
+        lines.append(f"Queries that fell back to dense: {', '.join(fallen)}.")
+    if note:
+        lines.append(note)
+    return "\n".join(lines)

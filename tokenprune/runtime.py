@@ -1,0 +1,243 @@
+"""One query on its way through a bound pipeline: stages are asked here, and only here tokens move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenprune.budget import union_count
+from tokenprune.context import FeatureContext, LayoutTables, SelectContext, at_layer, moved
+from tokenprune.decoder import Decoded, Decoder, Positions
+from tokenprune.errors import SelectionError, StageError
+from tokenprune.history import Slot
+from tokenprune.pipeline import BoundPipeline
+from tokenprune.plan import Cut, Plan
+from tokenprune.selection import OriginalIds, Proposal, Quota, TokenSelection, apply, resolve
+from tokenprune.trace import Clock, ProbeRecord, QueryTrace, attention_kernel
+
+
+class Query:
+    """What an adapter calls back while it runs its model; the decoder loop's `Pruner`.
+
+    Attributes:
+        positions: The pipeline's position policy.
+        trace: Filled as the query goes.
+        readout: Hidden states are read at these original ids `[R]`.
+        tokens: What the last layer held, once the decoder has run.
+    """
+
+    tokens: TokenSelection
+
+    def __init__(
+        self, pipeline: BoundPipeline, plan: Plan, tables: LayoutTables, slots: Sequence[Slot], images: Mapping[str, Tensor], clock: Clock
+    ) -> None:
+        """Start a query; nothing runs yet."""
+        self.positions: Positions = pipeline.config.positions
+        self.trace = QueryTrace(pipeline.config.name, plan)
+        self.readout = tables.rows.get("readout", tables.rows["last"])
+        self._pipeline = pipeline
+        self._plan = plan
+        self._tables = tables
+        self._slots = slots
+        self._images = images
+        self._clock = clock
+        self._scorers = _by_layer(pipeline, plan)
+        self._context: SelectContext | None = None
+        self._checks: list[tuple[str, Tensor]] = []
+        self._protected: dict[int, Tensor] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a phase; time inside it that belongs to another phase counts there."""
+        before = self._clock.enter(name)
+        try:
+            yield
+        finally:
+            self._clock.enter(before)
+
+    def transform(self, view: str, features: Tensor) -> Tensor:
+        """Pass the features `[B, N, D]` of one view through `transform_features`."""
+        for index, hook in self._pipeline.hooks["transform_features"]:
+            with self.phase("selection"):
+                changed = self._call(index, "transform_features", "", hook, FeatureContext(view, features, self._images[view]))
+            if changed is None:
+                continue
+            if changed.shape != features.shape:
+                raise StageError(
+                    f"stage '{self._pipeline.names[index]}': transform_features of view '{view}' returned "
+                    f"{list(changed.shape)}; it must keep {list(features.shape)}"
+                )
+            features = changed
+        return features
+
+    def decode(self, decoder: Decoder, embeddings: Tensor) -> Decoded:
+        """Cut before layer 0, run the decoder with its cuts, and check what was held against the plan.
+
+        Args:
+            decoder: The backbone's decoder.
+            embeddings: All tokens of the layout `[B, N, D]`.
+
+        Raises:
+            TraceError: If any layer held another number of tokens than planned.
+        """
+        with self.phase("selection"):
+            hidden, tokens = self._begin(embeddings, decoder.causal)
+        with self.phase("decoder"):
+            decoded = decoder.run(hidden, tokens, pruner=self)
+        self.tokens = decoded.tokens
+        self.trace.held, self.trace.plan = decoded.held, self._plan
+        self.trace.check()
+        return decoded
+
+    def read(self, decoded: Decoded) -> Tensor:
+        """Hidden states `[B, R, D]` at the layout's `readout` rows, wherever cuts have moved them."""
+        batch, _, width = decoded.hidden.shape
+        at = decoded.tokens.to_current(OriginalIds(self.readout.expand(batch, -1)))
+        return decoded.hidden.gather(1, at[..., None].expand(-1, -1, width))
+
+    def _begin(self, embeddings: Tensor, causal: bool) -> tuple[Tensor, TokenSelection]:
+        layout = self._plan.layout
+        batch = embeddings.shape[0]
+        tokens = TokenSelection.identity(layout.n_tokens, batch, embeddings.device)
+        prunable = OriginalIds(self._tables.prunable.expand(batch, -1))
+        seeds = tuple(_mix(self._pipeline.config.seed, slot.number, slot.queries, slot.index) for slot in self._slots)
+        self._context = SelectContext(
+            layout, self._plan.mode, causal, tokens, prunable, embeddings, self._images, seeds, self._tables, self._slots
+        )
+        cut = self._plan.cut_after.get(-1)
+        if cut is None:
+            return embeddings, tokens
+        hooks = [(i, hook) for i, hook in self._pipeline.hooks["select_tokens"] if i in cut.stages]
+        return self._apply(cut, self._ask("select_tokens", "before layer 0", hooks, self._context), self._context)
+
+    def acts_after(self, layer: int) -> bool:
+        """Whether a stage is asked or tokens leave after this layer."""
+        if layer == 0:
+            return True
+        return layer in self._scorers or layer in self._plan.cut_after
+
+    def after_layer(self, layer: int, hidden: Tensor, tokens: TokenSelection, q: Tensor, k: Tensor) -> tuple[Tensor, TokenSelection]:
+        """Ask the stages that declared this layer, and cut if the plan says so."""
+        if layer == 0:
+            self.trace.kernel = attention_kernel(q, k, k, bool(self._context and self._context.causal))
+            if layer not in self._scorers and layer not in self._plan.cut_after:
+                return hidden, tokens
+        with self.phase("selection"):
+            assert self._context is not None
+            context = moved(self._context, tokens, self._context.prunable, hidden)
+            proposals = []
+            for index, hook in self._scorers.get(layer, ()):
+                seen = at_layer(context, layer, q, k, self._probed(index, layer))
+                proposals += self._ask("score_layer", f"after layer {layer}", [(index, hook)], seen)
+            cut = self._plan.cut_after.get(layer)
+            if cut is None:
+                return hidden, tokens
+            return self._apply(cut, [(i, p) for i, p in proposals if i in cut.stages], context)
+
+    def _apply(self, cut: Cut, proposals: list[tuple[int, Proposal]], context: SelectContext) -> tuple[Tensor, TokenSelection]:
+        where = "before layer 0" if cut.after < 0 else f"after layer {cut.after}"
+        if cut.union:
+            cut = self._resolve_union(cut, proposals)
+        if cut.keep == cut.found:
+            self.trace.kept[cut.after] = context.prunable
+            return context.hidden, context.tokens
+        if not proposals:
+            asked = ", ".join(self._pipeline.names[i] for i in cut.stages)
+            raise StageError(f"{where}: {cut.keep} of {cut.found} tokens are to stay, but no stage said which (asked: {asked})")
+        quotas = [Quota(self._members(group.views, context.prunable), group.keep) for group in cut.groups]
+        try:
+            chosen = resolve([p for _, p in proposals], cut.keep, self._pipeline.weights([i for i, _ in proposals]), quotas)
+        except SelectionError as error:
+            names = ", ".join(self._pipeline.names[i] for i, _ in proposals)
+            raise StageError(f"{names}: {where}: {error}") from error
+        for index, proposal in proposals:
+            if proposal.score is not None:
+                self._checks.append((f"stage '{self._pipeline.names[index]}' {where}", proposal.score.isnan().any()))
+            if proposal.protect is not None:
+                self._protected[cut.after] = proposal.protect.sum(1).max() - cut.keep
+        tokens, prunable = apply(context.tokens, context.prunable, self._tables.fixed, chosen)
+        at = context.tokens.to_current(tokens.ids)
+        hidden = context.hidden.gather(1, at[..., None].expand(-1, -1, context.hidden.shape[2]))
+        self.trace.kept[cut.after] = prunable
+        self._context = moved(context, tokens, prunable, hidden)
+        return hidden, tokens
+
+    def _resolve_union(self, cut: Cut, proposals: list[tuple[int, Proposal]]) -> Cut:
+        votes = [p.protect for _, p in proposals if p.protect is not None]
+        if not votes:
+            raise StageError(f"'keep: union' after layer {cut.after} keeps what is protected, but no stage protected anything")
+        count = union_count(torch.stack(votes).any(0))
+        self._plan = self._pipeline.plan(self._plan.layout, self._plan.mode, (*self._plan.unions, count))
+        return self._plan.cut_after[cut.after]
+
+    def _members(self, views: Sequence[str], prunable: OriginalIds) -> Tensor:
+        owner = self._tables.view_of[prunable]
+        member = torch.zeros_like(owner, dtype=torch.bool)
+        for view in views:
+            member = member | (owner == self._tables.view_number[view])
+        return member
+
+    def _ask(
+        self, hook_name: str, where: str, hooks: Sequence[tuple[int, Callable[..., Any]]], context: SelectContext
+    ) -> list[tuple[int, Proposal]]:
+        answers = []
+        for index, hook in hooks:
+            answer = self._call(index, hook_name, where, hook, context)
+            if answer is None:
+                continue
+            if not isinstance(answer, Proposal):
+                raise StageError(f"stage '{self._pipeline.names[index]}': {hook_name} {where} returned {type(answer).__name__}, not a Proposal or None")
+            for name in ("score", "protect", "drop"):
+                vote = getattr(answer, name)
+                if vote is not None and vote.shape != context.prunable.shape:
+                    raise StageError(
+                        f"stage '{self._pipeline.names[index]}': {hook_name} {where} returned a {name} of shape {list(vote.shape)}; "
+                        f"the prunable tokens held there are {list(context.prunable.shape)}"
+                    )
+            answers.append((index, answer))
+        return answers
+
+    def _call(self, index: int, hook_name: str, where: str, hook: Callable[..., Any], argument: object) -> Any:  # noqa: ANN401
+        try:
+            return hook(argument)
+        except Exception as error:
+            raise StageError(f"stage '{self._pipeline.names[index]}' failed in {hook_name} {where}: {type(error).__name__}: {error}") from error
+
+    def _probed(self, index: int, layer: int) -> Callable[[str, int], None]:
+        def note(rows: str, count: int) -> None:
+            self.trace.probes.append(ProbeRecord(self._pipeline.names[index], layer, rows, count))
+
+        return note
+
+    def finish(self) -> None:  # cold: after the actions have left the device
+        """Read what was noted on the device.
+
+        Raises:
+            StageError: If a stage gave a NaN score.
+        """
+        for what, bad in self._checks:
+            if bad.item():
+                raise StageError(f"{what} gave a NaN score")
+        self.trace.overfull = {after: max(int(n.item()), 0) for after, n in self._protected.items()}
+
+
+def _by_layer(pipeline: BoundPipeline, plan: Plan) -> dict[int, list[tuple[int, Callable[..., Any]]]]:
+    asked: dict[int, list[tuple[int, Callable[..., Any]]]] = {}
+    for index, hook in pipeline.hooks["score_layer"]:
+        for layer, stages in enumerate(plan.calls):
+            if index in stages:
+                asked.setdefault(layer, []).append((index, hook))
+    return asked
+
+
+def _mix(*numbers: int) -> int:
+    """Combine small integers into one 63-bit number, the same on every machine."""
+    mixed = 0x9E3779B97F4A7C15
+    for number in numbers:
+        mixed = (mixed ^ number) * 0xBF58476D1CE4E5B9 % 2**64
+        mixed ^= mixed >> 29
+    return mixed >> 1

@@ -1,0 +1,49 @@
+"""The base class of stages."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
+
+from tokenprune.config import CutConfig, StageConfig, layer_of
+
+if TYPE_CHECKING:
+    from tokenprune.backbone import BackboneInfo
+
+ConfigT = TypeVar("ConfigT", bound=StageConfig)
+
+
+class Stage(Generic[ConfigT]):
+    """One plugin object in a pipeline; a fresh instance for every bound pipeline.
+
+    A subclass names its configuration class in `Config` and implements hooks of `tokenprune.hookspecs.StageHooks`
+    with `@hookimpl`. It keeps no state of an episode in attributes: `ctx.remember` and `ctx.recall` do that per
+    environment, and the runtime clears them.
+
+    Attributes:
+        Config: Pydantic class of the stage's part of a pipeline file.
+        config: The validated configuration.
+    """
+
+    Config: ClassVar[type[StageConfig]] = StageConfig
+
+    def __init__(self, config: ConfigT) -> None:
+        """Keep the configuration."""
+        self.config = config
+
+    def cuts(self, depth: int) -> tuple[int, ...]:
+        """Layers after which this stage has a cut, -1 for before layer 0."""
+        if not isinstance(self.config, CutConfig):
+            return ()
+        return tuple(layer_of(cut, depth) for cut in self.config.after)
+
+    def layers(self, depth: int) -> tuple[int, ...]:
+        """Layers after which `score_layer` is called; override to look at layers without a cut."""
+        return tuple(layer for layer in self.cuts(depth) if layer >= 0)
+
+    def notes(self, info: BackboneInfo) -> str:
+        """What this stage does differently on a backbone, for `explain` and results; empty where there is nothing to say."""
+        return ""
+
+    def probes(self, info: BackboneInfo) -> tuple[tuple[int, str], ...]:
+        """Layers at which this stage computes attention rows, each with the rows' name; what `explain` counts."""
+        return ()

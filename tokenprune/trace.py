@@ -1,0 +1,140 @@
+"""Proof of pruning: what one query really did, checked against its plan."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenprune.errors import TraceError
+from tokenprune.plan import Plan
+
+_KERNELS = {0: "math", 1: "flash", 2: "efficient", 3: "cudnn", 4: "overrideable"}
+
+
+class Clock:
+    """Time by phase without waiting for the device: each phase lasts until the next one is entered.
+
+    On a GPU the marks are events in the stream, read after the query; elsewhere they are readings of the host clock.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Nothing is timed until the first `enter`."""
+        self._cuda = device.type == "cuda"
+        self._marks: list[tuple[str, Any]] = []
+
+    def enter(self, phase: str) -> str:
+        """Begin a phase and return the name of the one that ended (empty at the first)."""
+        if self._cuda:
+            mark: Any = torch.cuda.Event(enable_timing=True)
+            mark.record()
+        else:
+            mark = time.perf_counter()
+        before = self._marks[-1][0] if self._marks else ""
+        self._marks.append((phase, mark))
+        return before
+
+    def milliseconds(self) -> dict[str, float]:
+        """Total per phase up to the last mark; call when the device has finished."""
+        spent: dict[str, float] = {}
+        for (phase, start), (_, stop) in zip(self._marks, self._marks[1:], strict=False):
+            passed = start.elapsed_time(stop) if self._cuda else (stop - start) * 1e3
+            spent[phase] = spent.get(phase, 0.0) + passed
+        return spent
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeRecord:
+    """Attention rows one stage asked for at one layer."""
+
+    stage: str
+    layer: int
+    rows: str
+    count: int
+
+
+@dataclass
+class QueryTrace:
+    """What one query did.
+
+    Attributes:
+        pipeline: Name of the pipeline.
+        plan: What was meant to happen.
+        held: Tokens each layer really held.
+        kept: Prunable original ids kept at each cut `[B, K]`, by the layer it follows (-1 before layer 0).
+        milliseconds: The whole query on the host's clock, from observation to actions.
+        phases: Milliseconds per phase: preprocess, vision, selection, decoder, head, history.
+        kernel: Attention kernel torch chose for the first layer's shapes.
+        probes: Attention rows that were computed.
+        overfull: Per cut, the most protected tokens any row had beyond what the cut keeps (0: all protected were kept).
+        fallback: Why the query ran without pruning although a pipeline was given, or an empty string.
+    """
+
+    pipeline: str
+    plan: Plan
+    held: tuple[int, ...] = ()
+    kept: dict[int, Tensor] = field(default_factory=dict)
+    milliseconds: float = 0.0
+    phases: dict[str, float] = field(default_factory=dict)
+    kernel: str = ""
+    probes: list[ProbeRecord] = field(default_factory=list)
+    overfull: dict[int, int] = field(default_factory=dict)
+    fallback: str = ""
+
+    @property
+    def mode(self) -> str:
+        """Mode the query ran in."""
+        return self.plan.mode
+
+    def check(self) -> None:
+        """Compare what was held with the plan.
+
+        Raises:
+            TraceError: If any layer held another number of tokens than planned.
+        """
+        if self.held != self.plan.tokens:
+            layer = next((i for i, (a, b) in enumerate(zip(self.held, self.plan.tokens, strict=False)) if a != b), len(self.held))
+            raise TraceError(
+                f"pipeline '{self.pipeline}', mode '{self.mode}': layer {layer} differs from the plan; "
+                f"held {list(self.held)}, planned {list(self.plan.tokens)}"
+            )
+
+    def view_counts(self) -> dict[str, dict[str, list[int]]]:
+        """Tokens of each view kept at each cut, one number per batch row; reads the device."""
+        counts: dict[str, dict[str, list[int]]] = {}
+        for after, ids in self.kept.items():
+            spans = {name: segment.span for name, segment in self.plan.layout.views.items()}
+            counts["embedding" if after < 0 else str(after)] = {
+                name: ((ids >= span.start) & (ids < span.stop)).sum(1).tolist() for name, span in spans.items()
+            }
+        return counts
+
+    def to_json(self, with_ids: bool = False) -> dict[str, Any]:
+        """Plain data; `with_ids` adds the original ids kept at each cut."""
+        plain: dict[str, Any] = {
+            "pipeline": self.pipeline,
+            "mode": self.mode,
+            "tokens_held": list(self.held),
+            "tokens_planned": list(self.plan.tokens),
+            "kept_per_view": self.view_counts(),
+            "query_ms": round(self.milliseconds, 4),
+            "phases_ms": {name: round(ms, 4) for name, ms in self.phases.items()},
+            "attention_kernel": self.kernel,
+            "probes": [{"stage": p.stage, "layer": p.layer, "rows": p.rows, "count": p.count} for p in self.probes],
+            "protected_over_budget": {str(k): v for k, v in self.overfull.items()},
+            "fallback": self.fallback,
+        }
+        if with_ids:
+            plain["kept_ids"] = {str(after): ids.tolist() for after, ids in self.kept.items()}
+        return plain
+
+
+def attention_kernel(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> str:
+    """Name of the kernel torch's dispatcher picks for scaled dot-product attention over these tensors."""
+    choose: Callable[..., int] = torch._fused_sdp_choice
+    choice = choose(q, k, v, None, 0.0, causal, enable_gqa=q.shape[1] != k.shape[1])
+    return f"sdpa/{_KERNELS.get(choice, str(choice))} ({q.device.type})"
