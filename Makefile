@@ -15,7 +15,7 @@ $(STAMP): pyproject.toml Makefile
 		"Install one, or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@test -x $(BIN)/pip || { echo "creating .venv with $(PYTHON)"; "$(PYTHON)" -m venv .venv; }
 	@echo "installing $(TORCH), tokenprune and its tools into .venv (a minute or more the first time)"
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check "$(TORCH)" -e ".[dev,docs]"
+	@$(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check "$(TORCH)" -e ".[dev,docs]"
 	@touch $@
 
 demo: setup

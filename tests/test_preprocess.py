@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tokenprune.errors import CheckpointError, ConfigError, ObservationError
 from tokenprune_adapters.preprocess import ImageTransform, check_image
@@ -206,6 +208,17 @@ def test_normalise_rounds_only_at_the_end():
     half = transform.normalise(pixels, 0, torch.bfloat16)
     assert half.dtype == torch.bfloat16
     assert torch.equal(half, exact.bfloat16())
+
+
+@pytest.mark.parametrize("elsewhere", [FakeTensorMode, partial(torch.device, "meta")])
+def test_normalise_copies_nothing_from_the_host_and_keeps_nothing(elsewhere):
+    transform = ImageTransform(means=((0.1, 0.2, 0.3),), stds=((0.4, 0.5, 0.6),))
+    with elsewhere():
+        pixels = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+        shadow = transform.normalise(pixels, 0, torch.float32)
+    assert (shadow.shape, shadow.device) == (pixels.shape, pixels.device)
+    real = transform.normalise(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), 0, torch.float32)
+    torch.testing.assert_close(real[0, :, 0, 0], torch.tensor([-0.25, -0.4, -0.5]))
 
 
 def test_dino_constants_are_imagenet_in_bfloat16():

@@ -206,9 +206,9 @@ def test_truncated_file_is_refused(tmp_path):
         PromptTokenizer.from_file(path)
 
 
-@pytest.mark.parametrize("piece", ["<s>", "</s>", "▁"])
+@pytest.mark.parametrize("piece", ["<s>", "</s>", "▁", "<0x0A>"])
 def test_tokenizer_of_another_kind_is_refused(tmp_path, piece):
-    vocab = {name: index for index, name in enumerate(["<s>", "</s>", "▁", "a"]) if name != piece}
+    vocab = {name: index for index, name in enumerate(["<s>", "</s>", "▁", "<0x0A>"]) if name != piece}
     path = tmp_path / "tokenizer.json"
     Tokenizer(models.BPE(vocab, [])).save(str(path))
     with pytest.raises(CheckpointError, match=f"tokenizer.json: not a tokenizer of Llama's kind, .* '{piece}'"):

@@ -135,7 +135,12 @@ class BackboneFactory(Protocol):
 
     @staticmethod
     def build(
-        preset: str | None, checkpoint: Path | None, options: Mapping[str, Any], device: torch.device, dtype: torch.dtype, seed: int
+        preset: str | None,
+        checkpoint: Path | None,
+        options: Mapping[str, Any],
+        device: torch.device,
+        dtype: torch.dtype,
+        seed: int,
     ) -> Backbone:
         """Make it: random weights for a preset, the checkpoint's otherwise."""
         ...

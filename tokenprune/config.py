@@ -50,7 +50,11 @@ def _keep(value: object) -> object:
     return _amount(value)
 
 
-Keep = Annotated[Amount | dict[str, Amount], BeforeValidator(_keep)]
+Keep = Annotated[
+    Amount | dict[str, Amount],
+    BeforeValidator(_keep),
+    Field(description="A count, a ratio, 'union', or one of these per mode."),
+]
 
 
 def _cut(value: object) -> object:
@@ -72,7 +76,11 @@ def _cuts(value: object) -> object:
     return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
-Cuts = Annotated[tuple[CutPoint, ...], BeforeValidator(_cuts), Field(min_length=1)]
+Cuts = Annotated[
+    tuple[CutPoint, ...],
+    BeforeValidator(_cuts),
+    Field(min_length=1, description="Where to cut: 'embedding', layers, or shares of the depth."),
+]
 
 
 def layer_of(cut: int | str, depth: int) -> int:
@@ -87,7 +95,9 @@ def layer_of(cut: int | str, depth: int) -> int:
         return -1
     layer = cut if isinstance(cut, int) else round(float(cut.rstrip("%")) / 100 * depth)
     if layer > depth - 2:
-        raise ValueError(f"after: {cut} is layer {layer}; a decoder of {depth} layers can be cut after layers 0 to {depth - 2}")
+        raise ValueError(
+            f"after: {cut} is layer {layer}; a decoder of {depth} layers can be cut after layers 0 to {depth - 2}"
+        )
     return layer
 
 
@@ -110,8 +120,8 @@ class CutConfig(StageConfig):
     and no longer counts in `keep`.
     """
 
-    after: Cuts = Field(default=(EMBEDDING,), description="Where to cut: 'embedding', layers, or shares of the depth.")
-    keep: Keep = Field(description="A count, a ratio, 'union', or one of these per mode.")
+    after: Cuts = (EMBEDDING,)
+    keep: Keep
     views: dict[str, ViewBudget] = Field(default_factory=dict, description="Budgets of single views.")
     of: Literal["prunable", "sequence"] = Field(default="prunable", description="What a ratio is a share of.")
     floor: int = Field(default=0, ge=0, description="Prunable tokens never to fall below.")
@@ -148,11 +158,13 @@ class PipelineConfig(Strict):
         default=("default",), min_length=1, description="Modes a controller may choose; the first is the default."
     )
     positions: Literal["preserve", "compact"] = Field(
-        default="preserve", description="Whether kept tokens keep their original position or are renumbered at each cut."
+        default="preserve",
+        description="Whether kept tokens keep their original position or are renumbered at each cut.",
     )
     seed: int = Field(default=0, ge=0, description="Seed of stages that draw random numbers.")
     on_error: Literal["raise", "dense"] = Field(
-        default="raise", description="What a failing stage does in a query: raise, or fall back to a query without pruning."
+        default="raise",
+        description="What a failing stage does in a query: raise, or fall back to a query without pruning.",
     )
     stages: tuple[Any, ...] = Field(default=(), description="Stages in the order in which they are asked.")
 
@@ -170,7 +182,9 @@ class PipelineConfig(Strict):
             for key, named in stage.modes().items() if isinstance(stage, CutConfig) else ():
                 if named != set(self.modes):
                     wrong = sorted(named ^ set(self.modes))
-                    raise ValueError(f"stages.{index}.{key} must name the modes {list(self.modes)}, and only those; see {wrong}")
+                    raise ValueError(
+                        f"stages.{index}.{key} must name the modes {list(self.modes)}, and only those; see {wrong}"
+                    )
         return self
 
 

@@ -60,7 +60,9 @@ class LayoutTables:
         """Upload the ids of fixed and prunable tokens, of named rows, and each token's view number."""
         self.fixed = torch.tensor(layout.fixed, dtype=torch.int64, device=device)
         self.prunable = torch.tensor(layout.prunable, dtype=torch.int64, device=device)
-        self.rows = {name: torch.tensor(tuple(layout.span(name)), dtype=torch.int64, device=device) for name in layout.row_names}
+        self.rows = {
+            name: torch.tensor(tuple(layout.span(name)), dtype=torch.int64, device=device) for name in layout.row_names
+        }
         owner = [-1] * layout.n_tokens
         for number, segment in enumerate(layout.views.values()):
             for token in segment.span:

@@ -29,7 +29,9 @@ class Pruner(Protocol):
         """Whether anything happens after this layer; host only."""
         ...
 
-    def after_layer(self, layer: int, hidden: Tensor, tokens: TokenSelection, q: Tensor, k: Tensor) -> tuple[Tensor, TokenSelection]:
+    def after_layer(
+        self, layer: int, hidden: Tensor, tokens: TokenSelection, q: Tensor, k: Tensor
+    ) -> tuple[Tensor, TokenSelection]:
         """Look at a layer and perhaps cut after it; returns what goes on."""
         ...
 
@@ -61,7 +63,9 @@ class Decoder:
         causal: Whether a token sees only tokens up to itself; otherwise every token sees every token.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], norm: nn.Module, *, head_dim: int, rope_theta: float, causal: bool) -> None:
+    def __init__(
+        self, layers: Sequence[nn.Module], norm: nn.Module, *, head_dim: int, rope_theta: float, causal: bool
+    ) -> None:
         """Keep references; no weight is copied."""
         self.layers = layers
         self.norm = norm
@@ -109,7 +113,9 @@ def project(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor, head_dim: int)
     attention = layer.self_attn
     normed = layer.input_layernorm(hidden)
     shape = (*hidden.shape[:2], -1, head_dim)
-    q, k, v = (proj(normed).view(shape).transpose(1, 2) for proj in (attention.q_proj, attention.k_proj, attention.v_proj))
+    q, k, v = (
+        proj(normed).view(shape).transpose(1, 2) for proj in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
     return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
@@ -119,7 +125,9 @@ def finish(layer: Any, hidden: Tensor, mixed: Tensor) -> Tensor:  # noqa: ANN401
     return hidden + layer.mlp(layer.post_attention_layernorm(hidden))  # type: ignore[no-any-return]
 
 
-def rotary(tokens: TokenSelection, positions: Positions, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary(
+    tokens: TokenSelection, positions: Positions, head_dim: int, theta: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines `[B, 1, n, d]` at the tokens' original ids, or renumbered from 0 where `positions` is compact.
 
     Computed in float32 whatever the dtype, as transformers does.

@@ -46,9 +46,13 @@ class Segment:
     def __post_init__(self) -> None:
         """Check the segment on its own."""
         if self.length < 0 or self.start < 0:
-            raise LayoutError(f"segment '{self.role}' has start {self.start} and length {self.length}; both must be >= 0")
+            raise LayoutError(
+                f"segment '{self.role}' has start {self.start} and length {self.length}; both must be >= 0"
+            )
         if (self.role is Role.VISION) != (self.view is not None):
-            raise LayoutError(f"segment '{self.role}' at {self.start}: a view name belongs to vision segments, and only there")
+            raise LayoutError(
+                f"segment '{self.role}' at {self.start}: a view name belongs to vision segments, and only there"
+            )
         if self.prunable and self.role is not Role.VISION:
             raise LayoutError(f"segment '{self.role}' at {self.start} cannot be prunable; only vision segments can")
         if self.grid is not None and self.grid[0] * self.grid[1] != self.length:
@@ -80,7 +84,9 @@ class TokenLayout:
         at = 0
         for segment in self.segments:
             if segment.start != at:
-                raise LayoutError(f"segment '{segment.role}' starts at {segment.start}, but the one before it ends at {at}")
+                raise LayoutError(
+                    f"segment '{segment.role}' starts at {segment.start}, but the one before it ends at {at}"
+                )
             at += segment.length
         views = [s.view for s in self.segments if s.view is not None]
         if len(set(views)) != len(views):

@@ -113,9 +113,13 @@ def freeze(stages: Sequence[Stage[Any]], names: Sequence[str]) -> dict[str, tupl
         found = []
         for impl in reversed(getattr(manager.hook, name).get_hookimpls()):
             if impl.hookwrapper or impl.wrapper:
-                raise PluginError(f"stage '{names[place[id(impl.plugin)]]}': '{name}' is called in every query and cannot be wrapped")
+                raise PluginError(
+                    f"stage '{names[place[id(impl.plugin)]]}': '{name}' is called in every query and cannot be wrapped"
+                )
             if len(impl.argnames) != 1:
-                raise PluginError(f"stage '{names[place[id(impl.plugin)]]}': '{name}' takes exactly one argument besides self")
+                raise PluginError(
+                    f"stage '{names[place[id(impl.plugin)]]}': '{name}' takes exactly one argument besides self"
+                )
             found.append((place[id(impl.plugin)], impl.function))
         hooks[name] = tuple(found)
     return hooks

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
-from tokenprune.budget import UNION
+from tokenprune.budget import UNION, Budget
 from tokenprune.config import CutConfig
 from tokenprune.errors import ConfigError, nearest
 from tokenprune.layout import TokenLayout
@@ -31,7 +32,7 @@ class Cut:
         found: Prunable tokens it finds.
         keep: Prunable tokens it keeps; for an unresolved union, the most it could keep.
         groups: Budgets of single views, filled first.
-        union: The stage whose `keep: union` sets the count and its bucket, while the count is not known.
+        union: Whether a `keep: union` sets the count and it is not known yet.
     """
 
     after: int
@@ -90,7 +91,12 @@ class Plan:
 
 
 def make_plan(
-    stages: Sequence[Stage], names: Sequence[str], layout: TokenLayout, mode: str, depth: int, unions: tuple[int, ...] = ()
+    stages: Sequence[Stage[Any]],
+    names: Sequence[str],
+    layout: TokenLayout,
+    mode: str,
+    depth: int,
+    unions: tuple[int, ...] = (),
 ) -> Plan:
     """Work out every cut of a pipeline.
 
@@ -148,16 +154,19 @@ def _view_groups(
         if view not in layout.views:
             raise ConfigError(f"stage '{stage}': views.{view} is no view of this policy{nearest(view, layout.views)}")
     rest = tuple(name for name in layout.views if name not in config.views)
-    groups = [((name,), config.budget(mode, name), f"views.{name}.keep") for name in config.views]
+    groups: list[tuple[tuple[str, ...], Budget, str]] = []
+    groups += [((name,), config.budget(mode, name), f"views.{name}.keep") for name in config.views]
     groups += [(rest, config.budget(mode), "keep")] if rest else []
     result = []
     for views, budget, key in groups:
         if budget.amount == UNION:
-            raise ConfigError(f"stage '{stage}': {key}: 'union' cannot stand beside budgets of single views; give a count")
+            raise ConfigError(
+                f"stage '{stage}': {key}: 'union' cannot stand beside budgets of single views; give a count"
+            )
         if sizes is None and not isinstance(budget.amount, int):
             raise ConfigError(
-                f"stage '{stage}': {key}: {budget.amount} is a share, but how many tokens of {', '.join(views)} an earlier "
-                "cut leaves is not known beforehand; give a count"
+                f"stage '{stage}': {key}: {budget.amount} is a share, but how many tokens of {', '.join(views)} "
+                "an earlier cut leaves is not known beforehand; give a count"
             )
         held = sum((sizes or {v: layout.views[v].length for v in views}).get(v, 0) for v in views)
         result.append(Group(views, budget.count(held, 0)))

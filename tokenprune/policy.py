@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tokenprune.backbone import Backbone, Observation
+from tokenprune.backbone import Backbone, Inputs, Observation
 from tokenprune.config import DENSE, PipelineConfig
 from tokenprune.context import ControlContext, ControlDecision
 from tokenprune.errors import ConfigError, ObservationError, StageError, TokenPruneError, nearest
@@ -19,6 +19,7 @@ from tokenprune.history import EpisodeStart, ExecutedAction, QueryRecord, Slot
 from tokenprune.layout import TokenLayout
 from tokenprune.loader import load_pipeline
 from tokenprune.pipeline import BoundPipeline, bind
+from tokenprune.plan import Plan
 from tokenprune.registry import Registry
 from tokenprune.runtime import Query
 from tokenprune.trace import Clock, QueryTrace
@@ -101,7 +102,9 @@ class Policy:
             started = time.perf_counter()
         return {slot: chunks[slot] for slot in observations}
 
-    def executed(self, action: np.ndarray, pose: np.ndarray | None = None, time: float | None = None, slot: int = 0) -> None:
+    def executed(
+        self, action: np.ndarray, pose: np.ndarray | None = None, time: float | None = None, slot: int = 0
+    ) -> None:
         """Tell the policy that the robot executed an action; controllers and observers read it.
 
         Args:
@@ -117,7 +120,9 @@ class Policy:
             raise ObservationError(f"slot {slot} has no episode; call reset(instruction, slot={slot}) first")
         action = np.asarray(action, dtype=np.float64)
         if action.shape != (self.backbone.info.action.dims,) or not np.isfinite(action).all():
-            raise ObservationError(f"an executed action is {self.backbone.info.action.dims} finite numbers, got {action!r}")
+            raise ObservationError(
+                f"an executed action is {self.backbone.info.action.dims} finite numbers, got {action!r}"
+            )
         record = ExecutedAction(slot, action, pose, time)
         self._slots[slot].executed.append(record)
         for index, hook in self.pipeline.hooks["observe"]:
@@ -132,7 +137,9 @@ class Policy:
                 continue
             name = self.pipeline.names[index]
             if not isinstance(decision, ControlDecision):
-                raise StageError(f"stage '{name}': control returned {type(decision).__name__}, not a ControlDecision or None")
+                raise StageError(
+                    f"stage '{name}': control returned {type(decision).__name__}, not a ControlDecision or None"
+                )
             if decision.mode not in modes:
                 raise StageError(f"stage '{name}' chose mode '{decision.mode}'{nearest(decision.mode, modes)}")
             return decision.mode
@@ -164,7 +171,9 @@ class Policy:
         trace.milliseconds = (time.perf_counter() - started) * 1e3
         return {slot.index: ActionChunk(actions[row], normalised[row], trace) for row, slot in enumerate(slots)}
 
-    def _run(self, pipeline: BoundPipeline, plan: Any, inputs: Any, slots: list[Slot], clock: Clock) -> tuple[Query, np.ndarray]:  # noqa: ANN401
+    def _run(
+        self, pipeline: BoundPipeline, plan: Plan, inputs: Inputs, slots: list[Slot], clock: Clock
+    ) -> tuple[Query, np.ndarray]:
         tables = pipeline.tables(plan.layout, self.backbone.device)
         query = Query(pipeline, plan, tables, slots, inputs.images, clock)
         result = self.backbone.infer(inputs, query)
@@ -247,5 +256,6 @@ def load_backbone(
         raise ConfigError(f"'{device}' is no torch device; write cpu, cuda or cuda:0") from error
     if target.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device '{device}' was asked for, but torch {torch.__version__} sees no GPU")
-    made: Backbone = registry.backbone_factory(name).build(preset, checkpoint, options, target, DTYPES[dtype], seed)
+    folder = None if checkpoint is None else Path(checkpoint)
+    made: Backbone = registry.backbone_factory(name).build(preset, folder, options, target, DTYPES[dtype], seed)
     return made

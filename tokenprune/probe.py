@@ -29,4 +29,5 @@ def attention_rows(q: Tensor, k: Tensor, rows: CurrentIds, causal: bool) -> Tens
     if causal:
         future = torch.arange(n, device=q.device) > rows[:, :, None]
         logits = logits.masked_fill(future[:, None], -torch.inf)
-    return logits.softmax(-1)
+    weights: Tensor = logits.softmax(-1)
+    return weights

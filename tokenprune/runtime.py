@@ -33,7 +33,13 @@ class Query:
     tokens: TokenSelection
 
     def __init__(
-        self, pipeline: BoundPipeline, plan: Plan, tables: LayoutTables, slots: Sequence[Slot], images: Mapping[str, Tensor], clock: Clock
+        self,
+        pipeline: BoundPipeline,
+        plan: Plan,
+        tables: LayoutTables,
+        slots: Sequence[Slot],
+        images: Mapping[str, Tensor],
+        clock: Clock,
     ) -> None:
         """Start a query; nothing runs yet."""
         self.positions: Positions = pipeline.config.positions
@@ -63,7 +69,9 @@ class Query:
         """Pass the features `[B, N, D]` of one view through `transform_features`."""
         for index, hook in self._pipeline.hooks["transform_features"]:
             with self.phase("selection"):
-                changed = self._call(index, "transform_features", "", hook, FeatureContext(view, features, self._images[view]))
+                changed = self._call(
+                    index, "transform_features", "", hook, FeatureContext(view, features, self._images[view])
+                )
             if changed is None:
                 continue
             if changed.shape != features.shape:
@@ -106,7 +114,16 @@ class Query:
         prunable = OriginalIds(self._tables.prunable.expand(batch, -1))
         seeds = tuple(_mix(self._pipeline.config.seed, slot.number, slot.queries, slot.index) for slot in self._slots)
         self._context = SelectContext(
-            layout, self._plan.mode, causal, tokens, prunable, embeddings, self._images, seeds, self._tables, self._slots
+            layout,
+            self._plan.mode,
+            causal,
+            tokens,
+            prunable,
+            embeddings,
+            self._images,
+            seeds,
+            self._tables,
+            self._slots,
         )
         cut = self._plan.cut_after.get(-1)
         if cut is None:
@@ -120,7 +137,9 @@ class Query:
             return True
         return layer in self._scorers or layer in self._plan.cut_after
 
-    def after_layer(self, layer: int, hidden: Tensor, tokens: TokenSelection, q: Tensor, k: Tensor) -> tuple[Tensor, TokenSelection]:
+    def after_layer(
+        self, layer: int, hidden: Tensor, tokens: TokenSelection, q: Tensor, k: Tensor
+    ) -> tuple[Tensor, TokenSelection]:
         """Ask the stages that declared this layer, and cut if the plan says so."""
         if layer == 0:
             self.trace.kernel = attention_kernel(q, k, k, bool(self._context and self._context.causal))
@@ -138,7 +157,9 @@ class Query:
                 return hidden, tokens
             return self._apply(cut, [(i, p) for i, p in proposals if i in cut.stages], context)
 
-    def _apply(self, cut: Cut, proposals: list[tuple[int, Proposal]], context: SelectContext) -> tuple[Tensor, TokenSelection]:
+    def _apply(
+        self, cut: Cut, proposals: list[tuple[int, Proposal]], context: SelectContext
+    ) -> tuple[Tensor, TokenSelection]:
         where = "before layer 0" if cut.after < 0 else f"after layer {cut.after}"
         if cut.union:
             cut = self._resolve_union(cut, proposals)
@@ -147,10 +168,14 @@ class Query:
             return context.hidden, context.tokens
         if not proposals:
             asked = ", ".join(self._pipeline.names[i] for i in cut.stages)
-            raise StageError(f"{where}: {cut.keep} of {cut.found} tokens are to stay, but no stage said which (asked: {asked})")
+            raise StageError(
+                f"{where}: {cut.keep} of {cut.found} tokens are to stay, but no stage said which (asked: {asked})"
+            )
         quotas = [Quota(self._members(group.views, context.prunable), group.keep) for group in cut.groups]
         try:
-            chosen = resolve([p for _, p in proposals], cut.keep, self._pipeline.weights([i for i, _ in proposals]), quotas)
+            chosen = resolve(
+                [p for _, p in proposals], cut.keep, self._pipeline.weights([i for i, _ in proposals]), quotas
+            )
         except SelectionError as error:
             names = ", ".join(self._pipeline.names[i] for i, _ in proposals)
             raise StageError(f"{names}: {where}: {error}") from error
@@ -169,7 +194,9 @@ class Query:
     def _resolve_union(self, cut: Cut, proposals: list[tuple[int, Proposal]]) -> Cut:
         votes = [p.protect for _, p in proposals if p.protect is not None]
         if not votes:
-            raise StageError(f"'keep: union' after layer {cut.after} keeps what is protected, but no stage protected anything")
+            raise StageError(
+                f"'keep: union' after layer {cut.after} keeps what is protected, but no stage protected anything"
+            )
         count = union_count(torch.stack(votes).any(0))
         self._plan = self._pipeline.plan(self._plan.layout, self._plan.mode, (*self._plan.unions, count))
         return self._plan.cut_after[cut.after]
@@ -189,14 +216,15 @@ class Query:
             answer = self._call(index, hook_name, where, hook, context)
             if answer is None:
                 continue
+            what = f"stage '{self._pipeline.names[index]}': {hook_name} {where} returned"
             if not isinstance(answer, Proposal):
-                raise StageError(f"stage '{self._pipeline.names[index]}': {hook_name} {where} returned {type(answer).__name__}, not a Proposal or None")
+                raise StageError(f"{what} {type(answer).__name__}, not a Proposal or None")
             for name in ("score", "protect", "drop"):
                 vote = getattr(answer, name)
                 if vote is not None and vote.shape != context.prunable.shape:
+                    held = list(context.prunable.shape)
                     raise StageError(
-                        f"stage '{self._pipeline.names[index]}': {hook_name} {where} returned a {name} of shape {list(vote.shape)}; "
-                        f"the prunable tokens held there are {list(context.prunable.shape)}"
+                        f"{what} a {name} of shape {list(vote.shape)}; the prunable tokens held are {held}"
                     )
             answers.append((index, answer))
         return answers
@@ -205,7 +233,9 @@ class Query:
         try:
             return hook(argument)
         except Exception as error:
-            raise StageError(f"stage '{self._pipeline.names[index]}' failed in {hook_name} {where}: {type(error).__name__}: {error}") from error
+            raise StageError(
+                f"stage '{self._pipeline.names[index]}' failed in {hook_name} {where}: {type(error).__name__}: {error}"
+            ) from error
 
     def _probed(self, index: int, layer: int) -> Callable[[str, int], None]:
         def note(rows: str, count: int) -> None:

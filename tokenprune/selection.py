@@ -57,7 +57,7 @@ class TokenSelection:
 
     def to_current(self, original: OriginalIds) -> CurrentIds:
         """Map original indices `[B, M]` of tokens that are kept to current ones."""
-        return CurrentIds(torch.searchsorted(self.ids, original))
+        return CurrentIds(torch.searchsorted(self.ids.contiguous(), original.contiguous()))
 
     def seen(self) -> Tensor:
         """Boolean `[B, n_source]`, true where a token is kept."""
@@ -171,20 +171,26 @@ def _any_vote(votes: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def _common_shape(proposals: Sequence[Proposal]) -> tuple[int, int]:
-    tensors = [(name, t) for p in proposals for name in ("score", "protect", "drop") if (t := getattr(p, name)) is not None]
+    tensors = [
+        (name, t) for p in proposals for name in ("score", "protect", "drop") if (t := getattr(p, name)) is not None
+    ]
     if not tensors:
         raise SelectionError("nothing to resolve: no proposal carries a score, protect or drop")
     shape = tuple(tensors[0][1].shape)
     for name, tensor in tensors:
         if tuple(tensor.shape) != shape or tensor.dim() != 2:
-            raise SelectionError(f"'{name}' has shape {tuple(tensor.shape)}; every vote at a cut must be [B, P] = {shape}")
+            raise SelectionError(
+                f"'{name}' has shape {tuple(tensor.shape)}; every vote at a cut must be [B, P] = {shape}"
+            )
         if (name == "score") != tensor.dtype.is_floating_point or (name != "score" and tensor.dtype != torch.bool):
             wanted = "floating" if name == "score" else "boolean"
             raise SelectionError(f"'{name}' has dtype {tensor.dtype}; it must be {wanted}")
     return shape[0], shape[1]
 
 
-def apply(tokens: TokenSelection, prunable: OriginalIds, fixed: Tensor, chosen: Tensor) -> tuple[TokenSelection, OriginalIds]:
+def apply(
+    tokens: TokenSelection, prunable: OriginalIds, fixed: Tensor, chosen: Tensor
+) -> tuple[TokenSelection, OriginalIds]:
     """Keep the chosen prunable tokens and every fixed one.
 
     Args:

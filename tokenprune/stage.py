@@ -41,7 +41,7 @@ class Stage(Generic[ConfigT]):
         return tuple(layer for layer in self.cuts(depth) if layer >= 0)
 
     def notes(self, info: BackboneInfo) -> str:
-        """What this stage does differently on a backbone, for `explain` and results; empty where there is nothing to say."""
+        """What this stage does differently on a backbone, for `explain` and results; may be empty."""
         return ""
 
     def probes(self, info: BackboneInfo) -> tuple[tuple[int, str], ...]:

@@ -97,7 +97,9 @@ class QueryTrace:
             TraceError: If any layer held another number of tokens than planned.
         """
         if self.held != self.plan.tokens:
-            layer = next((i for i, (a, b) in enumerate(zip(self.held, self.plan.tokens, strict=False)) if a != b), len(self.held))
+            layer = next(
+                (i for i, (a, b) in enumerate(zip(self.held, self.plan.tokens, strict=False)) if a != b), len(self.held)
+            )
             raise TraceError(
                 f"pipeline '{self.pipeline}', mode '{self.mode}': layer {layer} differs from the plan; "
                 f"held {list(self.held)}, planned {list(self.plan.tokens)}"

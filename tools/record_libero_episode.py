@@ -20,6 +20,7 @@ script exits with status 1 and writes nothing.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import io
 import os
@@ -156,17 +157,19 @@ def encode(frames: list[npt.NDArray[np.uint8]], quality: int) -> list[bytes]:
 
 
 def write(path: Path, recording: Recording, meta: dict[str, object], max_bytes: int) -> None:
-    """Write the file with the best JPEG quality that fits in `max_bytes`."""
+    """Write the file with the best JPEG quality that fits in `max_bytes`; leave `path` alone when none does."""
     state, actions, eef_pose = (
         np.stack(rows).astype(np.float32) for rows in (recording.state, recording.actions, recording.eef_pose)
     )
+    partial = path.with_name(path.name + ".partial")
     for quality in range(95, 69, -1):
         jpegs = {view: encode(frames, quality) for view, frames in recording.frames.items()}
         jpeg = {"quality": quality, "chroma_subsampling": "4:4:4"}
-        save_episode(path, jpegs, state, actions, {**meta, "jpeg": jpeg}, eef_pose=eef_pose)
-        if path.stat().st_size <= max_bytes:
+        save_episode(partial, jpegs, state, actions, {**meta, "jpeg": jpeg}, eef_pose=eef_pose)
+        if partial.stat().st_size <= max_bytes:
+            partial.replace(path)
             return
-    path.unlink()
+    partial.unlink()
     raise SystemExit(f"the recording does not fit in {max_bytes} bytes even at JPEG quality 70")
 
 
@@ -183,8 +186,8 @@ def main() -> None:
     """Parse the command line, record, and write the file."""
     parser = argparse.ArgumentParser(description="Record one LIBERO-Spatial episode of a scripted expert.")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--task", type=int, default=0, help="index of the task in LIBERO-Spatial")
-    parser.add_argument("--init-state", type=int, default=0, help="index of the initial state, 0 to 49")
+    parser.add_argument("--task", type=int, choices=range(10), metavar="N", default=0, help="index of the task, 0 to 9")
+    parser.add_argument("--init-state", type=int, choices=range(50), metavar="N", default=0, help="0 to 49")
     parser.add_argument("--tries", type=int, default=1, help="how many initial states to try, counting up")
     parser.add_argument("--grasp-side", choices=("-y", "+y"), default="-y", help="side of the bowl to grasp")
     parser.add_argument("--seed", type=int, default=0)
@@ -194,8 +197,8 @@ def main() -> None:
     os.environ.setdefault("MUJOCO_GL", "egl")
     # Upstream LIBERO asks for its paths on standard input when it finds no config.yaml: answer "no" and let it write
     # its defaults to a folder that is thrown away.
-    with tempfile.TemporaryDirectory() as config:
-        os.environ["LIBERO_CONFIG_PATH"] = config
+    with contextlib.ExitStack() as cleanup:
+        os.environ["LIBERO_CONFIG_PATH"] = cleanup.enter_context(tempfile.TemporaryDirectory())
         sys.stdin = io.StringIO("n\n")
         from libero.libero import benchmark  # type: ignore[import-not-found, unused-ignore]
         from libero.libero.envs import OffScreenRenderEnv  # type: ignore[import-not-found, unused-ignore]
@@ -209,6 +212,7 @@ def main() -> None:
             camera_widths=IMAGE_SIZE,
             control_freq=CONTROL_HZ,
         )
+        cleanup.callback(env.close)
         side = {"-y": -1.0, "+y": 1.0}[arguments.grasp_side]
         for index in range(arguments.init_state, min(arguments.init_state + arguments.tries, len(init_states))):
             recording, success = run_episode(env, init_states[index], arguments.seed, side)
@@ -239,7 +243,6 @@ def main() -> None:
             "rendering": rendering(),
         }
         write(arguments.output, recording, meta, arguments.max_bytes)
-        env.close()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What adapts the outside world: backbones, their preprocessing and checkpoints, recorded episodes. Imports no torch."""
+"""Adapters to the outside world: backbones, their preprocessing and checkpoints, recordings. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ def tokenprune_register() -> Iterable[Spec]:
             name="openvla-oft",
             summary="OpenVLA-OFT with the L1 head: bidirectional, one pass, 1-3 views",
             target=f"{__name__}.backbones.openvla_oft:OFTFactory",
-            presets={"7b": "the release's dimensions, untrained", "small": "the release's tokens, a small decoder, untrained"},
+            presets={
+                "7b": "the release's dimensions, untrained",
+                "small": "the release's tokens, a small decoder, untrained",
+            },
             episode=f"{__name__}:episodes/libero_spatial.npz",
         ),
     )

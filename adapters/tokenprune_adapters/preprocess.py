@@ -126,8 +126,9 @@ class ImageTransform:
         Returns:
             `[B, 3, S, S]`.
         """
-        mean, std = _constants(self.means[tower], self.stds[tower], pixels.device)
-        return ((pixels.float() / 255 - mean) / std).to(dtype)
+        # Numbers rather than tensors: constants on the host would have to be copied, which waits for the device.
+        constants = zip((pixels.float() / 255).unbind(1), self.means[tower], self.stds[tower], strict=True)
+        return torch.stack([(channel - mean) / std for channel, mean, std in constants], dim=1).to(dtype)
 
 
 def check_image(view: str, image: object) -> npt.NDArray[np.uint8]:
@@ -202,15 +203,7 @@ def _crop_taps(size: int, area: float) -> tuple[npt.NDArray[np.intp], npt.NDArra
     side = np.sqrt(np.float32(area))
     position = (1 - side) / 2 * (size - 1) + side * np.arange(size, dtype=np.float32)
     low = np.floor(position)
-    high = np.minimum(np.ceil(position), size - 1)
-    return low.astype(np.intp), high.astype(np.intp), position - low
-
-
-@lru_cache(maxsize=32)
-def _constants(mean: Triple, std: Triple, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the constants of one tower as `[3, 1, 1]` float32, copied to a device once."""
-    both = torch.tensor([mean, std], dtype=torch.float32).view(2, 3, 1, 1).to(device)
-    return both[0], both[1]
+    return low.astype(np.intp), np.ceil(position).astype(np.intp), position - low
 
 
 def _field(mapping: Mapping[str, Any], name: str) -> Any:  # noqa: ANN401

@@ -66,8 +66,10 @@ class VisionBackbone(nn.Module):
             self.add_module(name, VisionTower(config))
 
     def forward(self, pixels: Tensor, transform: ImageTransform, dtype: torch.dtype) -> Tensor:
-        """Features `[B, N, sum of widths]` of cropped uint8 pixels `[B, 3, S, S]`, each tower with its own normalisation."""
-        features = [self.get_submodule(name)(transform.normalise(pixels, tower, dtype)) for tower, name in enumerate(TOWERS)]
+        """Features `[B, N, sum of widths]` of uint8 pixels `[B, 3, S, S]`, normalised for each tower by itself."""
+        features = [
+            self.get_submodule(name)(transform.normalise(pixels, tower, dtype)) for tower, name in enumerate(TOWERS)
+        ]
         return torch.cat(features, dim=-1)
 
 
@@ -114,9 +116,11 @@ class LanguageModel(nn.Module):
 
     def decoder(self, config: PrismaticConfig) -> Decoder:
         """The decoder loop over these modules."""
-        layers = cast(Sequence[nn.Module], self.model.layers)
+        layers = self.model.layers
         shape = config.decoder
-        return Decoder(layers, self.model.norm, head_dim=shape.head_dim, rope_theta=config.rope_theta, causal=shape.causal)
+        return Decoder(
+            layers, self.model.norm, head_dim=shape.head_dim, rope_theta=config.rope_theta, causal=shape.causal
+        )
 
 
 @torch.no_grad()

@@ -43,7 +43,7 @@ class PromptTokenizer:
         empty_id: Id of the empty token.
 
     Raises:
-        CheckpointError: If it lacks one of these pieces.
+        CheckpointError: If it lacks one of these pieces, or the byte tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer, source: str) -> None:
@@ -51,6 +51,7 @@ class PromptTokenizer:
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
+        _id_of("<0x0A>", tokenizer, source)  # without byte tokens the line break and foreign characters would be lost
         self.bos_id = _id_of("<s>", tokenizer, source)
         self.eos_id = _id_of("</s>", tokenizer, source)
         self.empty_id = _id_of("▁", tokenizer, source)

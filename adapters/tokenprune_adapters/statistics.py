@@ -50,7 +50,9 @@ class Statistics:
         return cls("(none)", unit(dims), None if state_size is None else unit(state_size))
 
     @classmethod
-    def read(cls, data: Mapping[str, Any], key: str | None, dims: int, state_size: int | None, where: str) -> Statistics:
+    def read(
+        cls, data: Mapping[str, Any], key: str | None, dims: int, state_size: int | None, where: str
+    ) -> Statistics:
         """Read one dataset's quantiles from a release's `dataset_statistics.json`.
 
         Args:
@@ -67,7 +69,9 @@ class Statistics:
             raise CheckpointError(f"{where}: holds no dataset statistics")
         if key is None:
             if len(data) != 1:
-                raise CheckpointError(f"{where}: holds statistics of several datasets; give unnorm_key, one of {', '.join(sorted(data))}")
+                raise CheckpointError(
+                    f"{where}: holds statistics of several datasets; give unnorm_key, one of {', '.join(sorted(data))}"
+                )
             key = next(iter(data))
         if key not in data:
             raise CheckpointError(f"{where}: no statistics for '{key}'{nearest(key, data)}")

@@ -8,9 +8,19 @@ from tokenprune.hookspecs import hookimpl
 from tokenprune.specs import PipelineSpec, Spec, StageSpec
 
 _STAGES = (
-    StageSpec("none", "control", "asked at every cut, drops nothing: what the framework itself costs", f"{__name__}.controls:Nothing"),
+    StageSpec(
+        "none",
+        "control",
+        "asked at every cut, drops nothing: what the framework itself costs",
+        f"{__name__}.controls:Nothing",
+    ),
     StageSpec("random", "control", "keeps tokens at random", f"{__name__}.controls:Random"),
-    StageSpec("uniform_grid", "control", "keeps an evenly spread grid of each view's patches", f"{__name__}.controls:UniformGrid"),
+    StageSpec(
+        "uniform_grid",
+        "control",
+        "keeps an evenly spread grid of each view's patches",
+        f"{__name__}.controls:UniformGrid",
+    ),
     StageSpec(
         "fastv",
         "scorer",

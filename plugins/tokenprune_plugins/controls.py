@@ -61,7 +61,9 @@ class Random(Stage[HalfConfig]):
         return self._score(ctx)
 
     def _score(self, ctx: SelectContext) -> Proposal:
-        return Proposal(score=torch.stack([hashed(ids, seed) for ids, seed in zip(ctx.prunable, ctx.seeds, strict=True)]))
+        return Proposal(
+            score=torch.stack([hashed(ids, seed) for ids, seed in zip(ctx.prunable, ctx.seeds, strict=True)])
+        )
 
 
 class UniformGrid(Stage[HalfConfig]):

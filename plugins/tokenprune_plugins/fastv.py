@@ -25,7 +25,8 @@ class FastVConfig(CutConfig):
     after: Cuts = (1,)
     keep: Keep = 0.5
     rows: Literal["auto", "last", "text", "instruction", "action"] = Field(
-        default="auto", description="Query rows that are averaged; auto: `last` in a causal decoder, `text` in a bidirectional one."
+        default="auto",
+        description="Query rows that are averaged; auto: `last` in a causal decoder, `text` in a bidirectional one.",
     )
 
 

@@ -23,7 +23,8 @@ from tokenprune.trace import QueryTrace
 FORMAT_VERSION = 1
 WARMUP = 2
 UNTRAINED = (
-    "The weights are untrained random numbers: action error says how far pruning moves the output, and nothing about success."
+    "The weights are untrained random numbers: action error says how far pruning moves\n"
+    "the output, and nothing about success."
 )
 
 
@@ -103,7 +104,9 @@ def compare(
     labels = ["dense", *(p.label for p in others)]
     for label in labels:
         if labels.count(label) > 1:
-            raise ConfigError(f"two pipelines are called '{label}'; rename one, or write '{label}@keep=0.25' to vary it")
+            raise ConfigError(
+                f"two pipelines are called '{label}'; rename one, or write '{label}@keep=0.25' to vary it"
+            )
     policies = [Policy(backbone, config, registry) for config in (DENSE, *(p.config for p in others))]
     steps = query_steps(episode, backbone.info.action.horizon, queries)
     warm = steps[: min(WARMUP, len(steps))]
@@ -118,12 +121,19 @@ def compare(
         "settings": settings or {},
         "backbone": describe(backbone.info),
         "note": UNTRAINED if backbone.info.untrained else "",
-        "episode": {"name": episode.name, "instruction": episode.instruction, "steps": list(steps), "meta": dict(episode.meta)},
+        "episode": {
+            "name": episode.name,
+            "instruction": episode.instruction,
+            "steps": list(steps),
+            "meta": dict(episode.meta),
+        },
         "warmup_queries": len(warm),
         "pipelines": {"dense": {"version": 1, "name": "dense"}, **{p.label: p.resolved for p in others}},
         "notes": {label: notes(policy) for label, policy in zip(labels, policies, strict=True)},
         "rows": [asdict(row) for row in rows],
-        "queries": {label: [c.trace.to_json(with_ids=True) for c in own] for label, own in zip(labels, chunks, strict=True)},
+        "queries": {
+            label: [c.trace.to_json(with_ids=True) for c in own] for label, own in zip(labels, chunks, strict=True)
+        },
     }
     return Comparison(rows, data)
 

@@ -42,7 +42,9 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 
     def ask(*words: str) -> str | None:
         try:
-            done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10, check=True)
+            done = subprocess.run(
+                ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10, check=True
+            )
         except (OSError, subprocess.SubprocessError):
             return None
         return done.stdout.strip()
@@ -50,7 +52,11 @@ def git_state(folder: Path) -> dict[str, Any] | None:
     if "site-packages" in folder.parts:
         return None
     commit = ask("rev-parse", "HEAD")
-    return None if commit is None else {"commit": commit, "changed": bool(ask("status", "--porcelain", "--untracked-files=no"))}
+    return (
+        None
+        if commit is None
+        else {"commit": commit, "changed": bool(ask("status", "--porcelain", "--untracked-files=no"))}
+    )
 
 
 def cpu_name() -> str:
@@ -59,7 +65,9 @@ def cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
 
 
 def _version(package: str) -> str | None:

@@ -19,11 +19,15 @@ def query_steps(episode: Episode, horizon: int, queries: int | None) -> list[int
     """
     steps = list(range(0, len(episode), horizon))
     if queries is not None and not 1 <= queries <= len(steps):
-        raise EpisodeError(f"episode '{episode.name}' holds 1 to {len(steps)} queries of {horizon} actions, not {queries}")
+        raise EpisodeError(
+            f"episode '{episode.name}' holds 1 to {len(steps)} queries of {horizon} actions, not {queries}"
+        )
     return steps[:queries]
 
 
-def replay(policies: Sequence[Policy], episode: Episode, steps: Sequence[int], tick: Tick = lambda: None) -> list[list[ActionChunk]]:
+def replay(
+    policies: Sequence[Policy], episode: Episode, steps: Sequence[int], tick: Tick = lambda: None
+) -> list[list[ActionChunk]]:
     """Query every policy at every step, the policies in turn within a step, and tell each what was executed.
 
     The recorded actions are what the robot did; the policies' own actions are only compared.
@@ -62,5 +66,8 @@ def observe(episode: Episode, step: int, policy: Policy) -> dict[str, object]:
     views = policy.backbone.info.views
     missing = [view for view in views if view not in episode.views]
     if missing:
-        raise EpisodeError(f"episode '{episode.name}' has the views {', '.join(episode.views)}, but the policy also looks at {', '.join(missing)}")
+        raise EpisodeError(
+            f"episode '{episode.name}' has the views {', '.join(episode.views)}; "
+            f"the policy also looks at {', '.join(missing)}"
+        )
     return {"images": {view: episode.frame(step, view) for view in views}, "state": episode.state[step]}

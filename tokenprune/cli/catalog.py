@@ -12,7 +12,17 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from tokenprune.cli.options import BackboneName, Checkpoint, Json, Options, Plugins, Preset, Sets, backbone_options, print_json, registry
+from tokenprune.cli.options import (
+    Checkpoint,
+    Json,
+    Options,
+    Plugins,
+    Preset,
+    Sets,
+    backbone_options,
+    print_json,
+    registry,
+)
 from tokenprune.errors import ConfigError, PluginError, TokenPruneError, nearest
 from tokenprune.registry import Registry
 
@@ -25,7 +35,9 @@ def add_to(app: typer.Typer) -> None:
 
 
 def list_(
-    pattern: Annotated[str, typer.Argument(help="Names to show, with * as wildcard.")] = "*", plugins: Plugins = None, as_json: Json = False
+    pattern: Annotated[str, typer.Argument(help="Names to show, with * as wildcard.")] = "*",
+    plugins: Plugins = None,
+    as_json: Json = False,
 ) -> None:
     """List the stages, pipelines and backbones that are installed, and whose they are."""
     found = registry(plugins)
@@ -54,7 +66,11 @@ def _entries(found: Registry) -> list[dict[str, str]]:
     return [*stages, dense, *pipelines, *backbones]
 
 
-def show(name: Annotated[str, typer.Argument(help="A stage, pipeline or backbone.")], plugins: Plugins = None, as_json: Json = False) -> None:
+def show(
+    name: Annotated[str, typer.Argument(help="A stage, pipeline or backbone.")],
+    plugins: Plugins = None,
+    as_json: Json = False,
+) -> None:
     """Show one stage with its configuration, one pipeline as resolved, or one backbone with its presets."""
     found = registry(plugins)
     about: dict[str, Any] = {}
@@ -62,10 +78,15 @@ def show(name: Annotated[str, typer.Argument(help="A stage, pipeline or backbone
         registered = found.stages[name]
         config = found.stage_class(name).Config
         fields = {
-            key: {"default": "required" if field.is_required() else field.default, "about": field.description or ""}
+            key: {"default": "required" if field.is_required() else field.get_default(call_default_factory=True), "about": field.description or ""}
             for key, field in config.model_fields.items()
         }
-        about["stage"] = {**_owned(registered), "paper": registered.spec.paper, "requires": sorted(registered.spec.requires), "config": fields}
+        about["stage"] = {
+            **_owned(registered),
+            "paper": registered.spec.paper,
+            "requires": sorted(registered.spec.requires),
+            "config": fields,
+        }
     if name in found.pipelines or name == "dense":
         from tokenprune.loader import load_pipeline
 
@@ -86,7 +107,11 @@ def show(name: Annotated[str, typer.Argument(help="A stage, pipeline or backbone
 
 def _owned(registered: Any) -> dict[str, Any]:  # noqa: ANN401
     owner = registered.owner
-    return {"summary": registered.spec.summary, "from": f"{owner.distribution} {owner.version}", "module": registered.spec.target}
+    return {
+        "summary": registered.spec.summary,
+        "from": f"{owner.distribution} {owner.version}",
+        "module": registered.spec.target,
+    }
 
 
 def _print_facts(console: Console, facts: dict[str, Any], indent: str) -> None:
@@ -145,7 +170,8 @@ def validate(
 
 
 def schema(
-    out: Annotated[Path | None, typer.Option(help="File to write; standard output when left out.")] = None, plugins: Plugins = None
+    out: Annotated[Path | None, typer.Option(help="File to write; standard output when left out.")] = None,
+    plugins: Plugins = None,
 ) -> None:
     """Print the JSON schema of pipeline files, made from the installed stages, for your editor."""
     import json
@@ -178,7 +204,12 @@ def doctor(plugins: Plugins = None, as_json: Json = False) -> None:
         "pipelines": len(found.pipelines),
         "backbones": len(found.backbones),
         "broken": [
-            {"plugin": q.name, "from": f"{q.owner.distribution} {q.owner.version}", "error": q.error, "traceback": q.traceback}
+            {
+                "plugin": q.name,
+                "from": f"{q.owner.distribution} {q.owner.version}",
+                "error": q.error,
+                "traceback": q.traceback,
+            }
             for q in found.quarantined
         ],
         "disabled_but_unknown": list(found.unknown_disabled),

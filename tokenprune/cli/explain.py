@@ -44,7 +44,9 @@ def describe_backbone(
     """A backbone's facts and its layout by instruction."""
     preset, checkpoint = source(preset, checkpoint)
     folder = None if checkpoint is None else Path(checkpoint)
-    described: tuple[BackboneInfo, Callable[[str], TokenLayout]] = found.backbone_factory(name).describe(preset, folder, options)
+    described: tuple[BackboneInfo, Callable[[str], TokenLayout]] = found.backbone_factory(name).describe(
+        preset, folder, options
+    )
     return described
 
 
@@ -75,13 +77,20 @@ def explain(
         "backbone": f"{info.name} {info.source}" + (", untrained" if info.untrained else ""),
         "instruction": instruction,
         "tokens": layout.n_tokens,
-        "segments": [{"role": s.role.value, "view": s.view, "start": s.start, "length": s.length, "prunable": s.prunable} for s in layout.segments],
+        "segments": [
+            {"role": s.role.value, "view": s.view, "start": s.start, "length": s.length, "prunable": s.prunable}
+            for s in layout.segments
+        ],
         "hooks": [
             {"hook": hook, "stage": bound.names[index], "from": _owner(found, bound.names[index])}
             for hook, calls in bound.hooks.items()
             for index, _ in calls
         ],
-        "notes": [f"{name}: {note}" for name, stage in zip(bound.names, bound.stages, strict=True) if (note := stage.notes(info))],
+        "notes": [
+            f"{name}: {note}"
+            for name, stage in zip(bound.names, bound.stages, strict=True)
+            if (note := stage.notes(info))
+        ],
         "modes": {mode: _mode(bound, info, layout, mode) for mode in loaded.config.modes},
     }
     if as_json:
@@ -102,7 +111,10 @@ def _mode(bound: BoundPipeline, info: BackboneInfo, layout: TokenLayout, mode: s
     plan = bound.plan(layout, mode)
     probes = [(layer, rows) for stage in bound.stages for layer, rows in stage.probes(info)]
     counted = tuple((layer, len(layout.span(rows))) for layer, rows in probes)
-    own, dense = query_flops(info, plan, counted), query_flops(info, make_plan((), (), layout, mode, info.decoder.depth))
+    own, dense = (
+        query_flops(info, plan, counted),
+        query_flops(info, make_plan((), (), layout, mode, info.decoder.depth)),
+    )
     return {
         "cuts": [
             {
@@ -134,7 +146,7 @@ def _mode(bound: BoundPipeline, info: BackboneInfo, layout: TokenLayout, mode: s
 
 def _print(facts: dict[str, Any]) -> None:
     console = Console(highlight=False)
-    print(f"{facts['pipeline']['name']} on {facts['backbone']}: {facts['tokens']} tokens for \"{facts['instruction']}\"")
+    print(f'{facts["pipeline"]["name"]} on {facts["backbone"]}: {facts["tokens"]} tokens for "{facts["instruction"]}"')
     parts = [f"{s['view'] or s['role']} {s['length']}" for s in facts["segments"]]
     print(f"sequence: {' | '.join(parts)}\n")
     if facts["hooks"]:
@@ -163,7 +175,13 @@ def _print_cuts(console: Console, plan: dict[str, Any]) -> None:
     table = _table("cut after", "finds", "keeps", "views", "asked")
     for cut in plan["cuts"]:
         views = ", ".join(f"{view} {keep}" for view, keep in cut["views"].items())
-        table.add_row(str(cut["after"]), str(cut["found"]), ("<= " if cut["at_most"] else "") + str(cut["keep"]), views, ", ".join(cut["stages"]))
+        table.add_row(
+            str(cut["after"]),
+            str(cut["found"]),
+            ("<= " if cut["at_most"] else "") + str(cut["keep"]),
+            views,
+            ", ".join(cut["stages"]),
+        )
     console.print(table)
 
 
@@ -173,9 +191,13 @@ def _print_layers(console: Console, plan: dict[str, Any]) -> None:
     starts = [i for i, layer in enumerate(layers) if i == 0 or layer["tokens"] != layers[i - 1]["tokens"]]
     for start, stop in zip(starts, [*starts[1:], len(layers)], strict=True):
         run = layers[start:stop]
-        probes = "; ".join(f"layer {p['layer']}: {p['count']} {p['rows']} rows" for p in plan["probes"] if start <= p["layer"] < stop)
+        probes = "; ".join(
+            f"layer {p['layer']}: {p['count']} {p['rows']} rows" for p in plan["probes"] if start <= p["layer"] < stop
+        )
         name = str(start) if stop == start + 1 else f"{start}-{stop - 1}"
-        table.add_row(name, str(run[0]["tokens"]), str(run[0]["prunable"]), f"{sum(layer['gflops'] for layer in run):.4g}", probes)
+        table.add_row(
+            name, str(run[0]["tokens"]), str(run[0]["prunable"]), f"{sum(layer['gflops'] for layer in run):.4g}", probes
+        )
     console.print(table)
 
 

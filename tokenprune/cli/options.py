@@ -16,12 +16,20 @@ from tokenprune.registry import Registry
 
 Plugins = Annotated[list[Path] | None, typer.Option("--plugin", help="A python file with stages; may be repeated.")]
 Json = Annotated[bool, typer.Option("--json", help="Print plain data instead of tables.")]
-Sets = Annotated[list[str] | None, typer.Option("--set", help="stages.1.keep=0.5 and the like, for every pipeline named.")]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", help="stages.1.keep=0.5 and the like, for every pipeline named.")
+]
 BackboneName = Annotated[str, typer.Option("--backbone", help="A registered backbone.")]
-Preset = Annotated[str | None, typer.Option(help="Size of untrained random weights; `small` when no checkpoint is given.")]
+Preset = Annotated[
+    str | None, typer.Option(help="Size of untrained random weights; `small` when no checkpoint is given.")
+]
 Checkpoint = Annotated[str | None, typer.Option(help="Folder in the release's format, or a hub id.")]
-Options = Annotated[list[str] | None, typer.Option("--option", help="The backbone's own: views=[primary], proprio=false, unnorm_key=…")]
-EpisodePath = Annotated[Path | None, typer.Option("--episode", help="A recorded episode; the bundled one when left out.")]
+Options = Annotated[
+    list[str] | None, typer.Option("--option", help="The backbone's own: views=[primary], proprio=false, unnorm_key=…")
+]
+EpisodePath = Annotated[
+    Path | None, typer.Option("--episode", help="A recorded episode; the bundled one when left out.")
+]
 
 
 def registry(plugins: Sequence[Path] | None) -> Registry:

@@ -44,7 +44,9 @@ def add_to(app: typer.Typer) -> None:
 
 
 def compare(
-    pipelines: Annotated[list[str], typer.Argument(help="Names or files; NAME@keep=0.25 varies one. Dense is always there.")],
+    pipelines: Annotated[
+        list[str], typer.Argument(help="Names or files; NAME@keep=0.25 varies one. Dense is always there.")
+    ],
     backbone: BackboneName = "openvla-oft",
     preset: Preset = None,
     checkpoint: Checkpoint = None,
@@ -60,7 +62,9 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Compare pipelines with the dense policy on one recorded episode: tokens, FLOPs, time, action error."""
-    result = _compare(pipelines, backbone, preset, checkpoint, episode, queries, device, dtype, seed, options, sets, plugins)
+    result = _compare(
+        pipelines, backbone, preset, checkpoint, episode, queries, device, dtype, seed, options, sets, plugins
+    )
     path = _write(out, f"compare-{backbone}", result.data)
     if as_json:
         print_json(result.data)
@@ -69,7 +73,8 @@ def compare(
 
     data = result.data
     facts, first = data["provenance"], data["queries"]["dense"][0]
-    print(f"{data['backbone']['name']} {data['backbone']['source']}, {dtype}, {facts['gpu'] or facts['cpu']}, attention {first['attention_kernel']}")
+    print(f"{data['backbone']['name']} {data['backbone']['source']}, {dtype}, attention {first['attention_kernel']}")
+    print(facts["gpu"] or f"{facts['cpu']}, {facts['torch_threads']} threads")
     print(f'{len(data["episode"]["steps"])} queries of "{data["episode"]["instruction"]}"\n')
     Console(width=WIDTH, highlight=False).print(compare_table(result.rows))
     print(compare_legend(result.rows, data["note"]))
@@ -107,7 +112,11 @@ def run(
     loaded = load_pipeline(pipeline, found, sets or ())
     preset, checkpoint = source(preset, checkpoint)
     recorded = load_episode(episode or bundled_episode(found, backbone))
-    policy = Policy(load_backbone(backbone, found, checkpoint, preset, device, dtype, seed, backbone_options(options)), loaded.config, found)
+    policy = Policy(
+        load_backbone(backbone, found, checkpoint, preset, device, dtype, seed, backbone_options(options)),
+        loaded.config,
+        found,
+    )
     steps = query_steps(recorded, policy.backbone.info.action.horizon, queries)
     with _progress() as begin:
         chunks = replay([policy], recorded, steps, begin(len(steps)))[0]
@@ -128,12 +137,21 @@ def run(
         return
     print(f'{loaded.label} on {info.name} {info.source}: "{recorded.instruction}"')
     for step, query in zip(steps, data["queries"], strict=True):
-        kept = "; ".join(f"{'+'.join(f'{v} {n[0]}' for v, n in views.items())} after {cut}" for cut, views in query["kept_per_view"].items())
-        phases = ", ".join(f"{name} {ms:.0f}" for name, ms in query["phases_ms"].items() if ms >= 0.5)
-        print(f"step {step:3d}  {query['mode']}  {query['query_ms']:.0f} ms ({phases})  kept {kept or 'everything'}{query['fallback'] and '  FELL BACK: ' + query['fallback']}")
+        print(f"step {step:3d}  {_query_line(query)}")
     if info.untrained:
         print("The weights are untrained random numbers: the actions mean nothing.")
     print(f"\nwrote {path}")
+
+
+def _query_line(query: dict[str, Any]) -> str:
+    """What one query did, on one line."""
+    cuts = [
+        f"{cut}: {' '.join(f'{v} {n[0]}' for v, n in views.items())}" for cut, views in query["kept_per_view"].items()
+    ]
+    phases = ", ".join(f"{name} {ms:.0f}" for name, ms in query["phases_ms"].items() if ms >= 0.5)
+    kept = f"kept after {'; '.join(cuts)}" if cuts else "kept everything"
+    fallback = f"  FELL BACK: {query['fallback']}" if query["fallback"] else ""
+    return f"{query['mode']}  {query['query_ms']:.0f} ms ({phases})  {kept}{fallback}"
 
 
 def _compare(
@@ -161,7 +179,15 @@ def _compare(
     preset, checkpoint = source(preset, checkpoint)
     recorded = load_episode(episode or bundled_episode(found, backbone))
     chosen = backbone_options(options)
-    settings = {"preset": preset, "checkpoint": checkpoint, "device": device, "dtype": dtype, "seed": seed, "options": chosen, "episode": str(episode or "bundled")}
+    settings = {
+        "preset": preset,
+        "checkpoint": checkpoint,
+        "device": device,
+        "dtype": dtype,
+        "seed": seed,
+        "options": chosen,
+        "episode": str(episode or "bundled"),
+    }
     model = load_backbone(backbone, found, checkpoint, preset, device, dtype, seed, chosen)
     with _progress() as begin:
         return measure(model, loaded, recorded, found, queries, settings, begin)

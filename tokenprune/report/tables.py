@@ -16,10 +16,10 @@ WIDTH = 80
 def compare_table(rows: tuple[Row, ...]) -> Table:
     """One line per pipeline; the legend below the table explains the columns."""
     groups = tuple(name for name in rows[0].error if name != "gripper")
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold", show_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, header_style="bold", show_edge=False)
     table.add_column("\npipeline", overflow="fold", min_width=12)
     for heading in (
-        "tokens\nmean", "\nlast", "FLOP\nG", "\nratio", "ms\np50", "\np95", "speed\nup", "eff\n", "sel\n%",
+        "tokens\nmean", "\nlast", "FLOP\nG", "\nratio", "ms\np50", "\np95", "speed\nup", "\neff", "sel\n%",
         *(f"{'' if i else 'L1'}\n{name[:5]}" for i, name in enumerate(groups)), "grip\nflip",
     ):  # fmt: skip
         table.add_column(heading, justify="right", no_wrap=True)
@@ -30,8 +30,8 @@ def compare_table(rows: tuple[Row, ...]) -> Table:
             f"{row.tokens_last:.0f}",
             f"{row.gflops:.4g}",
             f"{row.flop_ratio:.2f}",
-            f"{row.median_ms:.0f}",
-            f"{row.p95_ms:.0f}",
+            milliseconds(row.median_ms),
+            milliseconds(row.p95_ms),
             f"{row.speedup:.2f}",
             f"{row.efficiency:.2f}",
             f"{100 * row.selection:.1f}",
@@ -39,6 +39,11 @@ def compare_table(rows: tuple[Row, ...]) -> Table:
             str(row.gripper_flips),
         )
     return table
+
+
+def milliseconds(value: float) -> str:
+    """Four characters: milliseconds, or seconds where those do not fit."""
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}" if value < 9999.5 else f"{value / 1e3:.0f}s"
 
 
 def compare_legend(rows: tuple[Row, ...], note: str) -> str:

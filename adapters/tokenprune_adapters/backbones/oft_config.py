@@ -153,7 +153,11 @@ def with_options(config: OFTConfig, options: Mapping[str, Any]) -> OFTConfig:
     for key, value in options.items():
         if key == "views":
             names = tuple(value) if isinstance(value, list | tuple) else ()
-            if not 1 <= len(names) <= 3 or len(set(names)) != len(names) or not all(isinstance(n, str) and n for n in names):
+            if (
+                not 1 <= len(names) <= 3
+                or len(set(names)) != len(names)
+                or not all(isinstance(n, str) and n for n in names)
+            ):
                 raise ConfigError(f"views must be one to three distinct camera names in sequence order, got {value!r}")
             config = replace(config, views=names)
         elif key in ("proprio", "center_crop"):

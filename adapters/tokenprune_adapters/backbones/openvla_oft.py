@@ -89,7 +89,8 @@ class OpenVLAOFT:
         images = observation["images"]
         for view in self.config.views:
             if view not in images:
-                raise ObservationError(f"view '{view}' is missing; this policy looks at {', '.join(self.config.views)}, got {', '.join(images) or 'none'}")
+                looks, got = ", ".join(self.config.views), ", ".join(map(str, images)) or "none"
+                raise ObservationError(f"view '{view}' is missing; this policy looks at {looks}, got {got}")
             check_image(view, images[view])
         for view in images:
             if view not in self.config.views:
@@ -109,7 +110,9 @@ class OpenVLAOFT:
         if values.shape != (size,):
             raise ObservationError(f"the state must be {size} numbers, got shape {list(values.shape)}")
         if not np.isfinite(values).all():
-            raise ObservationError(f"the state holds NaN or infinite numbers at {np.flatnonzero(~np.isfinite(values)).tolist()}")
+            raise ObservationError(
+                f"the state holds NaN or infinite numbers at {np.flatnonzero(~np.isfinite(values)).tolist()}"
+            )
 
     def prepare(self, observations: Sequence[Observation], instructions: Sequence[str]) -> OFTInputs:
         """Resize and crop images, tokenise, normalise the state, and upload."""
@@ -178,7 +181,12 @@ class OFTFactory:
 
     @staticmethod
     def build(
-        name: str | None, checkpoint: Path | None, options: Mapping[str, Any], device: torch.device, dtype: torch.dtype, seed: int
+        name: str | None,
+        checkpoint: Path | None,
+        options: Mapping[str, Any],
+        device: torch.device,
+        dtype: torch.dtype,
+        seed: int,
     ) -> OpenVLAOFT:
         """A policy from a checkpoint, or with untrained weights from a preset.
 
@@ -194,7 +202,9 @@ class OFTFactory:
             return load_oft(Path(checkpoint), options, device, dtype)
         config, tokenizer = _untrained_config(name, options), PromptTokenizer.bundled()
         if tokenizer.vocab_size > config.body.vocab:
-            raise CheckpointError(f"the tokenizer has {tokenizer.vocab_size} tokens, the embedding table {config.body.vocab} rows")
+            raise CheckpointError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, the embedding table {config.body.vocab} rows"
+            )
         with torch.device("meta"):
             model = OFTModel(config)
         fill_untrained(model, seed, device, dtype)

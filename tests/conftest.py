@@ -1,0 +1,23 @@
+"""How every test runs: the same hypothesis examples each time, and two threads."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(2)
+
+# "ci" is hypothesis's own name for a profile that draws the same examples every time; here it draws fewer.
+settings.register_profile("ci", derandomize=True, deadline=None, database=None, max_examples=50)
+settings.register_profile("nightly", deadline=None, database=None, print_blob=True, max_examples=1000)
+settings.load_profile("ci")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure() -> None:
+    """Let HYPOTHESIS_PROFILE win over the profile named in pyproject.toml."""
+    if profile := os.environ.get("HYPOTHESIS_PROFILE"):
+        settings.load_profile(profile)

@@ -1,0 +1,108 @@
+"""Hypothesis strategies that several test files share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tokenprune.decoder import Decoder
+from tokenprune.layout import Role, Segment, TokenLayout
+
+if TYPE_CHECKING:
+    from transformers import LlamaModel
+
+VIEWS = ("primary", "wrist", "left")
+seeds = st.integers(0, 2**31 - 1)
+batches = st.integers(1, 3)
+
+
+def random(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Normal numbers that depend on the seed alone."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+@st.composite
+def layouts(draw: st.DrawFn, max_views: int = 3, max_side: int = 4) -> TokenLayout:
+    """Token layouts of every shape the backbones have, with fixed tokens between views in some of them."""
+    parts = [Segment(Role.BOS, 0, draw(st.integers(0, 1)))]
+    sides = st.integers(1, max_side)
+    for view in VIEWS[: draw(st.integers(1, max_views))]:
+        rows, cols = draw(sides), draw(sides)
+        parts.append(Segment(Role.VISION, 0, rows * cols, view, (rows, cols), prunable=True))
+        between = draw(st.sampled_from([None, None, Role.PAD, Role.STATE, Role.TEXT, Role.STOP]))
+        if between is not None:
+            parts.append(Segment(between, 0, draw(st.integers(1, 3))))
+    extra = draw(st.sampled_from([None, Role.PROPRIO, Role.STATE]))
+    if extra is not None:
+        parts.append(Segment(extra, 0, 1))
+
+    text = draw(st.integers(3, 12))
+    start = sum(part.length for part in parts)
+    inside = sorted(draw(st.lists(st.integers(0, text), min_size=2, max_size=2, unique=True)))
+    rows = {"text": range(start, start + text), "instruction": range(start + inside[0], start + inside[1])}
+    parts.append(Segment(Role.TEXT, 0, text))
+    stop, actions = start + text, draw(st.integers(0, 6))
+    rows["readout"] = range(stop - 1, stop + max(actions, 1) - 1)
+    if actions:
+        rows["action"] = range(stop, stop + actions)
+        parts.append(Segment(Role.ACTION, 0, actions))
+    parts.append(Segment(Role.STOP, 0, draw(st.integers(0, 1))))
+    return TokenLayout.build(parts, rows)
+
+
+def keep_counts(prunable: int) -> st.SearchStrategy[int]:
+    """Any number of tokens a cut may keep, nothing and everything included."""
+    return st.integers(0, prunable)
+
+
+@st.composite
+def keep_sets(draw: st.DrawFn, held: list[list[int]], fixed: frozenset[int] = frozenset()) -> list[list[int]]:
+    """Of the ids each batch row holds, as many to keep in every row, the fixed ones among them, ascending."""
+    free = [[token for token in row if token not in fixed] for row in held]
+    keep = draw(st.integers(0 if fixed else 1, len(free[0])))
+    always = [token for token in held[0] if token in fixed]
+    return [sorted([*always, *draw(st.permutations(row))[:keep]]) for row in free]
+
+
+def tiny_llama(
+    depth: int = 3, hidden: int = 16, heads: int = 4, kv_heads: int = 2, head_dim: int = 4, mlp: int = 24,
+    theta: float = 500.0, seed: int = 0,
+) -> LlamaModel:  # fmt: skip
+    """transformers' Llama in float64, with weights large enough that attention is far from uniform."""
+    from transformers import LlamaConfig, LlamaModel
+
+    config = LlamaConfig(
+        hidden_size=hidden, num_hidden_layers=depth, num_attention_heads=heads, num_key_value_heads=kv_heads,
+        head_dim=head_dim, intermediate_size=mlp, vocab_size=2, rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": theta}, attn_implementation="sdpa",
+    )  # fmt: skip
+    model = LlamaModel(config).double().eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for weight in model.parameters():
+        noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+        weight.copy_(1 + 0.3 * noise if weight.dim() == 1 else noise * 1.5 / weight.shape[1] ** 0.5)
+    return model
+
+
+@st.composite
+def llamas(draw: st.DrawFn) -> LlamaModel:
+    """Small Llamas of every head grouping."""
+    kv_heads = draw(st.sampled_from([1, 2, 3]))
+    return tiny_llama(
+        depth=draw(st.integers(1, 4)),
+        hidden=draw(st.sampled_from([8, 12, 20])),
+        heads=kv_heads * draw(st.sampled_from([1, 2, 4])),
+        kv_heads=kv_heads,
+        head_dim=draw(st.sampled_from([2, 4, 8])),
+        theta=draw(st.sampled_from([10.0, 500.0, 10000.0])),
+        seed=draw(seeds),
+    )
+
+
+def decoder_of(model: LlamaModel, causal: bool) -> Decoder:
+    """The project's loop over the layers of that model."""
+    theta = model.config.rope_parameters["rope_theta"]
+    return Decoder(model.layers, model.norm, head_dim=model.config.head_dim, rope_theta=theta, causal=causal)

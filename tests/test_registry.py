@@ -1,0 +1,427 @@
+"""Plugins are found, isolated when broken, and named with their owners in every message."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import itertools
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass
+
+import pytest
+
+from tokenprune.errors import PluginError
+from tokenprune.registry import Owner, Registry
+
+HEAD = """
+from tokenprune.hookspecs import hookimpl
+from tokenprune.specs import BackboneSpec, PipelineSpec, StageSpec
+"""
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class Dist:
+    name: str
+    version: str | None
+
+
+@dataclass(frozen=True)
+class Entry:
+    name: str
+    value: str
+    dist: Dist | None
+
+    def load(self):
+        return importlib.import_module(self.value)
+
+
+def stage(name="mine", target="m:C", **more):
+    extra = "".join(f", {key}={value!r}" for key, value in more.items())
+    return f"StageSpec({name!r}, 'selector', 'a stage', {target!r}{extra})"
+
+
+def pipeline(name):
+    return f"PipelineSpec({name!r}, 'a pipeline', 'package', 'file.yaml')"
+
+
+def backbone(name, target="m:F"):
+    return f"BackboneSpec({name!r}, 'a backbone', {target!r})"
+
+
+def registering(*specs):
+    return f"{HEAD}\n@hookimpl\ndef tokenprune_register():\n    return [{', '.join(specs)}]\n"
+
+
+@pytest.fixture
+def install(monkeypatch, tmp_path):
+    """Install plugins: `install((entry name, distribution, source), ...)` in the order metadata would give them."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delenv("TOKENPRUNE_DISABLE", raising=False)
+    real = importlib.metadata.entry_points
+
+    def install(*plugins):
+        entries = []
+        for name, distribution, source in plugins:
+            module = f"fake_plugin_{next(_numbers)}"
+            (tmp_path / f"{module}.py").write_text(textwrap.dedent(source))
+            entries.append(Entry(name, module, Dist(distribution, "1.2")))
+        importlib.invalidate_caches()
+
+        def entry_points(**which):
+            return tuple(entries) if which == {"group": "tokenprune"} else real(**which)
+
+        monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
+        return entries
+
+    return install
+
+
+@pytest.fixture
+def plugin_file(install, tmp_path):
+    """Write a plugin file, with nothing else installed."""
+
+    def write(source, name="mine.py"):
+        install()
+        path = tmp_path / name
+        path.write_text(textwrap.dedent(source))
+        return path
+
+    return write
+
+
+def test_specs_of_every_kind_are_registered_with_their_owner(install):
+    source = registering(stage("a.b_c", "my.module:Class"), pipeline("p"), backbone("b-1"))
+    (entry,) = install(("mine", "my-plugins", source))
+    found = Registry.discover()
+    assert found.quarantined == ()
+    assert (set(found.stages), set(found.pipelines), set(found.backbones)) == ({"a.b_c"}, {"p"}, {"b-1"})
+    assert found.stage("a.b_c").spec.target == "my.module:Class"
+    assert found.stage("a.b_c").owner == Owner("my-plugins", "1.2", entry.value)
+    assert found.pipeline("p").owner == found.backbone("b-1").owner == found.stage("a.b_c").owner
+
+
+def test_a_name_may_be_used_once_for_each_kind(install):
+    install(("mine", "mine", registering(stage("x"), pipeline("x"), backbone("x"))))
+    found = Registry.discover()
+    assert (len(found.stages), len(found.pipelines), len(found.backbones), found.quarantined) == (1, 1, 1, ())
+
+
+BROKEN = {
+    "import": ("import nowhere_to_be_found", "ModuleNotFoundError: No module named 'nowhere_to_be_found'"),
+    "syntax": ("def (", "SyntaxError: invalid syntax"),
+    "exit": ("import sys\nsys.exit(3)", "SystemExit: 3"),
+    "nothing": ("x = 1", "it has no hook 'tokenprune_register' decorated with @hookimpl"),
+    "undecorated": ("def tokenprune_register():\n    return []", "decorate it with @hookimpl"),
+    "misspelt": (
+        f"{HEAD}\n@hookimpl\ndef tokenprune_registre():\n    return []",
+        "unknown hook 'tokenprune_registre'; did you mean 'tokenprune_register'?",
+    ),
+    "argument": (
+        f"{HEAD}\n@hookimpl\ndef tokenprune_register(config):\n    return []",
+        "hook 'tokenprune_register' takes the arguments (), not (config)",
+    ),
+    "wrapper": (
+        f"{HEAD}\n@hookimpl(wrapper=True)\ndef tokenprune_register():\n    return (yield)",
+        "'tokenprune_register' cannot be a wrapper",
+    ),
+    "raises": (
+        f"{HEAD}\n@hookimpl\ndef tokenprune_register():\n    raise ValueError('two\\nlines')",
+        "ValueError: two lines",
+    ),
+    "raises late": (
+        f"{HEAD}\n@hookimpl\ndef tokenprune_register():\n    yield {stage('early')}\n    raise KeyError('late')",
+        "KeyError: 'late'",
+    ),
+    "none": (f"{HEAD}\n@hookimpl\ndef tokenprune_register():\n    pass", "must return specs, got NoneType"),
+    "no spec": (registering(stage("early"), "'text'"), "returned 'text', which is none of StageSpec, PipelineSpec"),
+    "capability": (
+        registering(stage("early"), stage("late", requires=frozenset({"merg"}))),
+        "stage 'late' requires an unknown capability 'merg'; did you mean 'merge'?",
+    ),
+    "requires text": (registering(stage(requires="merge")), "requires must be a frozenset of names, got 'merge'"),
+    "target": (registering(stage("early"), stage("late", "m.C")), "'m.C' of 'late' is not of the form"),
+    "target without module": (registering(stage("late", ":Class")), "':Class' of 'late' is not of the form"),
+    "backbone target": (registering(backbone("b", "m:")), "'m:' of 'b' is not of the form"),
+    "name": (registering(stage("early"), stage("Late")), "'Late' is not a name"),
+    "name with @": (registering(stage("a@b")), "'a@b' is not a name"),
+    "name of another type": (registering("StageSpec(3, 'selector', '', 'm:C')"), "3 is not a name"),
+    "kind": (
+        registering("StageSpec('a', 'selektor', '', 'm:C')"),
+        "stage 'a' has the unknown kind 'selektor'; did you mean 'selector'?",
+    ),
+    "dense": (registering(pipeline("dense")), "pipeline 'dense' is part of tokenprune"),
+    "file name": (registering(pipeline("p.yaml")), "pipeline 'p.yaml' cannot end as a file"),
+    "itself twice": (registering(stage("a"), stage("a")), "stage 'a' of bad 1.2 is already registered by bad 1.2"),
+}
+
+
+@pytest.mark.parametrize(("source", "message"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_plugin_is_quarantined_as_a_whole_and_others_go_on(install, source, message):
+    _, bad, _ = install(
+        ("first", "a-good", registering(stage("first"))),
+        ("broken", "bad", source),
+        ("last", "c-good", registering(stage("last"))),
+    )
+    found = Registry.discover()
+    assert set(found.stages) == {"first", "last"}
+    assert not found.pipelines
+    assert not found.backbones
+    (quarantined,) = found.quarantined
+    assert quarantined.name == "broken"
+    assert quarantined.owner == Owner("bad", "1.2", bad.value)
+    assert message in quarantined.error
+    assert "\n" not in quarantined.error
+    assert quarantined.traceback.startswith("Traceback (most recent call last)")
+    assert quarantined.traceback.count("\n") > 2
+
+
+@pytest.mark.parametrize("case", sorted(set(BROKEN) - {"target without module"}))
+def test_a_broken_plugin_file_is_refused_at_once(plugin_file, case):
+    source, message = BROKEN[case]
+    path = plugin_file(source)
+    with pytest.raises(PluginError) as caught:
+        Registry.discover(plugin_files=[path])
+    assert message.replace("bad 1.2", f"{path} (file)") in str(caught.value)
+    assert str(caught.value).startswith(f"plugin file {path}")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_error_in_a_plugin_file_names_its_line(plugin_file):
+    path = plugin_file("x = 1\n\n1 / 0\n")
+    with pytest.raises(PluginError, match=r"mine\.py:3: ZeroDivisionError: division by zero"):
+        Registry.discover(plugin_files=[path])
+
+
+def test_keyboard_interrupt_is_not_swallowed(install):
+    install(("slow", "slow", "raise KeyboardInterrupt"))
+    with pytest.raises(KeyboardInterrupt):
+        Registry.discover()
+
+
+TAKEN = registering(stage("taken"), stage("free"))
+
+
+def test_built_ins_come_first_and_a_stranger_cannot_take_their_names(install):
+    install(("aaa", "aaa", TAKEN), ("strategies", "tokenprune_vla", registering(stage("taken"))))
+    found = Registry.discover()
+    assert found.stage("taken").owner.distribution == "tokenprune_vla"
+    (quarantined,) = found.quarantined
+    assert quarantined.error == "stage 'taken' of aaa 1.2 is already registered by tokenprune_vla 1.2"
+    assert "free" not in found.stages
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_of_two_strangers_the_one_later_by_distribution_name_gives_way(install, order):
+    both = (("x", "beta", TAKEN), ("y", "Alpha", TAKEN))
+    install(*(both[index] for index in order))
+    found = Registry.discover()
+    assert found.stage("taken").owner.distribution == "Alpha"
+    assert [q.error for q in found.quarantined] == ["stage 'taken' of beta 1.2 is already registered by Alpha 1.2"]
+
+
+def test_a_plugin_file_cannot_take_a_name(install, tmp_path):
+    install(("mine", "mine", TAKEN))
+    path = tmp_path / "again.py"
+    path.write_text(TAKEN)
+    with pytest.raises(PluginError) as caught:
+        Registry.discover(plugin_files=[path])
+    assert str(caught.value).endswith(f"stage 'taken' of {path} (file) is already registered by mine 1.2")
+
+
+UNIMPORTABLE = "raise AssertionError('imported')"
+
+
+@pytest.mark.parametrize("name", ["entry", "My.Dist", "my-dist"])
+def test_a_disabled_plugin_is_never_imported(install, name):
+    (off, _) = install(("entry", "my_dist", UNIMPORTABLE), ("other", "other", registering(stage("kept"))))
+    found = Registry.discover(disable=[name, " ", "nobody"])
+    assert (found.quarantined, set(found.stages)) == ((), {"kept"})
+    assert (found.disabled, found.unknown_disabled) == (("entry",), ("nobody",))
+    assert off.value not in sys.modules
+
+
+def test_the_environment_disables_unless_the_caller_says_otherwise(install, monkeypatch):
+    install(("a", "a", registering(stage("a"))), ("b", "b", registering(stage("b"))))
+    monkeypatch.setenv("TOKENPRUNE_DISABLE", " a , typo,")
+    found = Registry.discover()
+    assert (set(found.stages), found.unknown_disabled) == ({"b"}, ("typo",))
+    assert set(Registry.discover(disable=()).stages) == {"a", "b"}
+
+
+def test_a_distribution_without_a_version_is_no_obstacle(install, monkeypatch):
+    (entry,) = install(("a", "a", registering(stage("a"))))
+    for dist, expected in ((Dist("a", None), "a unknown"), (None, "unknown unknown")):
+        bare = Entry(entry.name, entry.value, dist)
+        monkeypatch.setattr(importlib.metadata, "entry_points", lambda bare=bare, **_: [bare])
+        assert str(Registry.discover().stage("a").owner) == expected
+
+
+def test_an_unknown_name_names_the_nearest(install):
+    install(("mine", "mine", registering(stage("fastv"), pipeline("p"), backbone("b"))))
+    found = Registry.discover()
+    with pytest.raises(PluginError, match=r"^no stage is called 'fastw'; did you mean 'fastv'\? valid: fastv$"):
+        found.stage("fastw")
+    with pytest.raises(PluginError, match=r"^no pipeline is called 'dens'; did you mean 'dense'\? valid: dense, p$"):
+        found.pipeline("dens")
+    with pytest.raises(PluginError, match=r"^no backbone is called 'x'; valid: b$"):
+        found.backbone("x")
+    with pytest.raises(PluginError, match="no stage is called 'fastw'; did you mean 'fastv'"):
+        found.stage_class("fastw")
+    with pytest.raises(PluginError, match="no backbone is called 'x'"):
+        found.backbone_factory("x")
+
+
+def test_an_unknown_name_mentions_plugins_that_are_not_loaded(install):
+    install(("good", "good", registering(stage("a"))), ("bad", "bad", UNIMPORTABLE), ("off", "off", UNIMPORTABLE))
+    with pytest.raises(PluginError, match=r"not loaded: 'bad' \(broken\), 'off' \(disabled\); `tokenprune doctor`"):
+        Registry.discover(disable=["off"]).stage("theirs")
+
+
+def test_nothing_installed_still_lists_dense(install):
+    install()
+    found = Registry.discover()
+    assert (found.stages, found.pipelines, found.backbones, found.quarantined) == ({}, {}, {}, ())
+    with pytest.raises(PluginError, match="valid: dense"):
+        found.pipeline("fastv")
+
+
+STAGE = """
+from tokenprune.config import CutConfig
+from tokenprune.hookspecs import hookimpl
+from tokenprune.specs import StageSpec
+from tokenprune.stage import Stage
+
+class Good(Stage[CutConfig]):
+    Config = CutConfig
+
+    @hookimpl
+    def select_tokens(self, ctx):
+        return None
+
+class Holder:
+    Inner = Good
+
+class Plain:
+    Config = CutConfig
+
+class WrongConfig(Stage[CutConfig]):
+    Config = dict
+
+class Misspelt(Stage[CutConfig]):
+    @hookimpl
+    def selekt_tokens(self, ctx):
+        return None
+
+class WrongArgument(Stage[CutConfig]):
+    @hookimpl
+    def score_layer(self, context):
+        return None
+
+class NoArgument(Stage[CutConfig]):
+    @hookimpl
+    def score_layer(self):
+        return None
+
+class Undecorated(Stage[CutConfig]):
+    def score_layer(self, ctx):
+        return None
+
+class BadWrapper(Stage[CutConfig]):
+    @hookimpl(wrapper=True)
+    def reset(self, episode):
+        return None
+
+@hookimpl
+def tokenprune_register():
+    return [StageSpec("it", "selector", "", TARGET)]
+"""
+
+
+@pytest.mark.parametrize("target", [":Good", ":Holder.Inner"])
+def test_a_plugin_file_may_name_its_own_classes(plugin_file, target):
+    path = plugin_file(STAGE.replace("TARGET", repr(target)))
+    found = Registry.discover(plugin_files=[path])
+    good = found.stage_class("it")
+    assert good.__name__ == "Good"
+    assert found.stage_class("it") is good
+    assert str(found.stage("it").owner) == f"{path} (file)"
+    assert sys.modules[good.__module__].__file__ == str(path)
+
+
+def test_two_plugin_files_of_one_name_are_two_modules(plugin_file, tmp_path):
+    first = plugin_file(STAGE.replace("TARGET", "':Good'"))
+    (tmp_path / "sub").mkdir()
+    second = tmp_path / "sub" / "mine.py"
+    second.write_text(STAGE.replace("TARGET", "':Good'").replace('"it"', '"other"'))
+    found = Registry.discover(plugin_files=[first, second])
+    modules = [sys.modules[found.stage_class(name).__module__].__file__ for name in ("it", "other")]
+    assert modules == [str(first), str(second)]
+
+
+WRONG = {
+    "Gud": "there is no 'Gud'; did you mean 'Good'?",
+    "Holder.Good": "there is no 'Good'; valid: Inner",
+    "Plain": "it must be a subclass of tokenprune.stage.Stage",
+    "tokenprune_register": "it must be a subclass of tokenprune.stage.Stage",
+    "WrongConfig": "its Config must be a subclass of tokenprune.config.StageConfig",
+    "Misspelt": "unknown hook 'selekt_tokens'; did you mean 'select_tokens'?",
+    "WrongArgument": "hook 'score_layer' takes the arguments (ctx), not (context)",
+    "NoArgument": "hook 'score_layer' takes the arguments (ctx), not ()",
+    "Undecorated": "'score_layer' has the name of a hook and is not one; decorate it with @hookimpl",
+    "BadWrapper": "PluginValidationError",
+}
+
+
+@pytest.mark.parametrize(("target", "message"), WRONG.items())
+def test_a_wrong_stage_class_names_owner_and_target(plugin_file, target, message):
+    path = plugin_file(STAGE.replace("TARGET", repr(f":{target}")))
+    found = Registry.discover(plugin_files=[path])
+    with pytest.raises(PluginError) as caught:
+        found.stage_class("it")
+    assert str(caught.value).startswith(f"stage 'it' of {path} (file), :{target}: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("source", ["import nowhere_to_be_found", "import sys; sys.exit('nowhere_to_be_found')"])
+def test_a_stage_whose_module_cannot_be_imported_names_owner_and_target(install, tmp_path, source):
+    (tmp_path / "heavy.py").write_text(source)
+    install(("mine", "mine", registering(stage("a", "heavy:C"))))
+    found = Registry.discover()
+    assert "heavy" not in sys.modules
+    with pytest.raises(
+        PluginError, match=r"^stage 'a' of mine 1\.2, heavy:C: cannot be imported: .*nowhere_to_be_found"
+    ):
+        found.stage_class("a")
+
+
+def test_a_backbone_factory_must_describe_and_build(install, tmp_path):
+    (tmp_path / "factories.py").write_text(
+        "class Good:\n    @staticmethod\n    def describe(): ...\n    @staticmethod\n    def build(): ...\n"
+        "class Half:\n    @staticmethod\n    def describe(): ...\n"
+    )
+    install(("m", "m", registering(backbone("g", "factories:Good"), backbone("h", "factories:Half"))))
+    found = Registry.discover()
+    assert found.backbone_factory("g").__name__ == "Good"
+    with pytest.raises(PluginError, match=r"^backbone 'h' of m 1\.2, factories:Half: .*'build'"):
+        found.backbone_factory("h")
+
+
+def test_a_plugin_file_that_is_no_file_is_refused(plugin_file, tmp_path):
+    text = plugin_file("x = 1", "plugin.txt")
+    with pytest.raises(PluginError, match=r"plugin\.txt: .*ends in \.py"):
+        Registry.discover(plugin_files=[text])
+    with pytest.raises(PluginError, match=r"nowhere\.py: there is no such file"):
+        Registry.discover(plugin_files=[tmp_path / "nowhere.py"])
+
+
+def test_discovery_imports_neither_torch_nor_pydantic():
+    code = (
+        "import sys; from tokenprune.registry import Registry; found = Registry.discover(disable=());"
+        "assert 'fastv' in found.stages and 'openvla-oft' in found.backbones, found.quarantined;"
+        "assert not {'torch', 'pydantic', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -1,0 +1,99 @@
+"""The JSON schema of pipeline files, made from the installed stages, for editors."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+from pydantic_core import core_schema
+
+from tokenprune.budget import UNION
+from tokenprune.config import EMBEDDING, PipelineConfig, _amount, _cut, _cuts, _keep
+from tokenprune.errors import PluginError
+from tokenprune.registry import Registry
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+_RATIO = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
+_COUNT = {"type": "integer", "minimum": 0}
+_AMOUNT = {
+    "anyOf": [
+        _COUNT,
+        _RATIO,
+        {"const": UNION},
+        {"type": "object", "properties": {"ratio": _RATIO}, "required": ["ratio"], "additionalProperties": False},
+        {"type": "object", "properties": {"count": _COUNT}, "required": ["count"], "additionalProperties": False},
+    ]
+}
+_MODES = {
+    "type": "object",
+    "propertyNames": {"not": {"enum": ["ratio", "count"]}},
+    "additionalProperties": _AMOUNT,
+    "minProperties": 1,
+}
+_CUT = {
+    "anyOf": [{"const": EMBEDDING}, {"type": "integer", "minimum": 0}, {"type": "string", "pattern": r"^\d+(\.\d+)?%$"}]
+}
+
+_WRITTEN: Mapping[Callable[..., object], JsonSchemaValue] = {
+    _amount: _AMOUNT,
+    _keep: {"anyOf": [*_AMOUNT["anyOf"], _MODES]},
+    _cut: _CUT,
+    _cuts: {"anyOf": [*_CUT["anyOf"], {"type": "array", "items": _CUT, "minItems": 1}]},
+}
+"""What a file may say where `config` accepts shorthand, by the function that reads it."""
+
+
+class _Generator(GenerateJsonSchema):
+    def function_before_schema(self, schema: core_schema.BeforeValidatorFunctionSchema) -> JsonSchemaValue:
+        written = _WRITTEN.get(schema["function"]["function"])
+        return super().function_before_schema(schema) if written is None else copy.deepcopy(written)
+
+
+def pipeline_schema(registry: Registry) -> dict[str, Any]:
+    """Make the JSON schema of a pipeline file.
+
+    A stage that cannot be imported, such as one whose optional dependency is missing, may say anything; its description
+    says why.
+
+    Args:
+        registry: Installed plugins; every stage is one alternative of `stages`, told apart by `use`.
+
+    Returns:
+        A schema of draft 2020-12.
+    """
+    schema = PipelineConfig.model_json_schema(schema_generator=_Generator)
+    definitions: dict[str, Any] = {}
+    for name in sorted(registry.stages):
+        definitions |= _stage(name, registry)
+    properties = schema["properties"]
+    properties["extends"] = {
+        "type": "string",
+        "description": "File or shipped pipeline whose keys hold where this file has none.",
+    }
+    alternatives = [{"$ref": f"#/$defs/{name}"} for name in sorted(registry.stages)]
+    properties["stages"]["items"] = {"oneOf": alternatives}
+    return {
+        "$schema": DIALECT,
+        "title": "tokenprune pipeline",
+        "type": "object",
+        "properties": properties,
+        "additionalProperties": False,
+        "anyOf": [{"required": schema["required"]}, {"required": ["extends"]}],
+        "$defs": {**schema.get("$defs", {}), **definitions},
+    }
+
+
+def _stage(name: str, registry: Registry) -> dict[str, Any]:
+    """Definitions of one stage: its own under its name, those it refers to under names that begin with it."""
+    use = {"const": name, "description": registry.stage(name).spec.summary}
+    try:
+        model = registry.stage_class(name).Config
+    except PluginError as error:
+        return {name: {"type": "object", "properties": {"use": use}, "required": ["use"], "description": str(error)}}
+    schema = model.model_json_schema(schema_generator=_Generator, ref_template=f"#/$defs/{name}:{{model}}")
+    nested = schema.pop("$defs", {})
+    schema["properties"]["use"] = use
+    return {name: schema, **{f"{name}:{key}": value for key, value in nested.items()}}
