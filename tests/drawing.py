@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenprune.decoder import Decoder
 from tokenprune.layout import Role, Segment, TokenLayout
@@ -69,17 +69,27 @@ def keep_sets(draw: st.DrawFn, held: list[list[int]], fixed: frozenset[int] = fr
 
 def tiny_llama(
     depth: int = 3, hidden: int = 16, heads: int = 4, kv_heads: int = 2, head_dim: int = 4, mlp: int = 24,
-    theta: float = 500.0, seed: int = 0,
+    theta: float = 500.0, seed: int = 0, own_norms: bool = False,
 ) -> LlamaModel:  # fmt: skip
-    """transformers' Llama in float64, with weights large enough that attention is far from uniform."""
+    """transformers' Llama in float64, with weights large enough that attention is far from uniform.
+
+    Its own norms round to float32 whatever the dtype. Unless `own_norms` is asked for, torch's take their place, so
+    that the whole model is exact enough to be compared with one written from the equations.
+    """
     from transformers import LlamaConfig, LlamaModel
 
     config = LlamaConfig(
         hidden_size=hidden, num_hidden_layers=depth, num_attention_heads=heads, num_key_value_heads=kv_heads,
-        head_dim=head_dim, intermediate_size=mlp, vocab_size=2, rms_norm_eps=1e-6,
+        head_dim=head_dim, intermediate_size=mlp, vocab_size=4, rms_norm_eps=1e-6,
         rope_parameters={"rope_type": "default", "rope_theta": theta}, attn_implementation="sdpa",
     )  # fmt: skip
-    model = LlamaModel(config).double().eval().requires_grad_(False)
+    model = LlamaModel(config)
+    if not own_norms:
+        for layer in model.layers:
+            layer.input_layernorm = nn.RMSNorm(hidden, eps=1e-6)
+            layer.post_attention_layernorm = nn.RMSNorm(hidden, eps=1e-6)
+        model.norm = nn.RMSNorm(hidden, eps=1e-6)
+    model = model.double().eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for weight in model.parameters():
         noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
@@ -88,17 +98,19 @@ def tiny_llama(
 
 
 @st.composite
-def llamas(draw: st.DrawFn) -> LlamaModel:
+def llamas(draw: st.DrawFn, own_norms: bool = False) -> LlamaModel:
     """Small Llamas of every head grouping."""
     kv_heads = draw(st.sampled_from([1, 2, 3]))
+    heads = kv_heads * draw(st.sampled_from([1, 2, 4]))
     return tiny_llama(
         depth=draw(st.integers(1, 4)),
-        hidden=draw(st.sampled_from([8, 12, 20])),
-        heads=kv_heads * draw(st.sampled_from([1, 2, 4])),
+        hidden=heads * draw(st.sampled_from([4, 6])),
+        heads=heads,
         kv_heads=kv_heads,
         head_dim=draw(st.sampled_from([2, 4, 8])),
         theta=draw(st.sampled_from([10.0, 500.0, 10000.0])),
         seed=draw(seeds),
+        own_norms=own_norms,
     )
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
 
+from tests.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
 from tokenprune.config import DENSE
 from tokenprune.errors import ObservationError
 from tokenprune.policy import Policy

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
-from tests.drawing import batches, decoder_of, keep_sets, llamas, random, seeds, tiny_llama
 from torch import Tensor
 from transformers import LlamaModel
 
+from tests.drawing import batches, decoder_of, keep_sets, llamas, random, seeds, tiny_llama
 from tokenprune.decoder import Decoded, Positions
 from tokenprune.kv import KVCache
 from tokenprune.selection import OriginalIds, TokenSelection
@@ -97,9 +97,7 @@ def turned(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     return torch.cat([z.real, z.imag], dim=-1)
 
 
-def masked_dense(
-    model: LlamaModel, x: Tensor, last: Tensor, sees: Tensor, renumber: bool = False
-) -> Tensor:
+def masked_dense(model: LlamaModel, x: Tensor, last: Tensor, sees: Tensor, renumber: bool = False) -> Tensor:
     """Every token through every layer, with an N x N additive mask that hides dropped tokens.
 
     `last` `[B, N]` is the last layer in which a token is a key, `sees` `[N, N]` the pattern without pruning. The row of
@@ -121,7 +119,9 @@ def masked_dense(
             group = head * config.num_key_value_heads // config.num_attention_heads
             own = slice(head * dim, (head + 1) * dim)
             shared = slice(group * dim, (group + 1) * dim)
-            logits = turned(q[..., own], positions, theta) @ turned(k[..., shared], positions, theta).mT / math.sqrt(dim)
+            logits = (
+                turned(q[..., own], positions, theta) @ turned(k[..., shared], positions, theta).mT / math.sqrt(dim)
+            )
             raised = torch.exp(logits + mask - (logits + mask).amax(-1, keepdim=True))
             mixed.append(raised / raised.sum(-1, keepdim=True) @ v[..., shared])
         x = x + torch.cat(mixed, dim=-1) @ attention.o_proj.weight.T
@@ -144,7 +144,7 @@ def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 
-@given(llamas(), batches, st.integers(1, 12), st.booleans(), seeds)
+@given(st.one_of(llamas(), llamas(own_norms=True)), batches, st.integers(1, 12), st.booleans(), seeds)
 def test_equals_transformers(model: LlamaModel, batch: int, n: int, causal: bool, seed: int) -> None:
     x = random(seed, batch, n, model.config.hidden_size)
     mask = None if causal else torch.zeros(batch, 1, n, n, dtype=torch.float64)
@@ -263,28 +263,13 @@ def test_i11_keeping_everything_equals_dense_bitwise(
 
 
 @given(st.data(), llamas(), st.integers(2, 10), st.booleans(), seeds)
-def test_i9_batch_rows_are_independent(
-    data: st.DataObject, model: LlamaModel, n: int, causal: bool, seed: int
-) -> None:
+def test_i9_batch_rows_are_independent(data: st.DataObject, model: LlamaModel, n: int, causal: bool, seed: int) -> None:
     plan = data.draw(cuts(len(model.layers), n, 3))
     x = random(seed, 3, n, model.config.hidden_size)
     together = plan.run(model, x, causal).hidden
     for row in range(3):
         alone = Cuts(n, 1, {layer: [kept[row]] for layer, kept in plan.keep.items()})
         close(together[row : row + 1], alone.run(model, x[row : row + 1], causal).hidden, 1e-12)
-
-
-@given(st.data(), llamas(), st.integers(3, 10), st.booleans(), seeds)
-def test_a_dropped_token_is_not_seen_again(
-    data: st.DataObject, model: LlamaModel, n: int, causal: bool, seed: int
-) -> None:
-    plan = data.draw(cuts(len(model.layers), n, 1))
-    gone = [token for token in range(n) if token not in plan.keep.get(-1, [list(range(n))])[0]]
-    assume(gone)
-    x = random(seed, 1, n, model.config.hidden_size)
-    changed = x.clone()
-    changed[:, gone] = 100.0
-    assert torch.equal(plan.run(model, x, causal).hidden, plan.run(model, changed, causal).hidden)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 
@@ -23,16 +24,10 @@ _numbers = itertools.count()
 
 
 @dataclass(frozen=True)
-class Dist:
-    name: str
-    version: str | None
-
-
-@dataclass(frozen=True)
 class Entry:
     name: str
     value: str
-    dist: Dist | None
+    dist: SimpleNamespace | None
 
     def load(self):
         return importlib.import_module(self.value)
@@ -51,8 +46,12 @@ def backbone(name, target="m:F"):
     return f"BackboneSpec({name!r}, 'a backbone', {target!r})"
 
 
+def hooked(body, signature="tokenprune_register()", options=""):
+    return f"{HEAD}\n@hookimpl{options}\ndef {signature}:\n    {body}\n"
+
+
 def registering(*specs):
-    return f"{HEAD}\n@hookimpl\ndef tokenprune_register():\n    return [{', '.join(specs)}]\n"
+    return hooked(f"return [{', '.join(specs)}]")
 
 
 @pytest.fixture
@@ -67,7 +66,7 @@ def install(monkeypatch, tmp_path):
         for name, distribution, source in plugins:
             module = f"fake_plugin_{next(_numbers)}"
             (tmp_path / f"{module}.py").write_text(textwrap.dedent(source))
-            entries.append(Entry(name, module, Dist(distribution, "1.2")))
+            entries.append(Entry(name, module, SimpleNamespace(name=distribution, version="1.2")))
         importlib.invalidate_caches()
 
         def entry_points(**which):
@@ -93,20 +92,14 @@ def plugin_file(install, tmp_path):
 
 
 def test_specs_of_every_kind_are_registered_with_their_owner(install):
-    source = registering(stage("a.b_c", "my.module:Class"), pipeline("p"), backbone("b-1"))
+    source = registering(stage("a.b_c-1", "my.module:Class"), stage("x"), pipeline("x"), backbone("x"))
     (entry,) = install(("mine", "my-plugins", source))
     found = Registry.discover()
     assert found.quarantined == ()
-    assert (set(found.stages), set(found.pipelines), set(found.backbones)) == ({"a.b_c"}, {"p"}, {"b-1"})
-    assert found.stage("a.b_c").spec.target == "my.module:Class"
-    assert found.stage("a.b_c").owner == Owner("my-plugins", "1.2", entry.value)
-    assert found.pipeline("p").owner == found.backbone("b-1").owner == found.stage("a.b_c").owner
-
-
-def test_a_name_may_be_used_once_for_each_kind(install):
-    install(("mine", "mine", registering(stage("x"), pipeline("x"), backbone("x"))))
-    found = Registry.discover()
-    assert (len(found.stages), len(found.pipelines), len(found.backbones), found.quarantined) == (1, 1, 1, ())
+    assert (set(found.stages), set(found.pipelines), set(found.backbones)) == ({"a.b_c-1", "x"}, {"x"}, {"x"})
+    assert found.stage("a.b_c-1").spec.target == "my.module:Class"
+    assert found.stage("a.b_c-1").owner == Owner("my-plugins", "1.2", entry.value)
+    assert found.pipeline("x").owner == found.backbone("x").owner == found.stage("x").owner
 
 
 BROKEN = {
@@ -115,27 +108,15 @@ BROKEN = {
     "exit": ("import sys\nsys.exit(3)", "SystemExit: 3"),
     "nothing": ("x = 1", "it has no hook 'tokenprune_register' decorated with @hookimpl"),
     "undecorated": ("def tokenprune_register():\n    return []", "decorate it with @hookimpl"),
-    "misspelt": (
-        f"{HEAD}\n@hookimpl\ndef tokenprune_registre():\n    return []",
-        "unknown hook 'tokenprune_registre'; did you mean 'tokenprune_register'?",
-    ),
+    "misspelt": (hooked("return []", "tokenprune_registre()"), "; did you mean 'tokenprune_register'?"),
     "argument": (
-        f"{HEAD}\n@hookimpl\ndef tokenprune_register(config):\n    return []",
-        "hook 'tokenprune_register' takes the arguments (), not (config)",
+        hooked("return []", "tokenprune_register(x)"),
+        "'tokenprune_register' takes the arguments (), not (x)",
     ),
-    "wrapper": (
-        f"{HEAD}\n@hookimpl(wrapper=True)\ndef tokenprune_register():\n    return (yield)",
-        "'tokenprune_register' cannot be a wrapper",
-    ),
-    "raises": (
-        f"{HEAD}\n@hookimpl\ndef tokenprune_register():\n    raise ValueError('two\\nlines')",
-        "ValueError: two lines",
-    ),
-    "raises late": (
-        f"{HEAD}\n@hookimpl\ndef tokenprune_register():\n    yield {stage('early')}\n    raise KeyError('late')",
-        "KeyError: 'late'",
-    ),
-    "none": (f"{HEAD}\n@hookimpl\ndef tokenprune_register():\n    pass", "must return specs, got NoneType"),
+    "wrapper": (hooked("yield", options="(wrapper=True)"), "'tokenprune_register' cannot be a wrapper"),
+    "raises": (hooked("raise ValueError('two\\nlines')"), "ValueError: two lines"),
+    "raises late": (hooked(f"yield {stage('early')}; raise KeyError('late')"), "KeyError: 'late'"),
+    "none": (hooked("pass"), "must return specs, got NoneType"),
     "no spec": (registering(stage("early"), "'text'"), "returned 'text', which is none of StageSpec, PipelineSpec"),
     "capability": (
         registering(stage("early"), stage("late", requires=frozenset({"merg"}))),
@@ -143,15 +124,13 @@ BROKEN = {
     ),
     "requires text": (registering(stage(requires="merge")), "requires must be a frozenset of names, got 'merge'"),
     "target": (registering(stage("early"), stage("late", "m.C")), "'m.C' of 'late' is not of the form"),
+    "target with a call": (registering(stage("early"), stage("late", "m:C()")), "'m:C()' of 'late' is not of the form"),
     "target without module": (registering(stage("late", ":Class")), "':Class' of 'late' is not of the form"),
     "backbone target": (registering(backbone("b", "m:")), "'m:' of 'b' is not of the form"),
     "name": (registering(stage("early"), stage("Late")), "'Late' is not a name"),
     "name with @": (registering(stage("a@b")), "'a@b' is not a name"),
     "name of another type": (registering("StageSpec(3, 'selector', '', 'm:C')"), "3 is not a name"),
-    "kind": (
-        registering("StageSpec('a', 'selektor', '', 'm:C')"),
-        "stage 'a' has the unknown kind 'selektor'; did you mean 'selector'?",
-    ),
+    "kind": (registering("StageSpec('a', 'skorer', '', 'm:C')"), "unknown kind 'skorer'; did you mean 'scorer'?"),
     "dense": (registering(pipeline("dense")), "pipeline 'dense' is part of tokenprune"),
     "file name": (registering(pipeline("p.yaml")), "pipeline 'p.yaml' cannot end as a file"),
     "itself twice": (registering(stage("a"), stage("a")), "stage 'a' of bad 1.2 is already registered by bad 1.2"),
@@ -189,10 +168,12 @@ def test_a_broken_plugin_file_is_refused_at_once(plugin_file, case):
     assert "\n" not in str(caught.value)
 
 
-def test_an_error_in_a_plugin_file_names_its_line(plugin_file):
+def test_an_error_in_a_plugin_file_names_its_line_and_leaves_no_module(plugin_file):
     path = plugin_file("x = 1\n\n1 / 0\n")
+    before = set(sys.modules)
     with pytest.raises(PluginError, match=r"mine\.py:3: ZeroDivisionError: division by zero"):
         Registry.discover(plugin_files=[path])
+    assert not set(sys.modules) - before
 
 
 def test_keyboard_interrupt_is_not_swallowed(install):
@@ -253,7 +234,7 @@ def test_the_environment_disables_unless_the_caller_says_otherwise(install, monk
 
 def test_a_distribution_without_a_version_is_no_obstacle(install, monkeypatch):
     (entry,) = install(("a", "a", registering(stage("a"))))
-    for dist, expected in ((Dist("a", None), "a unknown"), (None, "unknown unknown")):
+    for dist, expected in ((SimpleNamespace(name="a", version=None), "a unknown"), (None, "unknown unknown")):
         bare = Entry(entry.name, entry.value, dist)
         monkeypatch.setattr(importlib.metadata, "entry_points", lambda bare=bare, **_: [bare])
         assert str(Registry.discover().stage("a").owner) == expected
@@ -296,43 +277,34 @@ from tokenprune.stage import Stage
 
 class Good(Stage[CutConfig]):
     Config = CutConfig
-
     @hookimpl
     def select_tokens(self, ctx):
-        return None
-
+        pass
 class Holder:
     Inner = Good
-
 class Plain:
     Config = CutConfig
-
 class WrongConfig(Stage[CutConfig]):
     Config = dict
-
 class Misspelt(Stage[CutConfig]):
     @hookimpl
     def selekt_tokens(self, ctx):
-        return None
-
+        pass
 class WrongArgument(Stage[CutConfig]):
     @hookimpl
     def score_layer(self, context):
-        return None
-
+        pass
 class NoArgument(Stage[CutConfig]):
     @hookimpl
     def score_layer(self):
-        return None
-
+        pass
 class Undecorated(Stage[CutConfig]):
     def score_layer(self, ctx):
-        return None
-
+        pass
 class BadWrapper(Stage[CutConfig]):
     @hookimpl(wrapper=True)
     def reset(self, episode):
-        return None
+        pass
 
 @hookimpl
 def tokenprune_register():
@@ -364,8 +336,8 @@ def test_two_plugin_files_of_one_name_are_two_modules(plugin_file, tmp_path):
 WRONG = {
     "Gud": "there is no 'Gud'; did you mean 'Good'?",
     "Holder.Good": "there is no 'Good'; valid: Inner",
-    "Plain": "it must be a subclass of tokenprune.stage.Stage",
     "tokenprune_register": "it must be a subclass of tokenprune.stage.Stage",
+    "Plain": "it must be a subclass of tokenprune.stage.Stage",
     "WrongConfig": "its Config must be a subclass of tokenprune.config.StageConfig",
     "Misspelt": "unknown hook 'selekt_tokens'; did you mean 'select_tokens'?",
     "WrongArgument": "hook 'score_layer' takes the arguments (ctx), not (context)",

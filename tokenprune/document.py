@@ -38,8 +38,9 @@ class Problem:
     text: str
 
     def __str__(self) -> str:
-        """One line of an error message."""
-        return f"{self.source}:{self.line}:{self.column} {self.text}" if self.line else f"{self.source}: {self.text}"
+        """One line of an error message, whatever characters the file holds."""
+        said = f"{self.source}:{self.line}:{self.column} {self.text}" if self.line else f"{self.source}: {self.text}"
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in said)
 
 
 @dataclass
@@ -73,7 +74,7 @@ class Document:
         except OSError as error:
             raise ConfigError(f"{source}: cannot be read: {error.strerror}") from error
         try:
-            return cls.parse(raw.decode("utf-8-sig"), source)
+            return cls.parse(raw.decode("utf-8"), source)
         except UnicodeDecodeError as error:
             line, column = _line_column(raw[: error.start].decode("utf-8"))
             raise ConfigError(f"{source}:{line}:{column} byte 0x{raw[error.start]:02x} is not UTF-8") from error
@@ -105,7 +106,7 @@ class Document:
     def at(self, location: Location, key: bool = False) -> tuple[int, int]:
         """1-based line and column of a value, or of the key before it; of what holds it where it is not in the file."""
         while location and location not in self._values:
-            location, key = location[:-1], False
+            location = location[:-1]
         return (self._keys if key and location in self._keys else self._values).get(location, (1, 1))
 
     def _add(self, at: tuple[int, int], text: str) -> None:

@@ -56,15 +56,18 @@ class Draft:
         if self.problems:
             raise ConfigError("\n".join(dict.fromkeys(str(problem) for problem in sorted(self.problems))))
 
-    def report(self, location: Location, text: str, key: bool = False) -> None:
+    def report(self, location: Location, text: str, key: bool = False, field: str = "") -> None:
         """Add a problem with a part of the pipeline, unless that part could not be read in the first place.
 
         Args:
             location: The part.
             text: What is wrong.
             key: Whether it is the key that is wrong, not its value.
+            field: Goes before the text, unless the option that said it ends with it already.
         """
         place = self._place(location, key)
+        if field and (place[1] or not place[0].endswith(field)):
+            text = f"{field}: {text}"
         if place not in {(p.source, p.line, p.column) for file in self._files for p in file.problems}:
             self.problems.append(Problem(*place, text))
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenprune.config import CutConfig, PipelineConfig, StageConfig
+from tokenprune.config import DENSE, CutConfig, PipelineConfig, StageConfig
 from tokenprune.document import Location, Problem
 from tokenprune.draft import SUFFIXES, Draft
 from tokenprune.errors import PluginError, nearest
@@ -112,6 +113,8 @@ def _check(draft: Draft, registry: Registry) -> PipelineConfig:
     config, complaints = parse(PipelineConfig, data, extra=("extends",))
     for complaint in complaints:
         draft.report(*complaint)
+    modes = data.get("modes", DENSE.modes)
+    modes_known = not any(complaint.location[:1] == ("modes",) for complaint in complaints)
     stages: list[StageConfig] = []
     if isinstance(entries, list):
         for index, entry in enumerate(entries):
@@ -119,10 +122,11 @@ def _check(draft: Draft, registry: Registry) -> PipelineConfig:
             if stage is None:
                 continue
             stages.append(stage)
-            if config is not None and isinstance(stage, CutConfig):
-                _check_modes(draft, stage, config.modes, ("stages", index))
+            if modes_known and isinstance(stage, CutConfig):
+                _check_modes(draft, stage, modes, ("stages", index))
     else:
-        draft.report(("stages",), f"stages: must be a list of mappings such as 'use: fastv', got {entries!r}")
+        got = reprlib.repr(entries)
+        draft.report(("stages",), f"stages: must be a list of mappings such as 'use: fastv', got {got}")
     draft.stop_on_problems()
     assert config is not None
     return PipelineConfig(**{name: getattr(config, name) for name in config.model_fields_set}, stages=tuple(stages))
@@ -130,7 +134,7 @@ def _check(draft: Draft, registry: Registry) -> PipelineConfig:
 
 def _stage(draft: Draft, entry: object, location: Location, registry: Registry) -> StageConfig | None:
     if not isinstance(entry, dict):
-        draft.report(location, f"a stage is a mapping such as 'use: fastv', got {entry!r}")
+        draft.report(location, f"a stage is a mapping such as 'use: fastv', got {reprlib.repr(entry)}")
         return None
     if not isinstance(entry.get("use"), str):
         wrong = f"use: must be the name of a stage, got {entry['use']!r}" if "use" in entry else "missing key 'use'"
@@ -143,7 +147,7 @@ def _stage(draft: Draft, entry: object, location: Location, registry: Registry) 
         return None
     stage, complaints = parse(model, entry)
     for complaint in complaints:
-        draft.report((*location, *complaint.location), complaint.text, complaint.key)
+        draft.report((*location, *complaint.location), *complaint[1:])
     return stage
 
 

@@ -83,12 +83,21 @@ def bind(config: PipelineConfig, info: BackboneInfo, registry: Registry) -> Boun
             )
         try:
             stage = registry.stage_class(stage_config.use)(stage_config)
-            stage.cuts(info.decoder.depth)
-            stage.layers(info.decoder.depth)
+            _check_cuts(stage, info.decoder.depth)
         except ValueError as error:
             raise ConfigError(f"pipeline '{config.name}', stages.{index} ('{stage_config.use}'): {error}") from error
         stages.append(stage)
     return BoundPipeline(config, info, names, tuple(stages), freeze(stages, names))
+
+
+def _check_cuts(stage: Stage[Any], depth: int) -> None:
+    """Refuse cuts at layers the decoder lacks, and cuts at which the stage could never be asked."""
+    cuts, asked = stage.cuts(depth), stage.layers(depth)
+    if -1 in cuts and not hasattr(stage, "select_tokens"):
+        raise ValueError("it cannot cut at 'embedding': it has no select_tokens; give layers in `after`")
+    for layer in cuts:
+        if layer >= 0 and not (hasattr(stage, "score_layer") and layer in asked):
+            raise ValueError(f"it cannot cut after layer {layer}: it has no score_layer there; use `after: embedding`")
 
 
 def freeze(stages: Sequence[Stage[Any]], names: Sequence[str]) -> dict[str, tuple[Hook, ...]]:

@@ -113,12 +113,13 @@ def make_plan(
     """
     at_cut: dict[int, list[int]] = {}
     for index, stage in enumerate(stages):
-        for after in stage.cuts(depth):
+        for after in dict.fromkeys(stage.cuts(depth)):
             at_cut.setdefault(after, []).append(index)
     view_sizes: dict[str, int] | None = {name: s.length for name, s in layout.views.items() if s.prunable}
     held, fixed, cuts, pending = len(layout.prunable), len(layout.fixed), [], list(unions)
     for after in sorted(at_cut):
         keeps, groups, union = [], [], False
+        resolved: int | None = None
         for index in at_cut[after]:
             config = stages[index].config
             assert isinstance(config, CutConfig)
@@ -128,17 +129,18 @@ def make_plan(
                 keeps.append(min(sum(g.keep for g in own), held))
                 continue
             budget = config.budget(mode)
-            resolved = None
             if budget.amount == UNION:
-                resolved = pending.pop(0) if pending else None
-                union = union or resolved is None
+                resolved = pending.pop(0) if pending and resolved is None else resolved
+                union = resolved is None
             keeps.append(budget.count(held, fixed, resolved))
         keep = min(keeps)
         cuts.append(Cut(after, tuple(at_cut[after]), held, keep, tuple(groups), union))
         if keep < held or union:
-            known = len(view_sizes or ()) == 1 or {g.views for g in groups} == {(v,) for v in layout.views}
-            sizes = {g.views[0]: g.keep for g in groups} if groups else dict.fromkeys(view_sizes or (), keep)
-            view_sizes = sizes if known and len(at_cut[after]) == 1 else None
+            of_each = len(at_cut[after]) == 1 and {g.views for g in groups} == {(v,) for v in layout.views}
+            if view_sizes is not None and len(view_sizes) == 1:
+                view_sizes = dict.fromkeys(view_sizes, keep)
+            else:
+                view_sizes = {g.views[0]: g.keep for g in groups} if view_sizes is not None and of_each else None
         held = keep
     calls = tuple(
         tuple(i for i, stage in enumerate(stages) if hasattr(stage, "score_layer") and layer in stage.layers(depth))

@@ -102,7 +102,6 @@ class Registry:
         self.quarantined: tuple[Quarantined, ...] = ()
         self.disabled: tuple[str, ...] = ()
         self.unknown_disabled: tuple[str, ...] = ()
-        self._classes: dict[str, type[Stage[Any]]] = {}
 
     @classmethod
     def discover(cls, *, plugin_files: Sequence[Path] = (), disable: Iterable[str] | None = None) -> Registry:
@@ -167,17 +166,15 @@ class Registry:
         return self._get("backbone", self.backbones, name)
 
     def stage_class(self, name: str) -> type[Stage[Any]]:
-        """Import a stage's class, once.
+        """Import a stage's class.
 
         Raises:
             PluginError: If there is no such stage, it cannot be imported, it is no `Stage`, its `Config` is no
                 `StageConfig`, or its hooks do not fit `StageHooks`.
         """
-        if name not in self._classes:
-            registered = self.stage(name)
-            owned = f"stage '{name}' of {registered.owner}, {registered.spec.target}"
-            self._classes[name] = _checked_stage(_import_target(registered, owned), owned)
-        return self._classes[name]
+        registered = self.stage(name)
+        owned = f"stage '{name}' of {registered.owner}, {registered.spec.target}"
+        return _checked_stage(_import_target(registered, owned), owned)
 
     def backbone_factory(self, name: str) -> Any:  # noqa: ANN401 - a BackboneFactory, whose module needs torch
         """Import a backbone's factory.

@@ -14,6 +14,7 @@ from tokenprune.context import FeatureContext, LayoutTables, SelectContext, at_l
 from tokenprune.decoder import Decoded, Decoder, Positions
 from tokenprune.errors import SelectionError, StageError
 from tokenprune.history import Slot
+from tokenprune.kv import KVCache
 from tokenprune.pipeline import BoundPipeline
 from tokenprune.plan import Cut, Plan
 from tokenprune.selection import OriginalIds, Proposal, Quota, TokenSelection, apply, resolve
@@ -82,12 +83,13 @@ class Query:
             features = changed
         return features
 
-    def decode(self, decoder: Decoder, embeddings: Tensor) -> Decoded:
+    def decode(self, decoder: Decoder, embeddings: Tensor, cache: KVCache | None = None) -> Decoded:
         """Cut before layer 0, run the decoder with its cuts, and check what was held against the plan.
 
         Args:
             decoder: The backbone's decoder.
             embeddings: All tokens of the layout `[B, N, D]`.
+            cache: Filled with the keys and values of each layer, for adapters that go on decoding.
 
         Raises:
             TraceError: If any layer held another number of tokens than planned.
@@ -95,7 +97,7 @@ class Query:
         with self.phase("selection"):
             hidden, tokens = self._begin(embeddings, decoder.causal)
         with self.phase("decoder"):
-            decoded = decoder.run(hidden, tokens, pruner=self)
+            decoded = decoder.run(hidden, tokens, self, cache)
         self.tokens = decoded.tokens
         self.trace.held, self.trace.plan = decoded.held, self._plan
         self.trace.check()

@@ -130,7 +130,8 @@ def resolve(
     if len(scored) == 1:
         rank = rank_below(scored[0][0])
     elif scored:
-        rank = rank_below(torch.stack([rank_below(s).double() / n * w for s, w in scored]).sum(0))
+        # All ranks are out of the same n; not dividing by it keeps sums exact, so that ties do not hang on stage order.
+        rank = rank_below(torch.stack([rank_below(s).double() * w for s, w in scored]).sum(0))
     level = torch.ones(shape, dtype=torch.int64, device=device)
     dropped = _any_vote([p.drop for p in proposals])
     if dropped is not None:

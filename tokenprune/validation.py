@@ -21,11 +21,12 @@ _KINDS = {"model_type": "a mapping", "dict_type": "a mapping", "tuple_type": "a 
 
 
 class Complaint(NamedTuple):
-    """One thing wrong with the data: where, what, and whether the key is meant and not its value."""
+    """One thing wrong with the data: where, what, whether the key is meant and not its value, and which field's."""
 
     location: Location
     text: str
     key: bool = False
+    field: str = ""
 
 
 def parse(
@@ -54,7 +55,7 @@ def _complaints(
     errors: list[ErrorDetails], model: type[BaseModel], data: Mapping[str, Any], extra: tuple[str, ...]
 ) -> list[Complaint]:
     found: list[Complaint] = []
-    values: dict[Location, list[str]] = {}
+    values: dict[Location, list[tuple[str, str]]] = {}
     for error in errors:
         location = _within(error["loc"], data)
         if error["type"] == "missing":
@@ -64,11 +65,11 @@ def _complaints(
             valid = [*_keys_at(model, error["loc"][:-1]), *(extra if len(error["loc"]) == 1 else ())]
             found.append(Complaint(location, f"unknown key '{name}'{nearest(name, valid)}", key=True))
         else:
-            # Several at one place are the branches of a union, any of which would do.
             values.setdefault(location, []).append(_wording(error))
     for location, wordings in values.items():
-        name = ".".join(map(str, location))
-        found.append(Complaint(location, (f"{name}: " if name else "") + " or ".join(dict.fromkeys(wordings))))
+        # Several at one place are the branches of a union, any of which would do.
+        wanted = " or ".join(dict.fromkeys(wanted for wanted, _ in wordings))
+        found.append(Complaint(location, wanted + wordings[-1][1], field=".".join(map(str, location))))
     return found
 
 
@@ -83,22 +84,22 @@ def _within(location: tuple[Any, ...], data: Any) -> Location:  # noqa: ANN401
     return location[:depth]
 
 
-def _wording(error: ErrorDetails) -> str:
-    kind, context = error["type"], error.get("ctx", {})
+def _wording(error: ErrorDetails) -> tuple[str, str]:
+    """What is wanted, and what was found instead."""
+    kind, context, found = error["type"], error.get("ctx", {}), error["input"]
+    got = f", got {reprlib.repr(found)}"
     if kind in ("value_error", "assertion_error"):
-        return str(context["error"])
-    got = reprlib.repr(error["input"])
+        return str(context["error"]), ""
     if kind == "literal_error":
         choices = re.findall(r"'([^']*)'", context["expected"])
-        near = nearest(error["input"], choices) if isinstance(error["input"], str) and choices else ""
-        return f"must be {context['expected']}, got {got}{near}"
+        return f"must be {context['expected']}", got + (nearest(found, choices) if isinstance(found, str) else "")
     if kind == "too_short":
-        return f"must have at least {context['min_length']} entries, got {got}"
+        return f"must have at least {context['min_length']} entries", got
     if kind == "string_pattern_mismatch":
-        return f"must match {context['pattern']}, got {got}"
+        return f"must match {context['pattern']}", got
     if kind in _KINDS:
-        return f"must be {_KINDS[kind]}, got {got}"
-    return f"{error['msg'].replace('Input should', 'must')}, got {got}"
+        return f"must be {_KINDS[kind]}", got
+    return error["msg"].replace("Input should", "must"), got
 
 
 def _keys_at(annotation: Any, location: Location) -> list[str]:  # noqa: ANN401

@@ -112,14 +112,17 @@ class LanguageModel(nn.Module):
 
     def embed(self, ids: Tensor) -> Tensor:
         """Embeddings `[..., D]` of token ids."""
-        return nn.functional.embedding(ids, cast(Tensor, self.model.embed_tokens.weight))
+        return nn.functional.embedding(ids, self.model.embed_tokens.weight)
 
     def decoder(self, config: PrismaticConfig) -> Decoder:
         """The decoder loop over these modules."""
-        layers = self.model.layers
         shape = config.decoder
         return Decoder(
-            layers, self.model.norm, head_dim=shape.head_dim, rope_theta=config.rope_theta, causal=shape.causal
+            list(self.model.layers),
+            self.model.norm,
+            head_dim=shape.head_dim,
+            rope_theta=config.rope_theta,
+            causal=shape.causal,
         )
 
 

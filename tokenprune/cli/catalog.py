@@ -77,10 +77,10 @@ def show(
     if name in found.stages:
         registered = found.stages[name]
         config = found.stage_class(name).Config
-        fields = {
-            key: {"default": "required" if field.is_required() else field.get_default(call_default_factory=True), "about": field.description or ""}
-            for key, field in config.model_fields.items()
-        }
+        fields = {}
+        for key, field in config.model_fields.items():
+            default = "required" if field.is_required() else field.get_default(call_default_factory=True)
+            fields[key] = {"default": default, "about": field.description or ""}
         about["stage"] = {
             **_owned(registered),
             "paper": registered.spec.paper,

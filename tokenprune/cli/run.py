@@ -121,6 +121,7 @@ def run(
     with _progress() as begin:
         chunks = replay([policy], recorded, steps, begin(len(steps)))[0]
     info = policy.backbone.info
+    told = [c.trace.to_json(with_ids=True) | {"actions": c.actions.tolist()} for c in chunks]
     data = {
         "format_version": 1,
         "kind": "run",
@@ -129,14 +130,14 @@ def run(
         "note": UNTRAINED if info.untrained else "",
         "episode": {"name": recorded.name, "instruction": recorded.instruction, "steps": steps},
         "pipeline": loaded.resolved,
-        "queries": [c.trace.to_json(with_ids=True) | {"actions": c.actions.tolist()} for c in chunks],
+        "queries": told,
     }
     path = _write(out, f"run-{backbone}", data)
     if as_json:
         print_json(data)
         return
     print(f'{loaded.label} on {info.name} {info.source}: "{recorded.instruction}"')
-    for step, query in zip(steps, data["queries"], strict=True):
+    for step, query in zip(steps, told, strict=True):
         print(f"step {step:3d}  {_query_line(query)}")
     if info.untrained:
         print("The weights are untrained random numbers: the actions mean nothing.")

@@ -146,10 +146,12 @@ def preset(name: str) -> OFTConfig:
 def with_options(config: OFTConfig, options: Mapping[str, Any]) -> OFTConfig:
     """Apply a user's options: `views` (names, one to three), `proprio` (bool), `center_crop` (bool).
 
+    `unnorm_key`, the dataset whose statistics a checkpoint uses, is checked only.
+
     Raises:
         ConfigError: If an option is unknown or has a value it cannot have.
     """
-    known = ("views", "proprio", "center_crop")
+    known = ("views", "proprio", "center_crop", "unnorm_key")
     for key, value in options.items():
         if key == "views":
             names = tuple(value) if isinstance(value, list | tuple) else ()
@@ -167,6 +169,9 @@ def with_options(config: OFTConfig, options: Mapping[str, Any]) -> OFTConfig:
                 config = replace(config, state_size=(config.state_size or 8) if value else None)
             else:
                 config = replace(config, transform=replace(config.transform, center_crop_area=0.9 if value else None))
+        elif key == "unnorm_key":
+            if not isinstance(value, str):
+                raise ConfigError(f"unnorm_key must be the name of a dataset, got {value!r}")
         else:
             raise ConfigError(f"backbone 'openvla-oft' has no option '{key}'{nearest(key, known)}")
     return config
