@@ -108,3 +108,27 @@ print(json.dumps([list(proposal.score.shape), best[0, :2].tolist(), best[1, :256
     quarters = Counter(((token - 1) // 128, (token - 1) % 16 // 8) for token in half)
     assert len(quarters) == 8
     assert set(quarters.values()) <= set(range(29, 36)), "half of each quarter of each view, give or take a tenth"
+
+
+def test_in_a_policy_it_keeps_its_count_of_the_patches_that_changed(run):
+    found = run("""
+import numpy as np
+import tokenprune
+from tokenprune.registry import Registry
+
+policy = tokenprune.load(
+    "openvla-oft", preset="small", pipeline="frame_change@keep=0.25", registry=Registry.discover(), views=["primary"]
+)
+policy.reset(instruction="pick up the bowl")
+image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+changed = image.copy()
+changed[:64] = 255 - changed[:64]
+state = np.zeros(8, dtype=np.float32)
+chunks = [policy.act({"images": {"primary": frame}, "state": state}) for frame in (image, changed)]
+kept = [chunk.trace.to_json(with_ids=True)["kept_ids"]["-1"][0] for chunk in chunks]
+print(json.dumps([policy.backbone.layout("pick up the bowl").views["primary"].start, kept]))
+""")
+    start, (first, second) = found
+    patches = [[token - start for token in kept] for kept in (first, second)]
+    assert Counter((patch // 128, patch % 16 // 8) for patch in patches[0]).keys() == {(0, 0), (0, 1), (1, 0), (1, 1)}
+    assert patches[1] == list(range(64)), "the top quarter changed, and a quarter is kept"

@@ -133,6 +133,7 @@ PLANTED = [
     ("preserve", "presrve", "6:12 positions: must be 'preserve' or 'compact', got 'presrve'; did you mean 'preserve'?"),
     ("version: 1", "version: 2", "2:10 version: must be 1, got 2"),
     ("version: 1", 'version: "1"', "2:10 version: must be 1, got '1'"),
+    ("version: 1", "version: true", "2:10 version: must be 1, got True"),
     ("version: 1\n", "", "2:1 missing key 'version'"),
     ("name: pick-two\n", "", "2:1 missing key 'name'"),
     ("name: pick-two", "name: Pick Two", "3:7 name: must match ^[a-z0-9][a-z0-9_.\\-]*$, got 'Pick Two'"),
@@ -172,6 +173,8 @@ PLANTED = [
     ("{coarse: 160, fine: 0.5}", "1.5", "12:11 keep: a ratio lies in (0, 1], got 1.5; write a count as a whole number"),
     ("{coarse: 160, fine: 0.5}", "most", "12:11 keep: keep is a count (128), a ratio (0.25) or 'union'"),
     ("    keep: {coarse: 160, fine: 0.5}\n", "", "10:5 missing key 'keep'"),
+    ("fine: 0.5", "fine: 1.5", "12:31 keep.fine: a ratio lies in (0, 1], got 1.5; write a count as a whole number"),
+    ("keep: 96", "keep: {coarse: x, fine: 1}", "14:30 views.wrist.keep.coarse: keep is a count (128), a ratio (0.25)"),
     ("fine: 0.5", "fime: 0.5", "12:25 unknown mode 'fime'; did you mean 'fine'? valid: coarse, fine"),
     ("coarse: 160, fine", "fine", "12:11 keep says nothing about mode 'coarse'"),
     ("wrist: {keep: 96}", "wrist: 96", "14:14 views.wrist: must be a mapping, got 96"),
@@ -224,10 +227,10 @@ def test_a_byte_order_mark_is_no_error(tmp_path):
 
 def test_a_missing_file_is_answered_with_the_nearest(tmp_path):
     write(tmp_path, GOOD, "fast.yaml")
-    with pytest.raises(ConfigError, match=r"fsat\.yaml: no such file; did you mean 'fast\.yaml'\?"):
+    with pytest.raises(ConfigError, match=r"fsat\.yaml:1:1 no such file; did you mean 'fast\.yaml'\?"):
         load_pipeline(tmp_path / "fsat.yaml", REGISTRY)
     (tmp_path / "folder.yaml").mkdir()
-    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+    with pytest.raises(ConfigError, match=r"folder\.yaml:1:1 cannot be read: Is a directory"):
         load_pipeline(tmp_path / "folder.yaml", REGISTRY)
     with pytest.raises(ConfigError, match=r"notes\.txt: the name of a pipeline file ends in \.yaml or \.yml"):
         load_pipeline(str(write(tmp_path, GOOD, "notes.txt")), REGISTRY)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests.planted_stages import AMOUNTS, GOOD, REGISTRY, pipelines, planted, problems, shipping, write
 from tokenprune.errors import ConfigError
-from tokenprune.loader import load_pipeline
+from tokenprune.loader import load_pipeline, parse_pipeline
 
 # extends.
 
@@ -68,7 +68,7 @@ def test_errors_name_the_file_that_has_them(tmp_path):
         ({"a": "extends: a.yaml"}, "a.yaml:1:10 extends: .*circle: a.yaml -> a.yaml"),
         (
             {"a": "seed: 1\nextends: bb.yaml", "ab": ""},
-            "a.yaml:2:10 extends: .*bb.yaml: no such file; did you mean 'ab.yaml'",
+            "a.yaml:2:10 extends: .*bb.yaml:1:1 no such file; did you mean 'ab.yaml'",
         ),
         ({"a": "extends: goood"}, "a.yaml:1:10 extends: .*'goood'; did you mean 'good'"),
         ({"a": "extends: [b]"}, r"a.yaml:1:10 extends: name a file or a shipped pipeline, got \['b'\]"),
@@ -139,6 +139,9 @@ def test_the_last_override_holds(tmp_path):
         ("stages.1.kep=1", "--set stages.1.kep: unknown key 'kep'; did you mean 'keep'?"),
         ("stagse.1.keep=1", "--set stagse.1.keep: unknown key 'stagse'; did you mean 'stages'?"),
         ("stages.1.views.wrist.kep=1", "--set stages.1.views.wrist.kep: unknown key 'kep'; did you mean 'keep'?"),
+        ("stages.1.keep.fine=1.5", "--set stages.1.keep.fine: a ratio lies in (0, 1], got 1.5"),
+        ("stages.1.views.wrist.keep={fine: 1.5, coarse: 1}", "--set stages.1.views.wrist.keep: "),
+        ("extends=b.yaml", "--set extends: only a file can extend another"),
         ("stages.1.keep.fime=1", "--set stages.1.keep.fime: unknown mode 'fime'; did you mean 'fine'?"),
         ("stages.1.use=pik", "--set stages.1.use: "),
         ("stages.1={use: pick, keep: 2.0}", "--set stages.1: keep: a ratio lies in (0, 1], got 2.0"),
@@ -249,6 +252,48 @@ def test_resolved_is_json_and_loads_back_to_the_same_configuration(tmp_path_fact
     again = load_pipeline(path, REGISTRY)
     assert again.config == loaded.config
     assert list(map(type, again.config.stages)) == list(map(type, loaded.config.stages))
+
+
+@given(data=pipelines())
+def test_plain_data_parses_to_what_a_file_of_it_loads_to(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("pipe") / "pipe.yaml"
+    path.write_text(json.dumps(data))
+    loaded, parsed = load_pipeline(path, REGISTRY), parse_pipeline(data, REGISTRY, "result.json")
+    assert (parsed.config, parsed.resolved, parsed.label) == (loaded.config, loaded.resolved, loaded.label)
+    assert parsed.origin == "result.json"
+    assert parsed.resolved is not data
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ([], ["result.json: a pipeline is a mapping"]),
+        ({"version": {1}}, ["result.json: not plain data: Object of type set is not JSON serializable"]),
+        ({"version": 1, "name": "a", "seed": float("nan")}, ["result.json: not plain data: Out of range float"]),
+        ({"version": 1, "name": "a", "extends": "b.yaml"}, ["result.json: extends: only a file can extend another"]),
+        ({"version": 1}, ["result.json: missing key 'name'"]),
+        (
+            {"version": 1, "name": "a", "seed": "x", "stages": [{"use": "pick"}, {"use": "steer", "patence": 3}]},
+            [
+                "result.json: seed: must be a valid integer, got 'x'",
+                "result.json: stages.0: missing key 'keep'",
+                "result.json: stages.1: missing key 'patience'",
+                "result.json: stages.1.patence: unknown key 'patence'; did you mean 'patience'?",
+            ],
+        ),
+        (
+            {"version": 1, "name": "a", "stages": [{"use": "pick", "keep": {"default": 1.5}}]},
+            ["result.json: stages.0.keep.default: a ratio lies in (0, 1], got 1.5"],
+        ),
+    ],
+)
+def test_what_is_wrong_with_plain_data_is_said_with_its_path(data, expected):
+    with pytest.raises(ConfigError) as caught:
+        parse_pipeline(data, REGISTRY, "result.json")
+    lines = str(caught.value).splitlines()
+    assert len(lines) == len(expected)
+    for line, start in zip(lines, expected, strict=True):
+        assert line.startswith(start)
 
 
 @given(data=pipelines(), amount=AMOUNTS, seed=st.integers(0, 99))

@@ -5,7 +5,17 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 from tokenprune.budget import UNION, Amount, Budget
 
@@ -43,16 +53,14 @@ def _amount(value: object) -> object:
 KeepAmount = Annotated[Amount, BeforeValidator(_amount)]
 
 
-def _keep(value: object) -> object:
-    """A mapping of modes to amounts, or one amount for every mode."""
-    if isinstance(value, dict) and not set(value) & {"ratio", "count"}:
-        return {str(mode): _amount(amount) for mode, amount in value.items()}
-    return _amount(value)
+def _keep(value: object) -> str:
+    """Which form this is: a mapping of modes to amounts, or one amount for every mode."""
+    return "per mode" if isinstance(value, dict) and not set(value) & {"ratio", "count"} else "one amount"
 
 
 Keep = Annotated[
-    Amount | dict[str, Amount],
-    BeforeValidator(_keep),
+    Annotated[KeepAmount, Tag("one amount")] | Annotated[dict[str, KeepAmount], Tag("per mode")],
+    Discriminator(_keep),
     Field(description="A count, a ratio, 'union', or one of these per mode."),
 ]
 
@@ -140,6 +148,13 @@ class CutConfig(StageConfig):
         return {key: set(keep) for key, keep in keeps.items() if isinstance(keep, dict)}
 
 
+def _version(value: object) -> object:
+    # To Python, True equals 1.
+    if isinstance(value, bool):
+        raise ValueError(f"must be 1, got {value}")
+    return value
+
+
 def _one_each(names: tuple[str, ...]) -> tuple[str, ...]:
     if len(set(names)) != len(names):
         raise ValueError("modes must have distinct names")
@@ -151,7 +166,7 @@ def _one_each(names: tuple[str, ...]) -> tuple[str, ...]:
 class PipelineConfig(Strict):
     """A pipeline file, resolved: no `extends` left, stages checked by their own classes."""
 
-    version: Literal[1] = Field(description="Format of the file.")
+    version: Annotated[Literal[1], BeforeValidator(_version)] = Field(description="Format of the file.")
     name: str = Field(pattern=_NAME, description="Lower-case name shown in tables and results.")
     description: str = Field(default="", description="What the pipeline is, one line.")
     modes: Annotated[tuple[str, ...], AfterValidator(_one_each)] = Field(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -70,14 +71,26 @@ class Document:
             raw = path.read_bytes()
         except FileNotFoundError as error:
             beside = [p.name for p in path.parent.glob("*.y*ml")]
-            raise ConfigError(f"{source}: no such file{nearest(path.name, beside)}") from error
+            raise ConfigError(f"{source}:1:1 no such file{nearest(path.name, beside)}") from error
         except OSError as error:
-            raise ConfigError(f"{source}: cannot be read: {error.strerror}") from error
+            raise ConfigError(f"{source}:1:1 cannot be read: {error.strerror}") from error
         try:
             return cls.parse(raw.decode("utf-8"), source)
         except UnicodeDecodeError as error:
             line, column = _line_column(raw[: error.start].decode("utf-8"))
             raise ConfigError(f"{source}:{line}:{column} byte 0x{raw[error.start]:02x} is not UTF-8") from error
+
+    @classmethod
+    def plain(cls, data: object, source: str) -> Document:
+        """Take data that stands in no file; it has no lines.
+
+        Raises:
+            ConfigError: If JSON cannot hold it.
+        """
+        try:
+            return cls(source, json.loads(json.dumps(data, allow_nan=False)), _values={(): (0, 0)})
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{source}: not plain data: {error}") from error
 
     @classmethod
     def parse(cls, text: str, source: str) -> Document:

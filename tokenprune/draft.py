@@ -47,6 +47,20 @@ class Draft:
         draft._include(document, path, registry, ())
         return draft
 
+    @classmethod
+    def of(cls, data: object, origin: str) -> Draft:
+        """Take plain data, such as a result holds of the pipeline it was made with.
+
+        Raises:
+            ConfigError: If it is no mapping, or JSON cannot hold it.
+        """
+        document = Document.plain(data, origin)
+        draft = cls(origin=origin, _files=[document])
+        if not isinstance(document.data, dict):
+            draft._fail(document, (), "a pipeline is a mapping")
+        draft.data = document.data
+        return draft
+
     def stop_on_problems(self) -> None:
         """Report everything found wrong, in the order of the files.
 
@@ -122,7 +136,9 @@ class Draft:
             above = put[: len(location)] == location and not document.has(location)
             if location[: len(put)] == put or above:
                 return option, 0, 0
-        return document.source, *document.at(location, key)
+        line, column = document.at(location, key)
+        path = "" if line or not location else f": {'.'.join(map(str, location))}"
+        return document.source + path, line, column
 
 
 def _open(reference: str, folder: Path, registry: Registry) -> tuple[Document, Path]:

@@ -64,6 +64,22 @@ def load_pipeline(source: str | Path, registry: Registry, overrides: Sequence[st
     return LoadedPipeline(config, draft.data, draft.origin, str(source) if inline else config.name)
 
 
+def parse_pipeline(data: Mapping[str, Any], registry: Registry, origin: str) -> LoadedPipeline:
+    """Check a pipeline that is plain data, such as `LoadedPipeline.resolved` in a result.
+
+    Args:
+        data: What a file without `extends` would say.
+        registry: Installed plugins.
+        origin: Where the data comes from; problems begin with it.
+
+    Raises:
+        ConfigError: If anything in it is wrong; one line for each problem, with its dotted path.
+    """
+    draft = Draft.of(data, origin)
+    config = _check(draft, registry)
+    return LoadedPipeline(config, draft.data, origin, config.name)
+
+
 def _split(source: str | Path) -> tuple[str, list[str]]:
     """Split `NAME@key=value,key=value`; a comma within a value is one that no `key=` follows."""
     text = str(source)
@@ -110,6 +126,8 @@ def _fields(stage: object, registry: Registry) -> Mapping[str, object]:
 def _check(draft: Draft, registry: Registry) -> PipelineConfig:
     data = dict(draft.data)
     entries = data.pop("stages", [])
+    if data.pop("extends", None) is not None:
+        draft.report(("extends",), "only a file can extend another")
     config, complaints = parse(PipelineConfig, data, extra=("extends",))
     for complaint in complaints:
         draft.report(*complaint)

@@ -47,6 +47,10 @@ _WRITTEN: Mapping[Callable[..., object], JsonSchemaValue] = {
 
 
 class _Generator(GenerateJsonSchema):
+    def tagged_union_schema(self, schema: core_schema.TaggedUnionSchema) -> JsonSchemaValue:
+        written = _WRITTEN.get(schema["discriminator"]) if callable(schema["discriminator"]) else None
+        return super().tagged_union_schema(schema) if written is None else copy.deepcopy(written)
+
     def function_before_schema(self, schema: core_schema.BeforeValidatorFunctionSchema) -> JsonSchemaValue:
         written = _WRITTEN.get(schema["function"]["function"])
         return super().function_before_schema(schema) if written is None else copy.deepcopy(written)

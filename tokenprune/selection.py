@@ -8,15 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NewType
+from typing import TYPE_CHECKING, NewType
 
 import torch
 from torch import Tensor
 
 from tokenprune.errors import SelectionError
 
-OriginalIds = NewType("OriginalIds", Tensor)
-CurrentIds = NewType("CurrentIds", Tensor)
+if TYPE_CHECKING:
+    OriginalIds = NewType("OriginalIds", Tensor)
+    CurrentIds = NewType("CurrentIds", Tensor)
+else:
+    # What NewType does when called, in a form that torch.compile can look into.
+    def OriginalIds(ids):  # noqa: ANN001, ANN201, D103
+        return ids
+
+    CurrentIds = OriginalIds
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,9 +179,8 @@ def _any_vote(votes: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def _common_shape(proposals: Sequence[Proposal]) -> tuple[int, int]:
-    tensors = [
-        (name, t) for p in proposals for name in ("score", "protect", "drop") if (t := getattr(p, name)) is not None
-    ]
+    votes = [(name, getattr(p, name)) for p in proposals for name in ("score", "protect", "drop")]
+    tensors = [(name, vote) for name, vote in votes if vote is not None]
     if not tensors:
         raise SelectionError("nothing to resolve: no proposal carries a score, protect or drop")
     shape = tuple(tensors[0][1].shape)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -97,9 +98,8 @@ class QueryTrace:
             TraceError: If any layer held another number of tokens than planned.
         """
         if self.held != self.plan.tokens:
-            layer = next(
-                (i for i, (a, b) in enumerate(zip(self.held, self.plan.tokens, strict=False)) if a != b), len(self.held)
-            )
+            pairs = enumerate(zip_longest(self.held, self.plan.tokens))
+            layer = next(index for index, (held, planned) in pairs if held != planned)
             raise TraceError(
                 f"pipeline '{self.pipeline}', mode '{self.mode}': layer {layer} differs from the plan; "
                 f"held {list(self.held)}, planned {list(self.plan.tokens)}"

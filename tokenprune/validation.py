@@ -75,13 +75,12 @@ def _complaints(
 
 def _within(location: tuple[Any, ...], data: Any) -> Location:  # noqa: ANN401
     """The part of pydantic's location that is a place in the data; it also names union branches and missing keys."""
-    depth = 0
+    found: Location = ()
     for step in location:
-        if not ((isinstance(data, dict) and step in data) or (isinstance(data, list) and step in range(len(data)))):
-            break
-        data = data[step]
-        depth += 1
-    return location[:depth]
+        if (isinstance(data, dict) and step in data) or (isinstance(data, list) and step in range(len(data))):
+            data = data[step]
+            found = (*found, step)
+    return found
 
 
 def _wording(error: ErrorDetails) -> tuple[str, str]:

@@ -49,10 +49,10 @@ def milliseconds(value: float) -> str:
 def compare_legend(rows: tuple[Row, ...], note: str) -> str:
     """What the columns mean, and what the numbers do not say."""
     lines = [
-        "tokens: visual tokens held, mean over layers and at the last one. ms: whole query,",
-        "observation to actions. speedup: dense over own time, query by query, median;",
-        "eff: speedup / FLOP ratio. sel: choosing and moving tokens, % of a dense query.",
-        f"L1 and gripper flips: against dense, over {rows[0].actions} actions.",
+        "tokens: visual tokens held, mean over layers and at the last one. ms: the whole",
+        "query, observation to actions. speed up: dense over own time, query by query,",
+        "median. eff: speed up / FLOP ratio. sel: choosing and moving tokens, % of dense",
+        f"time. L1 and gripper flips: against dense, over {rows[0].actions} actions.",
     ]
     fallen = [f"{row.pipeline} {row.fallbacks}" for row in rows if row.fallbacks]
     if fallen:
