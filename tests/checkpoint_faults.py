@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
+from tokenprune_adapters.checkpoints import read_config
+
 CONFIG, PREPROCESSOR, STATISTICS = "config.json", "preprocessor_config.json", "dataset_statistics.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FIRST, LAST = "model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"
@@ -153,6 +155,14 @@ def shard_outside(folder: Path) -> None:
     )
 
 
+def fewer_rows(folder: Path) -> None:
+    """The last token has no row, with one row more all have."""
+    largest = max(Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab().values())
+    text(vocab_size=largest + 1)(folder)
+    read_config(folder, {})
+    text(vocab_size=largest)(folder)
+
+
 def sparse_ids(folder: Path) -> None:
     """Few tokens, one of them with a high id."""
     path = folder / "tokenizer.json"
@@ -226,7 +236,7 @@ JSON_FAULTS: Faults = {
     ),
     "no tokenizer": (remove("tokenizer.json"), "tokenizer.json", "no such file"),
     "not a tokenizer": (write("tokenizer.json", b"{}"), "tokenizer.json", "not a readable"),
-    "more tokens than rows": (text(vocab_size=64), "tokenizer.json", "text_config.vocab_size", "64"),
+    "a token more than rows": (fewer_rows, "tokenizer.json", "text_config.vocab_size"),
     "a token beyond the rows": (sparse_ids, "tokenizer.json", "token 5000", "text_config.vocab_size", "2048"),
 }  # fmt: skip
 
@@ -237,6 +247,9 @@ WEIGHT_FAULTS: Faults = {
     "another format": (write(WEIGHTS, pickled({QUERY: ZERO})), WEIGHTS, "not a safetensors file"),
     "missing": (drop(WEIGHTS, QUERY), "single", f"needs '{QUERY}'"),
     "left over": (put(WEIGHTS, "projector.fc4.bias", ZERO), WEIGHTS, "no place for 'projector.fc4.bias'"),
+    "a scale for the lm_head": (
+        put(WEIGHTS, "language_model.lm_head.weight_scale", ZERO), WEIGHTS, "'language_model.lm_head.weight_scale'",
+    ),
     "timm's layer scale": (rename(WEIGHTS, SCALE, GAMMA), WEIGHTS, f"no place for '{GAMMA}'"),
     "a block more": (put(WEIGHTS, BLOCK_3, ZERO), WEIGHTS, f"no place for '{BLOCK_3}'"),
     "shape": (put(WEIGHTS, QUERY, ZERO), WEIGHTS, f"'{QUERY}' has shape [2, 2]", "wants [32, 32]"),

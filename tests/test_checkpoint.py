@@ -42,7 +42,8 @@ from tokenprune.errors import CheckpointError, ConfigError
 from tokenprune.policy import Policy, load
 from tokenprune.registry import Registry
 from tokenprune_adapters import tensors
-from tokenprune_adapters.backbones.openvla_oft import OFTFactory, OpenVLAOFT
+from tokenprune_adapters.backbones.oft_factory import OFTFactory
+from tokenprune_adapters.backbones.openvla_oft import OpenVLAOFT
 from tokenprune_adapters.checkpoints import load_oft, read_config
 from tokenprune_adapters.tensors import StoredTensor, stored_pt
 
@@ -176,7 +177,7 @@ def test_defaults_are_those_of_the_7b_release(single: Path) -> None:
 
     def release(config: dict[str, Any]) -> None:
         del config["timm_override_args"]
-        config.update(image_sizes=[224, 224], text_config={"vocab_size": 32064, "pad_token_id": 32000})
+        config.update(image_sizes=[224, 224], text_config={"pad_token_id": 32000})
 
     edit(single / CONFIG, release)
     sizes = [{"size": [224, 224], "interpolation": 3}] * 2

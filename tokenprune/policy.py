@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tokenprune.backbone import Backbone, Inputs, Observation
+from tokenprune.adapter import Backbone, Inputs, Observation
 from tokenprune.config import DENSE, PipelineConfig
 from tokenprune.context import ControlContext, ControlDecision
 from tokenprune.errors import ConfigError, ObservationError, StageError, TokenPruneError, nearest

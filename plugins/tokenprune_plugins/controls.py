@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor
 
@@ -41,59 +43,55 @@ class Nothing(Stage[NothingConfig]):
         return None
 
 
-class Random(Stage[HalfConfig]):
+class Scored(Stage[HalfConfig], ABC):
+    """A control that scores tokens the same way before layer 0 and after any layer."""
+
+    Config = HalfConfig
+
+    @abstractmethod
+    def score(self, ctx: SelectContext) -> Tensor:
+        """Scores `[B, P]` of the prunable tokens."""
+
+    @hookimpl
+    def select_tokens(self, ctx: SelectContext) -> Proposal:
+        """Scores before layer 0."""
+        return Proposal(score=self.score(ctx))
+
+    @hookimpl
+    def score_layer(self, ctx: LayerContext) -> Proposal:
+        """Scores after a layer."""
+        return Proposal(score=self.score(ctx))
+
+
+class Random(Scored):
     """Scores tokens at random, anew in every query.
 
     The numbers are a hash of seed, query and original id, so they are the same on every device, for every batch
     size, and whatever else draws random numbers.
     """
 
-    Config = HalfConfig
-
-    @hookimpl
-    def select_tokens(self, ctx: SelectContext) -> Proposal:
-        """Random scores before layer 0."""
-        return self._score(ctx)
-
-    @hookimpl
-    def score_layer(self, ctx: LayerContext) -> Proposal:
-        """Random scores after a layer."""
-        return self._score(ctx)
-
-    def _score(self, ctx: SelectContext) -> Proposal:
-        return Proposal(
-            score=torch.stack([hashed(ids, seed) for ids, seed in zip(ctx.prunable, ctx.seeds, strict=True)])
-        )
+    def score(self, ctx: SelectContext) -> Tensor:
+        """Uniform numbers."""
+        return torch.stack([hashed(ids, seed) for ids, seed in zip(ctx.prunable, ctx.seeds, strict=True)])
 
 
-class UniformGrid(Stage[HalfConfig]):
+class UniformGrid(Scored):
     """Keeps patches spread evenly over each view, equally many of every view.
 
     Patches are ranked by an ordered-dither pattern, so each larger keep contains every smaller one.
     """
-
-    Config = HalfConfig
 
     def __init__(self, config: HalfConfig) -> None:
         """Tables are made at the first query of each layout."""
         super().__init__(config)
         self._tables: dict[tuple[TokenLayout, torch.device], Tensor] = {}
 
-    @hookimpl
-    def select_tokens(self, ctx: SelectContext) -> Proposal:
-        """Grid scores before layer 0."""
-        return self._score(ctx)
-
-    @hookimpl
-    def score_layer(self, ctx: LayerContext) -> Proposal:
-        """Grid scores after a layer."""
-        return self._score(ctx)
-
-    def _score(self, ctx: SelectContext) -> Proposal:
+    def score(self, ctx: SelectContext) -> Tensor:
+        """The place of each patch in its view's pattern."""
         key = (ctx.layout, ctx.prunable.device)
         if key not in self._tables:
             self._tables[key] = grid_scores(ctx.layout).to(ctx.prunable.device)
-        return Proposal(score=self._tables[key][ctx.prunable])
+        return self._tables[key][ctx.prunable]
 
 
 def hashed(ids: Tensor, seed: int) -> Tensor:

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from tokenprune.backbone import Backbone, BackboneInfo
+from tokenprune.adapter import Backbone
+from tokenprune.backbone import BackboneInfo
 from tokenprune.bench.provenance import provenance
 from tokenprune.bench.replay import Tick, query_steps, replay
 from tokenprune.config import DENSE

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tokenprune.backbone import BackboneInfo, Observation
-from tokenprune.errors import CheckpointError, ConfigError, ObservationError, nearest
+from tokenprune.adapter import Observation
+from tokenprune.backbone import BackboneInfo
+from tokenprune.errors import ObservationError, nearest
 from tokenprune.layout import TokenLayout
 from tokenprune.runtime import Query
-from tokenprune_adapters.backbones.oft_config import OFTConfig, preset, with_options
+from tokenprune_adapters.backbones.oft_config import OFTConfig
 from tokenprune_adapters.heads import L1ActionHead, ProprioProjector
 from tokenprune_adapters.preprocess import check_image
-from tokenprune_adapters.prismatic import LanguageModel, Projector, VisionBackbone, fill_untrained
+from tokenprune_adapters.prismatic import LanguageModel, Projector, VisionBackbone
 from tokenprune_adapters.prompt import Prompt, PromptTokenizer
 from tokenprune_adapters.statistics import Statistics
 
@@ -56,7 +55,7 @@ class OFTInputs:
 
 
 class OpenVLAOFT:
-    """A policy of the OpenVLA-OFT family; implements `tokenprune.backbone.Backbone`."""
+    """A policy of the OpenVLA-OFT family; implements `tokenprune.adapter.Backbone`."""
 
     def __init__(
         self, config: OFTConfig, model: OFTModel, tokenizer: PromptTokenizer, statistics: Statistics, info: BackboneInfo
@@ -159,62 +158,3 @@ class OpenVLAOFT:
     def unnormalise(self, actions: np.ndarray) -> np.ndarray:
         """Actions `[B, T, D]` in the environment's units."""
         return self.statistics.action.unnormalise(actions)
-
-
-class OFTFactory:
-    """Makes OpenVLA-OFT policies; implements `tokenprune.backbone.BackboneFactory`."""
-
-    @staticmethod
-    def describe(
-        name: str | None, checkpoint: Path | None, options: Mapping[str, Any]
-    ) -> tuple[BackboneInfo, Callable[[str], TokenLayout]]:
-        """What would be built, and its layout by instruction; nothing is allocated."""
-        if checkpoint is not None:
-            from tokenprune_adapters.checkpoints import read_config
-
-            config, tokenizer = read_config(Path(checkpoint), options)
-            info = config.info(str(checkpoint), untrained=False)
-        else:
-            config, tokenizer = _untrained_config(name, options), PromptTokenizer.bundled()
-            info = config.info(name or "", untrained=True)
-        return info, lambda instruction: config.layout(tokenizer.encode(instruction, config.max_text))
-
-    @staticmethod
-    def build(
-        name: str | None,
-        checkpoint: Path | None,
-        options: Mapping[str, Any],
-        device: torch.device,
-        dtype: torch.dtype,
-        seed: int,
-    ) -> OpenVLAOFT:
-        """A policy from a checkpoint, or with untrained weights from a preset.
-
-        Raises:
-            ConfigError: If neither or both of preset and checkpoint are given, or an option is wrong.
-            CheckpointError: If the checkpoint cannot be used.
-        """
-        if checkpoint is not None:
-            if name is not None:
-                raise ConfigError("give a preset or a checkpoint, not both")
-            from tokenprune_adapters.checkpoints import load_oft
-
-            return load_oft(Path(checkpoint), options, device, dtype)
-        config, tokenizer = _untrained_config(name, options), PromptTokenizer.bundled()
-        if tokenizer.vocab_size > config.body.vocab:
-            raise CheckpointError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens, the embedding table {config.body.vocab} rows"
-            )
-        with torch.device("meta"):
-            model = OFTModel(config)
-        fill_untrained(model, seed, device, dtype)
-        statistics = Statistics.identity(config.action.dims, config.state_size)
-        return OpenVLAOFT(config, model, tokenizer, statistics, config.info(name or "", untrained=True))
-
-
-def _untrained_config(name: str | None, options: Mapping[str, Any]) -> OFTConfig:
-    if name is None:
-        raise ConfigError("backbone 'openvla-oft' needs a checkpoint, or a preset (7b, small) for untrained weights")
-    if "unnorm_key" in options:
-        raise ConfigError("unnorm_key names statistics of a checkpoint; a preset has none")
-    return with_options(preset(name), options)

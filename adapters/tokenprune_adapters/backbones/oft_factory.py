@@ -1,0 +1,74 @@
+"""Makes OpenVLA-OFT policies, from a preset or a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenprune.backbone import BackboneInfo
+from tokenprune.errors import CheckpointError, ConfigError
+from tokenprune.layout import TokenLayout
+from tokenprune_adapters.backbones.oft_config import OFTConfig, preset, with_options
+from tokenprune_adapters.backbones.openvla_oft import OFTModel, OpenVLAOFT
+from tokenprune_adapters.checkpoints import load_oft, read_config
+from tokenprune_adapters.prismatic import fill_untrained
+from tokenprune_adapters.prompt import PromptTokenizer
+from tokenprune_adapters.statistics import Statistics
+
+
+class OFTFactory:
+    """Makes OpenVLA-OFT policies; implements `tokenprune.adapter.BackboneFactory`."""
+
+    @staticmethod
+    def describe(
+        name: str | None, checkpoint: Path | None, options: Mapping[str, Any]
+    ) -> tuple[BackboneInfo, Callable[[str], TokenLayout]]:
+        """What would be built, and its layout by instruction; nothing is allocated."""
+        if checkpoint is not None:
+            config, tokenizer = read_config(Path(checkpoint), options)
+            info = config.info(str(checkpoint), untrained=False)
+        else:
+            config, tokenizer = _untrained_config(name, options), PromptTokenizer.bundled()
+            info = config.info(name or "", untrained=True)
+        return info, lambda instruction: config.layout(tokenizer.encode(instruction, config.max_text))
+
+    @staticmethod
+    def build(
+        name: str | None,
+        checkpoint: Path | None,
+        options: Mapping[str, Any],
+        device: torch.device,
+        dtype: torch.dtype,
+        seed: int,
+    ) -> OpenVLAOFT:
+        """A policy from a checkpoint, or with untrained weights from a preset.
+
+        Raises:
+            ConfigError: If neither or both of preset and checkpoint are given, or an option is wrong.
+            CheckpointError: If the checkpoint cannot be used.
+        """
+        if checkpoint is not None:
+            if name is not None:
+                raise ConfigError("give a preset or a checkpoint, not both")
+            return load_oft(Path(checkpoint), options, device, dtype)
+        config, tokenizer = _untrained_config(name, options), PromptTokenizer.bundled()
+        if tokenizer.vocab_size > config.body.vocab:
+            raise CheckpointError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, the embedding table {config.body.vocab} rows"
+            )
+        with torch.device("meta"):
+            model = OFTModel(config)
+        fill_untrained(model, seed, device, dtype)
+        statistics = Statistics.identity(config.action.dims, config.state_size)
+        return OpenVLAOFT(config, model, tokenizer, statistics, config.info(name or "", untrained=True))
+
+
+def _untrained_config(name: str | None, options: Mapping[str, Any]) -> OFTConfig:
+    if name is None:
+        raise ConfigError("backbone 'openvla-oft' needs a checkpoint, or a preset (7b, small) for untrained weights")
+    if "unnorm_key" in options:
+        raise ConfigError("unnorm_key names statistics of a checkpoint; a preset has none")
+    return with_options(preset(name), options)

@@ -1,0 +1,86 @@
+"""What an adapter is to the core: it describes its tokens and runs its model, calling back at the hook points."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenprune.backbone import BackboneInfo
+from tokenprune.layout import TokenLayout
+from tokenprune.runtime import Query
+
+Observation = Mapping[str, Any]
+"""`{"images": {view: uint8 [H, W, 3]}, "state": float [S]}`; `state` only where the policy has one."""
+
+
+class Inputs(Protocol):
+    """Observations made ready; adapters keep more in their own type.
+
+    Attributes:
+        layout: Tokens of the query, the same for every batch row.
+        images: Per view, the cropped pixels the patches align to, uint8 `[B, 3, S, S]`.
+    """
+
+    layout: TokenLayout
+    images: Mapping[str, Tensor]
+
+
+class Backbone(Protocol):
+    """A model with its weights."""
+
+    info: BackboneInfo
+    device: torch.device
+
+    def layout(self, instruction: str) -> TokenLayout:
+        """Tokens of a query with this instruction.
+
+        Raises:
+            ObservationError: If the instruction cannot be given to the policy.
+        """
+        ...
+
+    def check(self, observation: Observation) -> None:
+        """Refuse an observation the policy was not made for, before anything runs.
+
+        Raises:
+            ObservationError: Naming the view or field, what was found and what is valid.
+        """
+        ...
+
+    def prepare(self, observations: Sequence[Observation], instructions: Sequence[str]) -> Inputs:
+        """Preprocess checked observations whose layouts are equal, and upload them."""
+        ...
+
+    def infer(self, inputs: Any, query: Query) -> Tensor:  # noqa: ANN401 - each adapter's own Inputs
+        """Run the model through the query's hook points; returns normalised actions `[B, T, D]` on the device."""
+        ...
+
+    def unnormalise(self, actions: np.ndarray) -> np.ndarray:
+        """Normalised actions `[B, T, D]` in the environment's units."""
+        ...
+
+
+class BackboneFactory(Protocol):
+    """What a `BackboneSpec.target` names: makes backbones of one family."""
+
+    @staticmethod
+    def describe(preset: str | None, checkpoint: Path | None, options: Mapping[str, Any]) -> tuple[BackboneInfo, Any]:
+        """What it would be, and a function from instruction to layout; no weights are made or read."""
+        ...
+
+    @staticmethod
+    def build(
+        preset: str | None,
+        checkpoint: Path | None,
+        options: Mapping[str, Any],
+        device: torch.device,
+        dtype: torch.dtype,
+        seed: int,
+    ) -> Backbone:
+        """Make it: random weights for a preset, the checkpoint's otherwise."""
+        ...
