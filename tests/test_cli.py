@@ -61,7 +61,7 @@ def test_explain_counts_without_weights() -> None:
     mode = facts["modes"]["default"]
     assert [layer["prunable"] for layer in mode["layers"]] == [512] * 2 + [256] * 30
     assert mode["cuts"][0] | {"views": {}} == {
-        "after": 1, "found": 512, "keep": 256, "at_most": False, "views": {}, "stages": ["fastv"],
+        "after": "1", "found": 512, "keep": 256, "at_most": False, "views": {}, "stages": ["fastv"],
     }  # fmt: skip
     assert mode["probes"] == [{"layer": 1, "rows": "text", "count": facts["segments"][4]["length"]}]
     # Upstream's dimensions give 7.97 TFLOP for the decoder at 601 tokens.

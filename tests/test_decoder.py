@@ -227,6 +227,15 @@ def test_several_new_tokens_on_a_filled_causal_cache_are_refused() -> None:
     assert all(entry.k is k for entry, k in zip(cache.layers, before, strict=True)), "the cache was touched"
 
 
+def test_renumbered_tokens_behind_a_cache_are_refused() -> None:
+    model, cache = tiny_llama(), KVCache()
+    decoder, x = decoder_of(model, causal=True), random(0, 1, 5, 16)
+    decoder.run(x[:, :4], TokenSelection.identity(4, 1), cache=cache)
+    pruner = type("Renumbering", (), {"positions": "compact", "acts_after": staticmethod(lambda layer: False)})()
+    with pytest.raises(ValueError, match="cannot continue a cache"):
+        decoder.run(x[:, 4:], TokenSelection(OriginalIds(torch.tensor([[4]])), 5), pruner, cache)
+
+
 @given(st.data(), llamas(), batches, st.integers(2, 10), st.booleans(), seeds)
 def test_compact_positions_equal_a_renumbered_model(
     data: st.DataObject, model: LlamaModel, batch: int, n: int, causal: bool, seed: int

@@ -90,6 +90,9 @@ def vision(name):
 layout = TokenLayout.build([Segment(Role.BOS, 0, 1), vision("primary"), vision("wrist"), Segment(Role.TEXT, 0, 3)])
 previous = {view: torch.full((2, 3, 32, 32), 255, dtype=torch.uint8) for view in ("primary", "wrist")}
 images = {view: pixels.clone() for view, pixels in previous.items()}
+for view in images:
+    images[view][1, :, :16] = 0          # half dark, half bright, and zeros where nothing came before
+    previous[view][1] = 0
 images["primary"][:, :, 2:4, 6:8] = 0    # row 1, column 3: all of it, downwards
 images["wrist"][:, 1, 31, 0] = 254       # row 15, column 0: one pixel of one channel by one level
 had_one = torch.tensor([True, False])
@@ -125,7 +128,7 @@ changed = image.copy()
 changed[:64] = 255 - changed[:64]
 state = np.zeros(8, dtype=np.float32)
 chunks = [policy.act({"images": {"primary": frame}, "state": state}) for frame in (image, changed)]
-kept = [chunk.trace.to_json(with_ids=True)["kept_ids"]["-1"][0] for chunk in chunks]
+kept = [chunk.trace.to_json(with_ids=True)["kept_ids"]["embedding"][0] for chunk in chunks]
 print(json.dumps([policy.backbone.layout("pick up the bowl").views["primary"].start, kept]))
 """)
     start, (first, second) = found

@@ -82,12 +82,15 @@ class Decoder:
         the ids of new tokens must lie above the cached ones.
 
         Raises:
-            ValueError: If several new tokens meet a filled cache in a causal decoder, which would need a mask.
+            ValueError: If several new tokens meet a filled cache in a causal decoder, which would need a mask, or if
+                tokens are to be renumbered behind a cache, whose entries keep the positions they were made at.
         """
         continued = cache is not None and bool(cache.layers)
         if continued and self.causal and hidden.shape[1] > 1:
             raise ValueError(f"a causal decoder continues its cache one token at a time, not {hidden.shape[1]}")
         positions: Positions = "preserve" if pruner is None else pruner.positions
+        if continued and positions == "compact":
+            raise ValueError("positions: compact cannot continue a cache; use positions: preserve")
         cos, sin = rotary(tokens, positions, self.head_dim, self.rope_theta, hidden.dtype)
         held = []
         for index, layer in enumerate(self.layers):

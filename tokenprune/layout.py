@@ -55,7 +55,7 @@ class Segment:
             )
         if self.prunable and self.role is not Role.VISION:
             raise LayoutError(f"segment '{self.role}' at {self.start} cannot be prunable; only vision segments can")
-        if self.grid is not None and self.grid[0] * self.grid[1] != self.length:
+        if self.grid is not None and (min(self.grid) < 0 or self.grid[0] * self.grid[1] != self.length):
             raise LayoutError(f"view '{self.view}': grid {self.grid} does not hold {self.length} tokens")
 
     @property
@@ -92,8 +92,11 @@ class TokenLayout:
         if len(set(views)) != len(views):
             raise LayoutError(f"views must have distinct names, got {views}")
         prunable = {i for s in self.segments if s.prunable for i in s.span}
+        names = [name for name, _ in self.rows]
+        if len(set(names)) != len(names) or "last" in names:
+            raise LayoutError(f"rows must have distinct names other than 'last', got {names}")
         for name, span in self.rows:
-            if span.step != 1 or span.start < 0 or span.stop > at:
+            if span.step != 1 or not 0 <= span.start <= span.stop <= at:
                 raise LayoutError(f"rows '{name}' = {span} do not lie within the {at} tokens of the layout")
             if prunable.intersection(span):
                 raise LayoutError(f"rows '{name}' = {span} contain tokens that may be pruned")

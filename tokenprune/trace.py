@@ -110,7 +110,7 @@ class QueryTrace:
         counts: dict[str, dict[str, list[int]]] = {}
         for after, ids in self.kept.items():
             spans = {name: segment.span for name, segment in self.plan.layout.views.items()}
-            counts["embedding" if after < 0 else str(after)] = {
+            counts[cut_name(after)] = {
                 name: ((ids >= span.start) & (ids < span.stop)).sum(1).tolist() for name, span in spans.items()
             }
         return counts
@@ -127,12 +127,17 @@ class QueryTrace:
             "phases_ms": {name: round(ms, 4) for name, ms in self.phases.items()},
             "attention_kernel": self.kernel,
             "probes": [{"stage": p.stage, "layer": p.layer, "rows": p.rows, "count": p.count} for p in self.probes],
-            "protected_over_budget": {str(k): v for k, v in self.overfull.items()},
+            "protected_over_budget": {cut_name(after): n for after, n in self.overfull.items()},
             "fallback": self.fallback,
         }
         if with_ids:
-            plain["kept_ids"] = {str(after): ids.tolist() for after, ids in self.kept.items()}
+            plain["kept_ids"] = {cut_name(after): ids.tolist() for after, ids in self.kept.items()}
         return plain
+
+
+def cut_name(after: int) -> str:
+    """A cut as pipeline files call it: the layer it follows, or `embedding`."""
+    return "embedding" if after < 0 else str(after)
 
 
 def attention_kernel(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> str:

@@ -24,8 +24,8 @@ from tokenprune.trace import QueryTrace
 FORMAT_VERSION = 1
 WARMUP = 2
 UNTRAINED = (
-    "The weights are untrained random numbers: action error says how far pruning moves\n"
-    "the output, and nothing about success."
+    "The weights are untrained random numbers: action error says how far pruning\n"
+    "moves the output, and nothing about success."
 )
 
 

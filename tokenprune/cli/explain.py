@@ -107,6 +107,7 @@ def _owner(found: Registry, stage: str) -> str:
 def _mode(bound: BoundPipeline, info: BackboneInfo, layout: TokenLayout, mode: str) -> dict[str, Any]:
     from tokenprune.flops import query_flops
     from tokenprune.plan import make_plan
+    from tokenprune.trace import cut_name
 
     plan = bound.plan(layout, mode)
     probes = [(layer, rows) for stage in bound.stages for layer, rows in stage.probes(info)]
@@ -118,7 +119,7 @@ def _mode(bound: BoundPipeline, info: BackboneInfo, layout: TokenLayout, mode: s
     return {
         "cuts": [
             {
-                "after": "embedding" if cut.after < 0 else cut.after,
+                "after": cut_name(cut.after),
                 "found": cut.found,
                 "keep": cut.keep,
                 "at_most": cut.union,

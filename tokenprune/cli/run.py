@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -75,7 +76,8 @@ def compare(
     facts, first = data["provenance"], data["queries"]["dense"][0]
     print(f"{data['backbone']['name']} {data['backbone']['source']}, {dtype}, attention {first['attention_kernel']}")
     print(facts["gpu"] or f"{facts['cpu']}, {facts['torch_threads']} threads")
-    print(f'{len(data["episode"]["steps"])} queries of "{data["episode"]["instruction"]}"\n')
+    asked = f'{len(data["episode"]["steps"])} queries of "{data["episode"]["instruction"]}"'
+    print(textwrap.fill(asked, WIDTH) + "\n")
     Console(width=WIDTH, highlight=False).print(compare_table(result.rows))
     print(compare_legend(result.rows, data["note"]))
     for label, said in data["notes"].items():

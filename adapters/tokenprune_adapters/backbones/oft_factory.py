@@ -27,6 +27,7 @@ class OFTFactory:
         name: str | None, checkpoint: Path | None, options: Mapping[str, Any]
     ) -> tuple[BackboneInfo, Callable[[str], TokenLayout]]:
         """What would be built, and its layout by instruction; nothing is allocated."""
+        _one_source(name, checkpoint)
         if checkpoint is not None:
             config, tokenizer = read_config(Path(checkpoint), options)
             info = config.info(str(checkpoint), untrained=False)
@@ -50,9 +51,8 @@ class OFTFactory:
             ConfigError: If neither or both of preset and checkpoint are given, or an option is wrong.
             CheckpointError: If the checkpoint cannot be used.
         """
+        _one_source(name, checkpoint)
         if checkpoint is not None:
-            if name is not None:
-                raise ConfigError("give a preset or a checkpoint, not both")
             return load_oft(Path(checkpoint), options, device, dtype)
         config, tokenizer = _untrained_config(name, options), PromptTokenizer.bundled()
         if tokenizer.vocab_size > config.body.vocab:
@@ -64,6 +64,11 @@ class OFTFactory:
         fill_untrained(model, seed, device, dtype)
         statistics = Statistics.identity(config.action.dims, config.state_size)
         return OpenVLAOFT(config, model, tokenizer, statistics, config.info(name or "", untrained=True))
+
+
+def _one_source(name: str | None, checkpoint: Path | None) -> None:
+    if name is not None and checkpoint is not None:
+        raise ConfigError("give a preset or a checkpoint, not both")
 
 
 def _untrained_config(name: str | None, options: Mapping[str, Any]) -> OFTConfig:
