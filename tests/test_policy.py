@@ -233,6 +233,14 @@ def test_load_by_name() -> None:
     assert policy.backbone.info.untrained
 
 
+def test_load_takes_plain_data() -> None:
+    data = {"version": 1, "name": "mine", "stages": [{"use": "uniform_grid", "keep": 100}]}
+    policy = tokenprune.load("openvla-oft", preset="small", pipeline=data)
+    assert policy.pipeline.config.stages[0].keep == 100
+    with pytest.raises(ConfigError, match=r"pipeline: stages\.0.*did you mean 'keep'"):
+        tokenprune.load("openvla-oft", preset="small", pipeline=data | {"stages": [{"use": "random", "kep": 1}]})
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [

@@ -71,7 +71,7 @@ class LayoutTables:
         self.view_number = {name: number for number, name in enumerate(layout.views)}
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class SelectContext:
     """What a selector sees before layer 0.
 
@@ -136,7 +136,7 @@ class SelectContext:
         return values.gather(1, self.prunable), seen.gather(1, self.prunable)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class LayerContext(SelectContext):
     """What a scorer sees after a layer; `hidden` is the layer's output.
 

@@ -17,7 +17,7 @@ from tokenprune.context import ControlContext, ControlDecision
 from tokenprune.errors import ConfigError, ObservationError, StageError, TokenPruneError, nearest
 from tokenprune.history import EpisodeStart, ExecutedAction, QueryRecord, Slot
 from tokenprune.layout import TokenLayout
-from tokenprune.loader import load_pipeline
+from tokenprune.loader import load_pipeline, parse_pipeline
 from tokenprune.pipeline import BoundPipeline, bind
 from tokenprune.plan import Plan
 from tokenprune.registry import Registry
@@ -205,7 +205,7 @@ def load(
     *,
     checkpoint: str | Path | None = None,
     preset: str | None = None,
-    pipeline: str | Path | PipelineConfig = "dense",
+    pipeline: str | Path | Mapping[str, Any] = "dense",
     device: str = "cpu",
     dtype: str = "float32",
     seed: int = 0,
@@ -219,11 +219,11 @@ def load(
         backbone: Registered name, such as `openvla-oft`.
         checkpoint: Folder in the release's format, or a hub id.
         preset: Size to fill with untrained random weights instead of a checkpoint.
-        pipeline: Name of a shipped pipeline, path of a file, or a configuration.
+        pipeline: Name of a shipped pipeline, path of a file, or what a file would say as plain data.
         device: torch device.
         dtype: One of `float32`, `bfloat16`, `float16`, `float64`.
         seed: Seed of a preset's random weights.
-        overrides: `stages.1.keep=0.5` and the like, applied to the pipeline.
+        overrides: `stages.1.keep=0.5` and the like, applied to a named pipeline or file.
         registry: Discovered plugins; discovered now when left out.
         **options: What the backbone accepts besides, such as `unnorm_key`.
 
@@ -233,7 +233,10 @@ def load(
         CheckpointError: If the checkpoint cannot be used.
     """
     registry = registry or Registry.discover()
-    config = pipeline if isinstance(pipeline, PipelineConfig) else load_pipeline(pipeline, registry, overrides).config
+    if isinstance(pipeline, Mapping):
+        config = parse_pipeline(pipeline, registry, "pipeline").config
+    else:
+        config = load_pipeline(pipeline, registry, overrides).config
     return Policy(load_backbone(backbone, registry, checkpoint, preset, device, dtype, seed, options), config, registry)
 
 

@@ -25,6 +25,7 @@ from tokenprune.cli.options import (
 )
 from tokenprune.errors import ConfigError, PluginError, TokenPruneError, nearest
 from tokenprune.registry import Registry
+from tokenprune.specs import HOOK_API_VERSION
 
 
 def add_to(app: typer.Typer) -> None:
@@ -199,6 +200,7 @@ def doctor(plugins: Plugins = None, as_json: Json = False) -> None:
             packages[package] = "missing"
     facts = {
         "python": platform.python_version(),
+        "hook_api": HOOK_API_VERSION,
         "packages": packages,
         "stages": len(found.stages),
         "pipelines": len(found.pipelines),
@@ -224,7 +226,9 @@ def doctor(plugins: Plugins = None, as_json: Json = False) -> None:
 
 def _print_doctor(facts: dict[str, Any]) -> None:
     print(f"python {facts['python']}, " + ", ".join(f"{name} {version}" for name, version in facts["packages"].items()))
-    print(f"{facts['stages']} stages, {facts['pipelines']} pipelines, {facts['backbones']} backbones")
+    print(
+        f"hook API {facts['hook_api']}: {facts['stages']} stages, {facts['pipelines']} pipelines, {facts['backbones']} backbones"
+    )
     for broken in facts["broken"]:
         print(f"\nbroken plugin '{broken['plugin']}' from {broken['from']}: {broken['error']}\n{broken['traceback']}")
     for name in facts["disabled_but_unknown"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.resources
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -80,8 +80,3 @@ def bundled_episode(found: Registry, backbone: str) -> Path:
         raise ConfigError(f"no episode ships with backbone '{backbone}'; give one with --episode PATH")
     package, _, resource = name.partition(":")
     return Path(str(importlib.resources.files(package).joinpath(resource)))
-
-
-def plain(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy that JSON can write."""
-    return json.loads(json.dumps(mapping, default=str))  # type: ignore[no-any-return]
