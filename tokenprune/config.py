@@ -132,7 +132,7 @@ class CutConfig(StageConfig):
     keep: Keep
     views: dict[str, ViewBudget] = Field(default_factory=dict, description="Budgets of single views.")
     of: Literal["prunable", "sequence"] = Field(default="prunable", description="What a ratio is a share of.")
-    floor: int = Field(default=0, ge=0, description="Prunable tokens never to fall below.")
+    floor: int = Field(default=0, ge=0, description="Tokens under `keep` never to fall below.")
     bucket: int = Field(default=1, ge=1, description="Counts are rounded up to a multiple of this.")
     weight: float = Field(default=1.0, gt=0, description="Weight of this stage's score where several meet at one cut.")
 

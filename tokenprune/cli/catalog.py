@@ -226,9 +226,8 @@ def doctor(plugins: Plugins = None, as_json: Json = False) -> None:
 
 def _print_doctor(facts: dict[str, Any]) -> None:
     print(f"python {facts['python']}, " + ", ".join(f"{name} {version}" for name, version in facts["packages"].items()))
-    print(
-        f"hook API {facts['hook_api']}: {facts['stages']} stages, {facts['pipelines']} pipelines, {facts['backbones']} backbones"
-    )
+    counts = ", ".join(f"{facts[kind]} {kind}" for kind in ("stages", "pipelines", "backbones"))
+    print(f"hook API {facts['hook_api']}: {counts}")
     for broken in facts["broken"]:
         print(f"\nbroken plugin '{broken['plugin']}' from {broken['from']}: {broken['error']}\n{broken['traceback']}")
     for name in facts["disabled_but_unknown"]:
