@@ -184,8 +184,9 @@ class Query:
         for index, proposal in proposals:
             if proposal.score is not None:
                 self._checks.append((f"stage '{self._pipeline.names[index]}' {where}", proposal.score.isnan().any()))
-            if proposal.protect is not None:
-                self._protected[cut.after] = proposal.protect.sum(1).max() - cut.keep
+        protected = [p.protect for _, p in proposals if p.protect is not None]
+        if protected:
+            self._protected[cut.after] = torch.stack(protected).any(0).sum(1).max() - cut.keep
         tokens, prunable = apply(context.tokens, context.prunable, self._tables.fixed, chosen)
         at = context.tokens.to_current(tokens.ids)
         hidden = context.hidden.gather(1, at[..., None].expand(-1, -1, context.hidden.shape[2]))
