@@ -218,7 +218,7 @@ def test_statistics_in_the_config(single: Path) -> None:
 
 
 def test_load_by_name(sharded: Path) -> None:
-    policy = load("openvla-oft", checkpoint=sharded, views=["primary", "wrist"])
+    policy = load("openvla-oft", checkpoint=sharded, views=["primary", "wrist"], dtype="float32")
     policy.reset(INSTRUCTION)
     expected = actions(tiny_policy_parts(tiny_config(), dtype=FLOAT))
     assert np.array_equal(policy.act(observation(tiny_config())).actions, expected)

@@ -115,7 +115,7 @@ def test_the_schema_keeps_descriptions_and_says_why_a_stage_cannot_be_loaded():
         f"#/$defs/{name}" for name in ("broken", "pick", "steer")
     ]
     assert definitions["pick"]["properties"]["use"] == {"const": "pick", "description": "picks"}
-    assert definitions["pick"]["properties"]["floor"]["description"] == "Prunable tokens never to fall below."
+    assert definitions["pick"]["properties"]["floor"]["description"] == "Tokens under `keep` never to fall below."
     assert definitions["pick"]["properties"]["windows"]["description"] == "Where to look."
     assert "ModuleNotFoundError" in definitions["broken"]["description"]
     assert valid(schema, {"version": 1, "name": "a", "stages": [{"use": "broken", "anything": 1}]}, schema)

@@ -233,6 +233,16 @@ def test_load_by_name() -> None:
     assert policy.backbone.info.untrained
 
 
+@pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_dtype_is_what_the_processor_computes(
+    native: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+    assert tokenprune.load("openvla-oft", preset="small").backbone.dtype is dtype
+    assert tokenprune.load("openvla-oft", preset="small", dtype="float64").backbone.dtype is torch.float64
+
+
 def test_load_takes_plain_data() -> None:
     data = {"version": 1, "name": "mine", "stages": [{"use": "uniform_grid", "keep": 100}]}
     policy = tokenprune.load("openvla-oft", preset="small", pipeline=data)

@@ -35,6 +35,7 @@ class Backbone(Protocol):
 
     info: BackboneInfo
     device: torch.device
+    dtype: torch.dtype
 
     def layout(self, instruction: str) -> TokenLayout:
         """Tokens of a query with this instruction.

@@ -207,7 +207,7 @@ def load(
     preset: str | None = None,
     pipeline: str | Path | Mapping[str, Any] = "dense",
     device: str = "cpu",
-    dtype: str = "float32",
+    dtype: str = "auto",
     seed: int = 0,
     overrides: Sequence[str] = (),
     registry: Registry | None = None,
@@ -221,7 +221,8 @@ def load(
         preset: Size to fill with untrained random weights instead of a checkpoint.
         pipeline: Name of a shipped pipeline, path of a file, or what a file would say as plain data.
         device: torch device.
-        dtype: One of `float32`, `bfloat16`, `float16`, `float64`.
+        dtype: One of `float32`, `bfloat16`, `float16`, `float64`; `auto` is bfloat16, the releases' own, where the
+            device computes it natively, and float32 elsewhere.
         seed: Seed of a preset's random weights.
         overrides: `stages.1.keep=0.5` and the like, applied to a named pipeline or file.
         registry: Discovered plugins; discovered now when left out.
@@ -251,14 +252,25 @@ def load_backbone(
     options: Mapping[str, Any],
 ) -> Backbone:
     """Load a backbone alone, to share it between policies; arguments as in `load`."""
-    if dtype not in DTYPES:
-        raise ConfigError(f"unknown dtype '{dtype}'{nearest(dtype, DTYPES)}")
+    if dtype not in (*DTYPES, "auto"):
+        raise ConfigError(f"unknown dtype '{dtype}'{nearest(dtype, (*DTYPES, 'auto'))}")
     try:
         target = torch.device(device)
     except RuntimeError as error:
         raise ConfigError(f"'{device}' is no torch device; write cpu, cuda or cuda:0") from error
     if target.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device '{device}' was asked for, but torch {torch.__version__} sees no GPU")
+    chosen = native_dtype(target) if dtype == "auto" else DTYPES[dtype]
     folder = None if checkpoint is None else Path(checkpoint)
-    made: Backbone = registry.backbone_factory(name).build(preset, folder, options, target, DTYPES[dtype], seed)
+    made: Backbone = registry.backbone_factory(name).build(preset, folder, options, target, chosen, seed)
     return made
+
+
+def native_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device has instructions for it; emulating it would be slower than float32."""
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+        native = device.type == "cpu" and any(probe() for probe in probes if probe is not None)
+    return torch.bfloat16 if native else torch.float32

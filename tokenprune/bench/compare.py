@@ -120,7 +120,7 @@ def compare(
         "kind": "compare",
         "provenance": provenance(backbone.device),
         "settings": settings or {},
-        "backbone": describe(backbone.info),
+        "backbone": describe(backbone),
         "note": UNTRAINED if backbone.info.untrained else "",
         "episode": {
             "name": episode.name,
@@ -176,12 +176,14 @@ def trace_flops(info: BackboneInfo, trace: QueryTrace) -> int:
     return query_flops(info, trace.plan, tuple((probe.layer, probe.count) for probe in trace.probes)).total
 
 
-def describe(info: BackboneInfo) -> dict[str, Any]:
+def describe(backbone: Backbone) -> dict[str, Any]:
     """The backbone as plain data."""
+    info = backbone.info
     return {
         "name": info.name,
         "source": info.source,
         "untrained": info.untrained,
+        "dtype": str(backbone.dtype).removeprefix("torch."),
         "decoder": asdict(info.decoder),
         "views": list(info.views),
         "horizon": info.action.horizon,

@@ -32,7 +32,7 @@ from tokenprune.cli.options import (
 )
 
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:0.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64; auto: bfloat16 where it is native.")]
 Seed = Annotated[int, typer.Option(help="Seed of a preset's random weights.")]
 Queries = Annotated[int | None, typer.Option(help="Queries from the start of the episode; all when left out.")]
 Out = Annotated[Path, typer.Option(help="Folder for the result file.")]
@@ -54,7 +54,7 @@ def compare(
     episode: EpisodePath = None,
     queries: Queries = None,
     device: Device = "cpu",
-    dtype: Dtype = "float32",
+    dtype: Dtype = "auto",
     seed: Seed = 0,
     options: Options = None,
     sets: Sets = None,
@@ -74,7 +74,8 @@ def compare(
 
     data = result.data
     facts, first = data["provenance"], data["queries"]["dense"][0]
-    print(f"{data['backbone']['name']} {data['backbone']['source']}, {dtype}, attention {first['attention_kernel']}")
+    model = data["backbone"]
+    print(f"{model['name']} {model['source']}, {model['dtype']}, attention {first['attention_kernel']}")
     print(facts["gpu"] or f"{facts['cpu']}, {facts['torch_threads']} threads")
     asked = f'{len(data["episode"]["steps"])} queries of "{data["episode"]["instruction"]}"'
     print(textwrap.fill(asked, WIDTH) + "\n")
@@ -94,7 +95,7 @@ def run(
     episode: EpisodePath = None,
     queries: Queries = None,
     device: Device = "cpu",
-    dtype: Dtype = "float32",
+    dtype: Dtype = "auto",
     seed: Seed = 0,
     options: Options = None,
     sets: Sets = None,
@@ -128,7 +129,7 @@ def run(
         "format_version": 1,
         "kind": "run",
         "provenance": provenance(policy.backbone.device),
-        "backbone": describe(info),
+        "backbone": describe(policy.backbone),
         "note": UNTRAINED if info.untrained else "",
         "episode": {"name": recorded.name, "instruction": recorded.instruction, "steps": steps},
         "pipeline": loaded.resolved,

@@ -124,7 +124,7 @@ SMALL = replace(
                 registers=0, cls=False, layer_scale=False, gelu="exact", tap=2,
             ),
         ),
-        decoder=DecoderShape(depth=12, hidden=768, heads=12, kv_heads=12, head_dim=64, mlp=2048, causal=False),
+        decoder=DecoderShape(depth=8, hidden=1024, heads=16, kv_heads=16, head_dim=64, mlp=2560, causal=False),
         vocab=2048,
     ),
 )  # fmt: skip
