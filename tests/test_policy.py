@@ -14,7 +14,7 @@ from tests import stages
 from tests.planting import pipeline
 from tests.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
 from tokenprune import runtime
-from tokenprune.config import DENSE, PipelineConfig, StageConfig
+from tokenprune.config import DENSE, PipelineConfig, StageConfig, ViewBudget
 from tokenprune.context import ControlContext, ControlDecision, FeatureContext
 from tokenprune.errors import CapabilityError, ConfigError, PluginError, StageError, TokenPruneError, TraceError
 from tokenprune.hookspecs import hookimpl
@@ -202,6 +202,13 @@ def test_capabilities_are_checked_when_bound(backbone: OpenVLAOFT, registry: Reg
 def test_cuts_are_checked_when_bound(config: Any, words: str, backbone: OpenVLAOFT, registry: Registry) -> None:
     with pytest.raises(ConfigError, match=words):
         Policy(backbone, pipeline(config), registry)
+
+
+def test_budgets_are_checked_before_the_first_query(backbone: OpenVLAOFT, registry: Registry) -> None:
+    cut = HalfConfig(use="random", views={"wirst": ViewBudget(keep=4)})
+    policy = Policy(backbone, pipeline(cut), registry)
+    with pytest.raises(ConfigError, match=r"views\.wirst is no view of this policy; did you mean 'wrist'"):
+        policy.reset(INSTRUCTION)
 
 
 def test_actions_that_are_not_finite_are_refused(registry: Registry) -> None:

@@ -63,10 +63,15 @@ class Policy:
     def reset(self, instruction: str, slot: int = 0) -> None:
         """Begin an episode or a new task in one environment; everything remembered there is forgotten.
 
+        Every mode is planned here, so that what cannot run is refused before the first query.
+
         Raises:
             ObservationError: If the instruction cannot be given to the policy.
+            ConfigError: If a budget of the pipeline does not fit the tokens of this policy.
         """
         layout = self.backbone.layout(instruction)
+        for mode in self.pipeline.config.modes:
+            self.pipeline.plan(layout, mode)
         number = self._slots[slot].number + 1 if slot in self._slots else 0
         self._layouts[slot] = layout
         self._slots[slot] = Slot(slot, instruction, number)

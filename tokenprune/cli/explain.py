@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -147,7 +148,8 @@ def _mode(bound: BoundPipeline, info: BackboneInfo, layout: TokenLayout, mode: s
 
 def _print(facts: dict[str, Any]) -> None:
     console = Console(highlight=False)
-    print(f'{facts["pipeline"]["name"]} on {facts["backbone"]}: {facts["tokens"]} tokens for "{facts["instruction"]}"')
+    asked = f'{facts["tokens"]} tokens for "{facts["instruction"]}"'
+    print(textwrap.fill(f"{facts['pipeline']['name']} on {facts['backbone']}: {asked}", 80))
     parts = [f"{s['view'] or s['role']} {s['length']}" for s in facts["segments"]]
     print(f"sequence: {' | '.join(parts)}\n")
     if facts["hooks"]:
@@ -163,7 +165,7 @@ def _print(facts: dict[str, Any]) -> None:
         _print_layers(console, plan)
         gflops = plan["gflops"]
         other = ", ".join(f"{part} {n:.4g}" for part, n in gflops.items() if part not in ("total", "dense"))
-        print(f"GFLOP: {other}")
+        print(textwrap.fill(f"GFLOP: {other}", 80))
         print(f"total {gflops['total']:.4g} of dense {gflops['dense']:.4g}: {plan['flop_ratio']:.2f} times fewer")
         if not plan["graph_safe"]:
             print("counts depend on the input: not safe for CUDA graphs; numbers above are upper bounds")
