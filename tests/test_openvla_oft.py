@@ -15,7 +15,7 @@ from tests.naive_oft import Spec, naive_actions
 from tests.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
 from tokenprune.config import DENSE
 from tokenprune.layout import Role
-from tokenprune.policy import Policy
+from tokenprune.policy import Policy, load_backbone
 from tokenprune.registry import Registry
 from tokenprune_adapters.backbones.openvla_oft import OpenVLAOFT
 
@@ -53,6 +53,14 @@ def test_equals_the_specification(views: tuple[str, ...], proprio: bool, kv_head
     obs = observation(backbone.config)
     expected = naive_actions(backbone, obs, INSTRUCTION)
     torch.testing.assert_close(dense_actions(backbone, obs, registry), expected, rtol=0, atol=1e-9)
+
+
+def test_the_small_preset_equals_the_specification(registry: Registry) -> None:
+    backbone = load_backbone("openvla-oft", registry, None, "small", "cpu", "float64", 0, {})
+    assert isinstance(backbone, OpenVLAOFT)
+    obs = observation(backbone.config)
+    expected = naive_actions(backbone, obs, INSTRUCTION)
+    torch.testing.assert_close(dense_actions(backbone, obs, registry), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("trap", TRAPS)
