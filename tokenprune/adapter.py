@@ -22,11 +22,9 @@ class Inputs(Protocol):
     """Observations made ready; adapters keep more in their own type.
 
     Attributes:
-        layout: Tokens of the query, the same for every batch row.
         images: Per view, the cropped pixels the patches align to, uint8 `[B, 3, S, S]`.
     """
 
-    layout: TokenLayout
     images: Mapping[str, Tensor]
 
 

@@ -12,7 +12,7 @@ import torch
 from tokenprune.backbone import BackboneInfo
 from tokenprune.config import PipelineConfig
 from tokenprune.context import LayoutTables
-from tokenprune.errors import CapabilityError, ConfigError, PluginError
+from tokenprune.errors import CapabilityError, ConfigError, PluginError, StageError
 from tokenprune.hookspecs import HOT_HOOKS, PROJECT, StageHooks
 from tokenprune.layout import TokenLayout
 from tokenprune.plan import Plan, make_plan
@@ -56,6 +56,18 @@ class BoundPipeline:
         if key not in self._tables:
             self._tables[key] = LayoutTables(layout, device)
         return self._tables[key]
+
+    def call(self, index: int, hook_name: str, hook: Callable[..., Any], argument: object, where: str = "") -> Any:  # noqa: ANN401
+        """Call one implementation.
+
+        Raises:
+            StageError: If it raises, naming the stage, the hook and where in the query it was called.
+        """
+        try:
+            return hook(argument)
+        except Exception as error:
+            at = f"{hook_name} {where}".rstrip()
+            raise StageError(f"stage '{self.names[index]}' failed in {at}: {type(error).__name__}: {error}") from error
 
     def weights(self, stages: Sequence[int]) -> list[float]:
         """Weights of some stages' scores."""

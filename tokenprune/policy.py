@@ -77,7 +77,7 @@ class Policy:
         self._slots[slot] = Slot(slot, instruction, number)
         start = EpisodeStart(slot, instruction, number)
         for index, hook in self.pipeline.hooks["reset"]:
-            self._host(index, "reset", hook, start)
+            self.pipeline.call(index, "reset", hook, start)
 
     def act(self, observation: Observation, slot: int = 0) -> ActionChunk:
         """Query the policy for one environment.
@@ -95,8 +95,7 @@ class Policy:
         started = time.perf_counter()
         groups: dict[tuple[TokenLayout, str], list[int]] = {}
         for slot, observation in observations.items():
-            if slot not in self._slots:
-                raise ObservationError(f"slot {slot} has no episode; call reset(instruction, slot={slot}) first")
+            self._begun(slot)
             self.backbone.check(observation)
         for slot in observations:
             groups.setdefault((self._layouts[slot], self._mode(self._slots[slot])), []).append(slot)
@@ -121,23 +120,27 @@ class Policy:
         Raises:
             ObservationError: If the slot has no episode or the action has the wrong shape or is not finite.
         """
-        if slot not in self._slots:
-            raise ObservationError(f"slot {slot} has no episode; call reset(instruction, slot={slot}) first")
+        episode = self._begun(slot)
         action = np.asarray(action, dtype=np.float64)
         if action.shape != (self.backbone.info.action.dims,) or not np.isfinite(action).all():
             raise ObservationError(
                 f"an executed action is {self.backbone.info.action.dims} finite numbers, got {action!r}"
             )
         record = ExecutedAction(slot, action, pose, time)
-        self._slots[slot].executed.append(record)
+        episode.executed.append(record)
         for index, hook in self.pipeline.hooks["observe"]:
-            self._host(index, "observe", hook, record)
+            self.pipeline.call(index, "observe", hook, record)
+
+    def _begun(self, slot: int) -> Slot:
+        if slot not in self._slots:
+            raise ObservationError(f"slot {slot} has no episode; call reset(instruction, slot={slot}) first")
+        return self._slots[slot]
 
     def _mode(self, slot: Slot) -> str:
         modes = self.pipeline.config.modes
         context = ControlContext(slot.index, modes, slot.queries, tuple(slot.executed))
         for index, hook in self.pipeline.hooks["control"]:
-            decision = self._host(index, "control", hook, context)
+            decision = self.pipeline.call(index, "control", hook, context)
             if decision is None:
                 continue
             name = self.pipeline.names[index]
@@ -194,15 +197,8 @@ class Policy:
             clock.enter("history")
             record = QueryRecord(tuple(s.index for s in slots), plan.mode, plan.layout, query.tokens, result)
             for index, hook in pipeline.hooks["observe"]:
-                self._host(index, "observe", hook, record)
+                pipeline.call(index, "observe", hook, record)
         return query, normalised
-
-    def _host(self, index: int, hook_name: str, hook: Any, argument: object) -> Any:  # noqa: ANN401
-        try:
-            return hook(argument)
-        except Exception as error:
-            name = self.pipeline.names[index]
-            raise StageError(f"stage '{name}' failed in {hook_name}: {type(error).__name__}: {error}") from error
 
 
 def load(

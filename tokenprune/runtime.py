@@ -70,9 +70,8 @@ class Query:
         """Pass the features `[B, N, D]` of one view through `transform_features`."""
         for index, hook in self._pipeline.hooks["transform_features"]:
             with self.phase("selection"):
-                changed = self._call(
-                    index, "transform_features", "", hook, FeatureContext(view, features, self._images[view])
-                )
+                context = FeatureContext(view, features, self._images[view])
+                changed = self._pipeline.call(index, "transform_features", hook, context)
             if changed is None:
                 continue
             if changed.shape != features.shape:
@@ -216,7 +215,7 @@ class Query:
     ) -> list[tuple[int, Proposal]]:
         answers = []
         for index, hook in hooks:
-            answer = self._call(index, hook_name, where, hook, context)
+            answer = self._pipeline.call(index, hook_name, hook, context, where)
             if answer is None:
                 continue
             what = f"stage '{self._pipeline.names[index]}': {hook_name} {where} returned"
@@ -231,14 +230,6 @@ class Query:
                     )
             answers.append((index, answer))
         return answers
-
-    def _call(self, index: int, hook_name: str, where: str, hook: Callable[..., Any], argument: object) -> Any:  # noqa: ANN401
-        try:
-            return hook(argument)
-        except Exception as error:
-            raise StageError(
-                f"stage '{self._pipeline.names[index]}' failed in {hook_name} {where}: {type(error).__name__}: {error}"
-            ) from error
 
     def _probed(self, index: int, layer: int) -> Callable[[str, int], None]:
         def note(rows: str, count: int) -> None:

@@ -26,6 +26,7 @@ from tokenprune.cli.options import (
     registry,
     source,
 )
+from tokenprune.report.tables import WIDTH
 
 if TYPE_CHECKING:
     from tokenprune.backbone import BackboneInfo
@@ -149,7 +150,7 @@ def _mode(bound: BoundPipeline, info: BackboneInfo, layout: TokenLayout, mode: s
 def _print(facts: dict[str, Any]) -> None:
     console = Console(highlight=False)
     asked = f'{facts["tokens"]} tokens for "{facts["instruction"]}"'
-    print(textwrap.fill(f"{facts['pipeline']['name']} on {facts['backbone']}: {asked}", 80))
+    print(textwrap.fill(f"{facts['pipeline']['name']} on {facts['backbone']}: {asked}", WIDTH))
     parts = [f"{s['view'] or s['role']} {s['length']}" for s in facts["segments"]]
     print(f"sequence: {' | '.join(parts)}\n")
     if facts["hooks"]:
@@ -165,7 +166,7 @@ def _print(facts: dict[str, Any]) -> None:
         _print_layers(console, plan)
         gflops = plan["gflops"]
         other = ", ".join(f"{part} {n:.4g}" for part, n in gflops.items() if part not in ("total", "dense"))
-        print(textwrap.fill(f"GFLOP: {other}", 80))
+        print(textwrap.fill(f"GFLOP: {other}", WIDTH))
         print(f"total {gflops['total']:.4g} of dense {gflops['dense']:.4g}: {plan['flop_ratio']:.2f} times fewer")
         if not plan["graph_safe"]:
             print("counts depend on the input: not safe for CUDA graphs; numbers above are upper bounds")

@@ -49,18 +49,17 @@ def backbone_options(given: Sequence[str] | None) -> dict[str, Any]:
     Raises:
         ConfigError: If a pair has no `=` or its value is not YAML.
     """
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
+    from tokenprune.document import Document
 
     parsed = {}
     for pair in given or ():
         key, equals, value = pair.partition("=")
         if not equals or not key:
             raise ConfigError(f"--option {pair}: write key=value, such as views=[primary]")
-        try:
-            parsed[key.strip()] = YAML(typ="safe", pure=True).load(value)
-        except YAMLError as error:
-            raise ConfigError(f"--option {pair}: the value is not YAML") from error
+        document = Document.parse(value, f"--option {pair}")
+        if document.problems:
+            raise ConfigError(f"--option {pair}: {'; '.join(problem.text for problem in document.problems)}")
+        parsed[key.strip()] = document.data
     return parsed
 
 

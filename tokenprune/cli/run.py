@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -30,6 +30,11 @@ from tokenprune.cli.options import (
     registry,
     source,
 )
+
+if TYPE_CHECKING:
+    from tokenprune.adapter import Backbone
+    from tokenprune.episode import Episode
+    from tokenprune.registry import Registry
 
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:0.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64; auto: bfloat16 where it is native.")]
@@ -63,15 +68,19 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Compare pipelines with the dense policy on one recorded episode: tokens, FLOPs, time, action error."""
-    result = _compare(
-        pipelines, backbone, preset, checkpoint, episode, queries, device, dtype, seed, options, sets, plugins
-    )
+    from tokenprune.bench.compare import compare as measure
+    from tokenprune.loader import load_pipeline
+    from tokenprune.report.tables import WIDTH, compare_legend, compare_table
+
+    found = registry(plugins)
+    loaded = [load_pipeline(name, found, () if name == "dense" else (sets or ())) for name in pipelines]
+    opened, recorded, settings = _open(found, backbone, preset, checkpoint, episode, device, dtype, seed, options)
+    with _progress() as begin:
+        result = measure(opened, loaded, recorded, found, queries, settings, begin)
     path = _write(out, f"compare-{backbone}", result.data)
     if as_json:
         print_json(result.data)
         return
-    from tokenprune.report.tables import WIDTH, compare_legend, compare_table
-
     data = result.data
     facts, first = data["provenance"], data["queries"]["dense"][0]
     model = data["backbone"]
@@ -107,29 +116,24 @@ def run(
     from tokenprune.bench.compare import UNTRAINED, describe
     from tokenprune.bench.provenance import provenance
     from tokenprune.bench.replay import query_steps, replay
-    from tokenprune.episode import load_episode
     from tokenprune.loader import load_pipeline
-    from tokenprune.policy import Policy, load_backbone
+    from tokenprune.policy import Policy
 
     found = registry(plugins)
     loaded = load_pipeline(pipeline, found, sets or ())
-    preset, checkpoint = source(preset, checkpoint)
-    recorded = load_episode(episode or bundled_episode(found, backbone))
-    policy = Policy(
-        load_backbone(backbone, found, checkpoint, preset, device, dtype, seed, backbone_options(options)),
-        loaded.config,
-        found,
-    )
-    steps = query_steps(recorded, policy.backbone.info.action.horizon, queries)
+    opened, recorded, settings = _open(found, backbone, preset, checkpoint, episode, device, dtype, seed, options)
+    policy = Policy(opened, loaded.config, found)
+    info = opened.info
+    steps = query_steps(recorded, info.action.horizon, queries)
     with _progress() as begin:
         chunks = replay([policy], recorded, steps, begin(len(steps)))[0]
-    info = policy.backbone.info
     told = [c.trace.to_json(with_ids=True) | {"actions": c.actions.tolist()} for c in chunks]
     data = {
         "format_version": 1,
         "kind": "run",
-        "provenance": provenance(policy.backbone.device),
-        "backbone": describe(policy.backbone),
+        "provenance": provenance(opened.device),
+        "settings": settings,
+        "backbone": describe(opened),
         "note": UNTRAINED if info.untrained else "",
         "episode": {"name": recorded.name, "instruction": recorded.instruction, "steps": steps},
         "pipeline": loaded.resolved,
@@ -158,25 +162,18 @@ def _query_line(query: dict[str, Any]) -> str:
     return f"{query['mode']}  {query['query_ms']:.0f} ms ({phases})  {kept}{fallback}"
 
 
-def _compare(
-    names: Sequence[str],
+def _open(
+    found: Registry,
     backbone: str,
     preset: str | None,
     checkpoint: str | None,
     episode: Path | None,
-    queries: int | None,
     device: str,
     dtype: str,
     seed: int,
     options: Sequence[str] | None,
-    sets: Sequence[str] | None,
-    plugins: Sequence[Path] | None,
-) -> Any:  # noqa: ANN401 - Comparison, whose module imports torch
-    found = registry(plugins)
-    from tokenprune.loader import load_pipeline
-
-    loaded = [load_pipeline(name, found, () if name == "dense" else (sets or ())) for name in names]
-    from tokenprune.bench.compare import compare as measure
+) -> tuple[Backbone, Episode, dict[str, Any]]:
+    """The model and the episode a verb runs on, and the settings that repeat them."""
     from tokenprune.episode import load_episode
     from tokenprune.policy import load_backbone
 
@@ -192,9 +189,7 @@ def _compare(
         "options": chosen,
         "episode": str(episode or "bundled"),
     }
-    model = load_backbone(backbone, found, checkpoint, preset, device, dtype, seed, chosen)
-    with _progress() as begin:
-        return measure(model, loaded, recorded, found, queries, settings, begin)
+    return load_backbone(backbone, found, checkpoint, preset, device, dtype, seed, chosen), recorded, settings
 
 
 @contextmanager

@@ -42,13 +42,11 @@ class OFTInputs:
     """A query's inputs on the device.
 
     Attributes:
-        layout: Its tokens.
         images: Per view, cropped pixels, uint8 `[B, 3, S, S]`.
         text: Prompt ids `[B, T]`.
         state: Normalised robot state `[B, S]`, None where the policy reads none.
     """
 
-    layout: TokenLayout
     images: Mapping[str, Tensor]
     text: Tensor
     state: Tensor | None
@@ -125,7 +123,7 @@ class OpenVLAOFT:
         if self.statistics.state is not None:
             raw = np.stack([np.asarray(o["state"], dtype=np.float64) for o in observations])
             state = torch.from_numpy(self.statistics.state.normalise(raw)).to(self.device, self.dtype)
-        return OFTInputs(self.config.layout(prompts[0]), images, text, state)
+        return OFTInputs(images, text, state)
 
     def infer(self, inputs: OFTInputs, query: Query) -> Tensor:
         """One pass: towers, projector, decoder with its cuts, head; normalised actions `[B, T, D]`."""
