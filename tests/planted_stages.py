@@ -31,6 +31,14 @@ class PickConfig(CutConfig):
 class SteerConfig(StageConfig):
     patience: int = Field(ge=0)
     speed: float = 1.0
+    paces: list[dict[str, int]] = Field(default=[], description="Each names every mode.")
+    target: str | None = None
+
+    def modes(self) -> dict[str, set[str]]:
+        return {f"paces.{index}": set(pace) for index, pace in enumerate(self.paces)}
+
+    def chooses(self) -> set[str]:
+        return {self.target} - {None}
 
     @field_validator("speed")
     @classmethod
@@ -133,25 +141,34 @@ TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]) | st.
 
 
 @st.composite
-def pipelines(draw):
-    modes = draw(
-        st.lists(st.sampled_from(["coarse", "fine", "10", "true", "null", "a b"]), min_size=1, max_size=3, unique=True)
-    )
-    keeps = AMOUNTS | st.fixed_dictionaries(dict.fromkeys(modes, AMOUNTS))
-    pick = st.fixed_dictionaries(
+def _picks(draw, modes):
+    after = draw(st.none() | CUTS | st.lists(CUTS, min_size=1, max_size=4))
+    cuts = len(after) if isinstance(after, list) else 1
+    amounts = AMOUNTS | st.lists(AMOUNTS, min_size=cuts, max_size=cuts)
+    keeps = amounts | st.fixed_dictionaries(dict.fromkeys(modes, amounts))
+    stage = st.fixed_dictionaries(
         {"use": st.just("pick"), "keep": keeps},
         optional={
-            "after": CUTS | st.lists(CUTS, min_size=1, max_size=4),
             "views": st.dictionaries(st.sampled_from(["wrist", "primary"]), st.fixed_dictionaries({"keep": keeps})),
             "weight": st.floats(0.001, 1e6) | st.integers(1, 9),
         },
     )
-    steer = st.fixed_dictionaries({"use": st.just("steer"), "patience": st.integers(0, 2**70)})
+    return draw(stage) | ({} if after is None else {"after": after})
+
+
+@st.composite
+def pipelines(draw):
+    modes = draw(
+        st.lists(st.sampled_from(["coarse", "fine", "10", "true", "null", "a b"]), min_size=1, max_size=3, unique=True)
+    )
+    steer = st.fixed_dictionaries(
+        {"use": st.just("steer"), "patience": st.integers(0, 2**70)}, optional={"target": st.sampled_from(modes)}
+    )
     return {
         "version": 1,
         "name": draw(st.from_regex(r"\A[a-z0-9][a-z0-9_.\-]{0,9}\Z")),
         "description": draw(TEXT),
         "modes": modes,
         "seed": draw(st.integers(0, 2**64)),
-        "stages": draw(st.lists(pick | steer, max_size=4)),
+        "stages": draw(st.lists(_picks(modes) | steer, max_size=4)),
     }

@@ -231,9 +231,9 @@ def test_load_by_name(sharded: Path) -> None:
 def test_described_from_json_alone(single: Path) -> None:
     for path in [*single.glob("*.safetensors"), *single.glob("*.pt")]:
         path.unlink()
-    info, layout_of = OFTFactory.describe(None, single, {})
-    assert (info.source, info.untrained) == (str(single), False)
-    assert layout_of(INSTRUCTION) == tiny_policy_parts(tiny_config()).layout(INSTRUCTION)
+    described = OFTFactory.describe(None, single, {})
+    assert (described.info.source, described.info.untrained) == (str(single), False)
+    assert described.layout(INSTRUCTION) == tiny_policy_parts(tiny_config()).layout(INSTRUCTION)
 
 
 def test_remote_code_is_not_followed(single: Path) -> None:
@@ -369,7 +369,7 @@ def test_a_hub_id_is_downloaded(single: Path, monkeypatch: pytest.MonkeyPatch) -
         return str(single)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    info, _ = OFTFactory.describe(None, Path("owner/name"), {})
+    info = OFTFactory.describe(None, Path("owner/name"), {}).info
     assert loaded(Path("owner/name")).info == info
     assert info.source == "owner/name"
     files = [

@@ -116,9 +116,10 @@ def test_fastv_keeps_the_most_attended_patches(rows: str) -> None:
 
 def test_fastv_says_whose_attention_it_reads() -> None:
     info = tiny_config().info("tiny", untrained=True)
+    layout = tiny_policy_parts(tiny_config()).layout(INSTRUCTION)
     stage = FastV(FastVConfig(use="fastv"))
     assert "'text' rows" in stage.notes(info)
-    assert stage.probes(info) == ((1, "text"),)
+    assert stage.probes(info, layout, "default") == ((1, "text"),)
     causal = DecoderShape(depth=3, hidden=32, heads=4, kv_heads=2, head_dim=8, mlp=48, causal=True)
     from dataclasses import replace
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.planted_stages import GOOD, REGISTRY, SteerConfig, Window, make_registry, planted, problems, shipping, write
-from tokenprune.config import DENSE
+from tokenprune.config import DENSE, PipelineConfig
 from tokenprune.errors import ConfigError, PluginError
 from tokenprune.loader import load_pipeline
 from tokenprune.registry import Registry
@@ -160,7 +160,7 @@ PLANTED = [
     (
         "patience: 3",
         "patience: 3\n    patence: 3",
-        "10:5 unknown key 'patence'; did you mean 'patience'? valid: patience, speed, use",
+        "10:5 unknown key 'patence'; did you mean 'patience'? valid: paces, patience, speed, target, ",
     ),
     ("patience: 3", "patience: soon", "9:15 patience: must be a valid integer, got 'soon'"),
     ("patience: 3", "patience:\n      - 3", "10:7 patience: must be a valid integer, got [3]"),
@@ -177,9 +177,41 @@ PLANTED = [
     ("keep: 96", "keep: {coarse: x, fine: 1}", "14:30 views.wrist.keep.coarse: keep is a count (128), a ratio (0.25)"),
     ("fine: 0.5", "fime: 0.5", "12:25 unknown mode 'fime'; did you mean 'fine'? valid: coarse, fine"),
     ("coarse: 160, fine", "fine", "12:11 keep says nothing about mode 'coarse'"),
+    ("{coarse: 160, fine: 0.5}", "[1]", "12:11 keep: must have as many amounts as 'after' has entries (2), got 1"),
+    (
+        "{coarse: 160, fine: 0.5}",
+        "[1, 2, 3]",
+        "12:11 keep: must have as many amounts as 'after' has entries (2), got 3",
+    ),
+    ("[1, 31%]\n    keep: {coarse: 160, fine: 0.5}", "3\n    keep: [1, 2]", "12:11 keep: must have .* (1), got 2"),
+    ("fine: 0.5", "fine: [0.5]", "12:31 keep.fine: must have as many amounts as 'after' has entries (2), got 1"),
+    ("keep: 96", "keep: [96]", "14:21 views.wrist.keep: must have as many amounts as 'after' has entries (2), got 1"),
+    (
+        "wrist: {keep: 96}",
+        "a.b: {keep: {fine: 1, coarse: [9]}}",
+        "14:37 views.a.b.keep.coarse: must have .* (2), got 1",
+    ),
+    ("{coarse: 160, fine: 0.5}", "[]", "12:11 keep: must have at least 1 entries, got []"),
+    ("fine: 0.5", "fine: []", "12:31 keep.fine: must have at least 1 entries, got []"),
+    ("{coarse: 160, fine: 0.5}", "[1, 1.5]", "12:15 keep.1: a ratio lies in (0, 1], got 1.5; write a count"),
+    ("{coarse: 160, fine: 0.5}", "[1, [2]]", "12:15 keep.1: keep is a count (128), a ratio (0.25) or 'union'"),
+    ("fine: 0.5", "fine: [most, 1]", "12:32 keep.fine.0: keep is a count (128), a ratio (0.25) or 'union'"),
+    ("fine: 0.5", "fine: {coarse: 1}", "12:31 keep.fine: keep is a count (128), a ratio (0.25) or 'union'"),
+    ("keep: 96", "keep: {coarse: [1, -1], fine: 1}", "14:34 views.wrist.keep.coarse.1: a count is at least 0, got -1"),
     ("wrist: {keep: 96}", "wrist: 96", "14:14 views.wrist: must be a mapping, got 96"),
     ("wrist: {keep: 96}", "wrist: {kep: 96}", "14:15 unknown key 'kep'; did you mean 'keep'? valid: keep"),
     ("wrist: {keep: 96}", "a.b: {keep: {fine: 1}}", "14:19 views.a.b.keep says nothing about mode 'coarse'"),
+    (
+        "patience: 3",
+        "patience: 3\n    paces: [{coarse: 1, fine: 2}, {coarse: 1, fime: 2}]",
+        "10:47 unknown mode 'fime'; did you mean 'fine'? valid: coarse, fine",
+    ),
+    ("patience: 3", "patience: 3\n    paces:\n      - coarse: 1", "11:9 paces.0 says nothing about mode 'fine'"),
+    (
+        "patience: 3",
+        "patience: 3\n    target: fime",
+        "8:5 stages.0: chooses mode 'fime', which the pipeline does not declare; did you mean 'fine'? valid: ",
+    ),
     ("metric: dot", "metric: dott", "15:13 metric: must be 'cosine' or 'dot', got 'dott'; did you mean 'dot'?"),
     ("shape: round", "shpe: round", "18:9 unknown key 'shpe'; did you mean 'shape'? valid: shape, size"),
     ("shape: round", "shape: 3", "18:16 windows.0.shape: must be 'square' or 'round', got 3"),
@@ -257,6 +289,31 @@ def test_mode_errors_are_reported_with_the_others(tmp_path):
 def test_what_cannot_be_read_is_not_reported_again_as_missing_or_wrong(tmp_path):
     (line,) = problems(tmp_path, planted("patience: 3", "patience: 010"))
     assert line.startswith("9:15 '010' is no valid int")
+
+
+def test_every_list_of_the_wrong_length_is_reported(tmp_path):
+    text = planted("{coarse: 160, fine: 0.5}", "{coarse: [1], fine: [1, 2, 3]}").replace("keep: 96", "keep: [96]")
+    assert [line.split()[:2] for line in problems(tmp_path, text)] == [
+        ["12:20", "keep.coarse:"],
+        ["12:31", "keep.fine:"],
+        ["14:21", "views.wrist.keep:"],
+    ]
+
+
+def test_a_key_of_a_view_whose_name_holds_dots_is_not_taken_for_another(tmp_path):
+    text = planted("wrist: {keep: 96}", "a: {keep: 1}\n      a.b: {keep: {fine: 1}}")
+    assert problems(tmp_path, text) == ["15:19 views.a.b.keep says nothing about mode 'coarse'"]
+
+
+def test_the_modes_of_every_stage_are_checked_without_the_loader_too():
+    fine = SteerConfig(use="steer", patience=1, paces=[{"coarse": 1, "fine": 2}], target="fine")
+    assert PipelineConfig(version=1, name="a", modes=("coarse", "fine"), stages=(fine,)).stages == (fine,)
+    lacking = SteerConfig(use="steer", patience=1, paces=[{"coarse": 1}])
+    with pytest.raises(ValueError, match=r"stages\.1\.paces\.0 must name the modes .* see \['fine'\]"):
+        PipelineConfig(version=1, name="a", modes=("coarse", "fine"), stages=(fine, lacking))
+    choosing = SteerConfig(use="steer", patience=1, target="fine")
+    with pytest.raises(ValueError, match=r"stages\.0 chooses mode 'fine', which the pipeline does not declare.*coarse"):
+        PipelineConfig(version=1, name="a", modes=("coarse",), stages=(choosing,))
 
 
 def test_modes_that_cannot_be_read_are_not_held_against_the_stages(tmp_path):

@@ -93,6 +93,8 @@ def test_what_cannot_be_extended_is_said_where_it_is_asked(tmp_path, monkeypatch
     [
         ("stages.1.keep=0.25", lambda c: c.stages[1].keep, 0.25),
         ("stages.1.keep={coarse: 1, fine: 2}", lambda c: c.stages[1].keep, {"coarse": 1, "fine": 2}),
+        ("stages.1.keep=[0.5,0.25]", lambda c: c.stages[1].keep, (0.5, 0.25)),
+        ("stages.1.keep.fine=[1, union]", lambda c: c.stages[1].keep, {"coarse": 160, "fine": (1, "union")}),
         ("stages.1.keep.fine=union", lambda c: c.stages[1].keep, {"coarse": 160, "fine": "union"}),
         (
             "stages.1.views.primary.keep=5",
@@ -130,6 +132,9 @@ def test_the_last_override_holds(tmp_path):
     [
         ("stages.1.keep=2.0", "--set stages.1.keep: a ratio lies in (0, 1], got 2.0"),
         ("stages.1.keep", "--set stages.1.keep: write PATH=VALUE, such as stages.0.keep=0.5"),
+        ("stages.1.keep=[1]", "--set stages.1.keep: must have as many amounts as 'after' has entries (2), got 1"),
+        ("stages.1.keep=[1,2.0]", "--set stages.1.keep: keep.1: a ratio lies in (0, 1], got 2.0"),
+        ("stages.1.keep.fine=[1]", "--set stages.1.keep.fine: must have as many amounts as 'after' has entries (2)"),
         ("stages.1.keep=[1", "--set stages.1.keep: not YAML: while parsing a flow sequence"),
         ("stages.2.keep=1", "--set stages.2.keep: there is no 'stages.2'; stages has 2 entries, counted from 0"),
         ("stages.one.keep=1", "--set stages.one.keep: there is no 'stages.one'; stages has 2 entries"),
@@ -208,9 +213,16 @@ def test_commas_and_braces_within_a_value_stay_there(tmp_path, monkeypatch):
     assert (pick.after, pick.keep, pick.metric) == ((1, 2), {"coarse": 3, "fine": 4}, "cosine")
 
 
+def test_a_list_of_amounts_may_stand_within_the_name(tmp_path, monkeypatch):
+    shipped = shipping(tmp_path, monkeypatch)
+    pick = load_pipeline("good@keep=[0.5,0.25],metric=cosine,after=[2,3]", shipped).config.stages[1]
+    assert (pick.keep, pick.metric, pick.after) == ((0.5, 0.25), "cosine", (2, 3))
+
+
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
+        ("good@keep=[1,2,3]", "good@keep: must have as many amounts as 'after' has entries (2), got 3"),
         ("good@kep=1", "good@kep: no stage of this pipeline has a field 'kep'; did you mean 'keep'?"),
         ("good@keep", "good@keep: write NAME@KEY=VALUE, such as fastv@keep=0.5"),
         ("good@", "good@: write NAME@KEY=VALUE, such as fastv@keep=0.5"),
@@ -284,6 +296,17 @@ def test_plain_data_parses_to_what_a_file_of_it_loads_to(tmp_path_factory, data)
         (
             {"version": 1, "name": "a", "stages": [{"use": "pick", "keep": {"default": 1.5}}]},
             ["result.json: stages.0.keep.default: a ratio lies in (0, 1], got 1.5"],
+        ),
+        (
+            {
+                "version": 1,
+                "name": "a",
+                "stages": [{"use": "steer", "patience": 1, "target": "b"}, {"use": "pick", "keep": [1, 2]}],
+            },
+            [
+                "result.json: stages.0: chooses mode 'b', which the pipeline does not declare; valid: default",
+                "result.json: stages.1.keep: must have as many amounts as 'after' has entries (1), got 2",
+            ],
         ),
     ],
 )

@@ -174,6 +174,78 @@ def test_each_mode_has_its_counts() -> None:
     assert [plan_of([config], layout, 4, mode).cuts[0].keep for mode in ("coarse", "fine")] == [10, 18]
 
 
+@given(st.data(), layouts(), st.integers(2, 32))
+def test_a_list_of_equal_amounts_plans_like_the_one_amount(
+    data: st.DataObject, layout: TokenLayout, depth: int
+) -> None:
+    drawn = data.draw(budgets(depth))
+    amount = data.draw(st.just("union") | keeps.map(lambda k: k if isinstance(k, int) else float(k)))
+    view = data.draw(st.none() | st.sampled_from(list(layout.views)))
+    own = data.draw(st.integers(0, 60))
+
+    def said(amount: object, own: object) -> CutConfig:
+        views = {} if view is None else {view: {"keep": own}}
+        return cut(amount, list(drawn.after), of=drawn.of, floor=drawn.floor, bucket=drawn.bucket, views=views)
+
+    def outcome(config: CutConfig, mode: str) -> object:
+        try:
+            return plan_of([config], layout, depth, mode)
+        except ConfigError as error:
+            return str(error)
+
+    cuts = len(drawn.after)
+    expected = outcome(said(amount, own), "fine")
+    assert outcome(said([amount] * cuts, [own] * cuts), "fine") == expected
+    assert (
+        outcome(said({"coarse": 1, "fine": [amount] * cuts}, {"coarse": [2] * cuts, "fine": own}), "fine") == expected
+    )
+
+
+@given(st.data(), st.integers(2, 32))
+def test_each_entry_has_its_amount_and_the_last_at_a_layer_holds(data: st.DataObject, depth: int) -> None:
+    drawn = data.draw(budgets(depth))
+    counts = data.draw(st.lists(st.integers(0, 64), min_size=len(drawn.after), max_size=len(drawn.after)))
+    plan = plan_of([cut(counts, list(drawn.after))], layout_of(4, primary=64), depth)
+    at, held = dict(zip(drawn.layers(depth), counts, strict=True)), 64
+    assert [c.after for c in plan.cuts] == sorted(at)
+    for planned in plan.cuts:
+        held = min(held, at[planned.after])
+        assert planned.keep == held
+
+
+def test_shares_that_meet_at_one_layer_of_a_shallow_decoder_keep_the_amount_of_the_last() -> None:
+    config = cut([8, 12, 6], ["31%", "33%", "60%"])
+    layout = layout_of(4, primary=16)
+    assert [(c.after, c.keep) for c in plan_of([config], layout, 32).cuts] == [(10, 8), (11, 8), (19, 6)]
+    assert [(c.after, c.keep) for c in plan_of([config], layout, 18).cuts] == [(6, 12), (11, 6)]
+
+
+def test_each_cut_has_its_amount_in_each_mode_and_of_each_view() -> None:
+    layout = layout_of(4, primary=16, wrist=16)
+    # Amounts follow the order of `after`, which need not be that of the layers.
+    both = cut({"coarse": [0.25, 0.5], "fine": [24, 28]}, [2, 1])
+    assert [plan_of([both], layout, 4, mode).prunable for mode in ("coarse", "fine")] == [
+        (32, 32, 16, 4),
+        (32, 32, 28, 24),
+    ]
+    views = cut([12, 8], [0, 1], views={"wrist": {"keep": {"coarse": [4, 1], "fine": 10}}})
+    kept = {
+        mode: [[(g.views, g.keep) for g in c.groups] for c in plan_of([views], layout, 4, mode).cuts]
+        for mode in ("coarse", "fine")
+    }
+    assert kept == {
+        "coarse": [[(("wrist",), 4), (("primary",), 12)], [(("wrist",), 1), (("primary",), 8)]],
+        "fine": [[(("wrist",), 10), (("primary",), 12)], [(("wrist",), 10), (("primary",), 8)]],
+    }
+
+
+def test_a_union_may_be_one_of_the_amounts() -> None:
+    layout = layout_of(4, primary=16)
+    config = cut([0.75, "union"], [0, 1])
+    assert [(c.keep, c.union) for c in plan_of([config], layout, 4).cuts] == [(12, False), (12, True)]
+    assert plan_of([config], layout, 4, unions=(5,)).prunable == (16, 12, 5, 5)
+
+
 @st.composite
 def view_budgets(draw: st.DrawFn, names: list[str]) -> dict[str | None, Keep]:
     """Budgets of some views, and at None the one of all others together."""

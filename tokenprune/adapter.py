@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -51,6 +52,10 @@ class Backbone(Protocol):
         """
         ...
 
+    def pixels(self, images: Sequence[Mapping[str, np.ndarray]]) -> Mapping[str, Tensor]:
+        """Crop the frames `{view: uint8 [H, W, 3]}` of several environments and upload them, uint8 `[B, 3, S, S]`."""
+        ...
+
     def prepare(self, observations: Sequence[Observation], instructions: Sequence[str]) -> Inputs:
         """Preprocess checked observations whose layouts are equal, and upload them."""
         ...
@@ -64,12 +69,27 @@ class Backbone(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Description:
+    """What a backbone would be, without its weights.
+
+    Attributes:
+        info: Dimensions, cameras, actions.
+        layout: The tokens of a query by its instruction.
+        pixels: A camera frame `[H, W, 3]` as the policy crops it, uint8 `[3, S, S]`.
+    """
+
+    info: BackboneInfo
+    layout: Callable[[str], TokenLayout]
+    pixels: Callable[[np.ndarray], Tensor]
+
+
 class BackboneFactory(Protocol):
     """What a `BackboneSpec.target` names: makes backbones of one family."""
 
     @staticmethod
-    def describe(preset: str | None, checkpoint: Path | None, options: Mapping[str, Any]) -> tuple[BackboneInfo, Any]:
-        """What it would be, and a function from instruction to layout; no weights are made or read."""
+    def describe(preset: str | None, checkpoint: Path | None, options: Mapping[str, Any]) -> Description:
+        """What it would be; no weights are made or read."""
         ...
 
     @staticmethod

@@ -27,11 +27,14 @@ class ActionSpec:
         horizon: Actions per chunk.
         groups: Dimensions of each action by what they move, such as `translation: (0, 1, 2)`.
         gripper: Dimension of the gripper command, and the value at which it changes sign of meaning; None without one.
+        metric: What 1.0 in a group commands per control step, in metres (`translation`) or radians (`rotation`); empty
+            where that is not known.
     """
 
     horizon: int
     groups: Mapping[str, tuple[int, ...]]
     gripper: tuple[int, float] | None = None
+    metric: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def dims(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -13,11 +13,14 @@ from pydantic import (
     Discriminator,
     Field,
     Tag,
+    ValidationError,
     field_validator,
     model_validator,
 )
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from tokenprune.budget import UNION, Amount, Budget
+from tokenprune.errors import nearest
 
 EMBEDDING = "embedding"
 _SHARE = re.compile(r"^(\d+(?:\.\d+)?)%$")
@@ -53,15 +56,29 @@ def _amount(value: object) -> object:
 KeepAmount = Annotated[Amount, BeforeValidator(_amount)]
 
 
+def _amounts(value: object) -> str:
+    """Which form this is: a list with an amount for each cut, or one amount for all of them."""
+    return "per cut" if isinstance(value, list | tuple) else "one amount"
+
+
+Amounts = Annotated[
+    Annotated[KeepAmount, Tag("one amount")] | Annotated[tuple[KeepAmount, ...], Field(min_length=1), Tag("per cut")],
+    Discriminator(_amounts),
+]
+
+
 def _keep(value: object) -> str:
-    """Which form this is: a mapping of modes to amounts, or one amount for every mode."""
-    return "per mode" if isinstance(value, dict) and not set(value) & {"ratio", "count"} else "one amount"
+    """Which form this is: a mapping of modes, or the same in every mode."""
+    return "per mode" if isinstance(value, dict) and not set(value) & {"ratio", "count"} else "every mode"
 
 
 Keep = Annotated[
-    Annotated[KeepAmount, Tag("one amount")] | Annotated[dict[str, KeepAmount], Tag("per mode")],
+    Annotated[Amounts, Tag("every mode")] | Annotated[dict[str, Amounts], Tag("per mode")],
     Discriminator(_keep),
-    Field(description="A count, a ratio, 'union', or one of these per mode."),
+    Field(
+        description="A count, a ratio or 'union'; or a list of these, one for each entry of `after`; "
+        "or one of either per mode."
+    ),
 ]
 
 
@@ -91,6 +108,34 @@ Cuts = Annotated[
 ]
 
 
+def _layer(value: object) -> object:
+    if value == EMBEDDING:
+        raise ValueError("a layer is a number, or a share of the depth such as '31%'")
+    return _cut(value)
+
+
+Layers = Annotated[
+    tuple[Annotated[int | str, BeforeValidator(_layer)], ...],
+    BeforeValidator(_cuts),
+    Field(description="Layers, or shares of the depth."),
+]
+
+
+def layers_of(layers: tuple[int | str, ...], depth: int) -> tuple[int, ...]:
+    """Indices of layers a stage looks at, ascending; a share is rounded to the nearest layer, at most to the last.
+
+    Raises:
+        ValueError: If the decoder has no such layer.
+    """
+    found = set()
+    for layer in layers:
+        index = layer if isinstance(layer, int) else min(round(float(layer.rstrip("%")) / 100 * depth), depth - 1)
+        if index > depth - 1:
+            raise ValueError(f"layer {layer}: a decoder of {depth} layers has layers 0 to {depth - 1}")
+        found.add(index)
+    return tuple(sorted(found))
+
+
 def layer_of(cut: int | str, depth: int) -> int:
     """Index of the layer a cut follows; -1 is before layer 0.
 
@@ -114,6 +159,17 @@ class StageConfig(Strict):
 
     use: str = Field(description="Name of the stage, as `tokenprune list` shows it.")
 
+    def modes(self) -> dict[str, set[str]]:
+        """Modes each per-mode field names, by the dotted key that holds it.
+
+        Each field must name the pipeline's modes exactly; one that holds in every mode is left out.
+        """
+        return {}
+
+    def chooses(self) -> set[str]:
+        """Modes this stage may choose as a controller; the pipeline must declare each."""
+        return set()
+
 
 class ViewBudget(Strict):
     """A budget of one view's own."""
@@ -124,8 +180,10 @@ class ViewBudget(Strict):
 class CutConfig(StageConfig):
     """What every stage has that drops tokens.
 
-    `keep` is a share of, or a count among, the tokens each cut finds. A view named under `views` has its own budget
-    and no longer counts in `keep`.
+    `keep` is a share of, or a count among, the tokens each cut finds: one amount for every cut, or a list of amounts in
+    the order of `after`, one for each entry. Where entries of `after` come to the same layer of a decoder they are one
+    cut, and the amount of the last of them holds. A view named under `views` has its own budget and no longer counts in
+    `keep`.
     """
 
     after: Cuts = (EMBEDDING,)
@@ -136,16 +194,34 @@ class CutConfig(StageConfig):
     bucket: int = Field(default=1, ge=1, description="Counts are rounded up to a multiple of this.")
     weight: float = Field(default=1.0, gt=0, description="Weight of this stage's score where several meet at one cut.")
 
-    def budget(self, mode: str, view: str | None = None) -> Budget:
-        """The budget in one mode, of one view or of all views without one of their own."""
+    @model_validator(mode="after")
+    def _amounts_fit_the_cuts(self) -> Self:
+        errors: list[InitErrorDetails] = []
+        for key, keep in self._keeps().items():
+            places = {(*key, mode): keep[mode] for mode in keep} if isinstance(keep, dict) else {key: keep}
+            for place, amounts in places.items():
+                if isinstance(amounts, tuple) and len(amounts) != len(self.after):
+                    said = f"must have as many amounts as 'after' has entries ({len(self.after)}), got {len(amounts)}"
+                    kind = PydanticCustomError("value_error", "{error}", {"error": said})
+                    errors.append(InitErrorDetails(type=kind, loc=place, input=amounts))
+        if errors:
+            # An error of pydantic's own carries the place; a ValueError would blame the whole stage.
+            raise ValidationError.from_exception_data(type(self).__name__, errors)
+        return self
+
+    def budget(self, mode: str, cut: int, view: str | None = None) -> Budget:
+        """The budget in one mode at one entry of `after`, of one view or of all views without one of their own."""
         keep = self.views[view].keep if view is not None else self.keep
-        amount = keep[mode] if isinstance(keep, dict) else keep
+        amounts = keep[mode] if isinstance(keep, dict) else keep
+        amount = amounts[cut] if isinstance(amounts, tuple) else amounts
         return Budget(amount, self.of, self.floor if view is None else 0, self.bucket)
 
     def modes(self) -> dict[str, set[str]]:
         """Modes each `keep` names, by the key that holds it; empty for a keep that holds in every mode."""
-        keeps = {"keep": self.keep, **{f"views.{name}.keep": view.keep for name, view in self.views.items()}}
-        return {key: set(keep) for key, keep in keeps.items() if isinstance(keep, dict)}
+        return {".".join(key): set(keep) for key, keep in self._keeps().items() if isinstance(keep, dict)}
+
+    def _keeps(self) -> dict[tuple[str, ...], Keep]:
+        return {("keep",): self.keep, **{("views", name, "keep"): view.keep for name, view in self.views.items()}}
 
 
 def _version(value: object) -> object:
@@ -194,12 +270,17 @@ class PipelineConfig(Strict):
     @model_validator(mode="after")
     def _modes_are_declared(self) -> PipelineConfig:
         for index, stage in enumerate(self.stages):
-            for key, named in stage.modes().items() if isinstance(stage, CutConfig) else ():
+            for key, named in stage.modes().items():
                 if named != set(self.modes):
                     wrong = sorted(named ^ set(self.modes))
                     raise ValueError(
                         f"stages.{index}.{key} must name the modes {list(self.modes)}, and only those; see {wrong}"
                     )
+            for mode in sorted(stage.chooses() - set(self.modes)):
+                raise ValueError(
+                    f"stages.{index} chooses mode '{mode}', which the pipeline does not declare"
+                    f"{nearest(mode, self.modes)}"
+                )
         return self
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from tokenprune.history import ExecutedAction, Slot, recall, remember
+from tokenprune.history import ExecutedAction, Slot, once, recall, remember
 from tokenprune.layout import TokenLayout
 from tokenprune.probe import attention_rows
 from tokenprune.selection import OriginalIds, TokenSelection
@@ -16,26 +17,38 @@ from tokenprune.selection import OriginalIds, TokenSelection
 
 @dataclass(frozen=True, slots=True)
 class ControlDecision:
-    """A controller's choice: one of the modes the pipeline declares."""
+    """A controller's choice.
+
+    Attributes:
+        mode: One of the modes the pipeline declares.
+        replan: Ask the host, after an executed action, for a new query before the chunk is used up.
+    """
 
     mode: str
+    replan: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class ControlContext:
-    """What a controller sees before a query, on the host.
+    """What is known on the host before a query, or after an executed action.
 
     Attributes:
-        slot: Environment the query is for.
+        event: `query` before a query, `executed` after an action.
+        slot: Environment it is about.
         modes: What may be chosen; the first is the default.
         queries: Queries since the last reset.
-        executed: Actions executed since the last reset, oldest first.
+        executed: Actions executed since the last reset, oldest first; as many as control steps have passed.
+        since_query: Those of them that follow the last query.
+        memory: The stage's own, per slot; emptied by `reset`.
     """
 
+    event: Literal["query", "executed"]
     slot: int
     modes: tuple[str, ...]
     queries: int
     executed: Sequence[ExecutedAction]
+    since_query: Sequence[ExecutedAction]
+    memory: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +85,19 @@ class LayoutTables:
 
 
 @dataclass(frozen=True, slots=True)
+class PastFrames:
+    """The frames one stage's `look_back` asked for.
+
+    Attributes:
+        steps: Control steps between them and the current frames, one per batch row; None where there is no past frame.
+        pixels: Per view, cropped pixels, uint8 `[B, 3, S, S]`; zeros where there is none.
+    """
+
+    steps: tuple[int | None, ...]
+    pixels: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
 class SelectContext:
     """What a selector sees before layer 0.
 
@@ -85,6 +111,8 @@ class SelectContext:
         images: Per view, the policy's own cropped pixels, uint8 `[B, 3, S, S]`; patches align to these.
         seeds: One number per batch row that differs from query to query and repeats with the pipeline's seed.
         tables: The layout as tensors.
+        scope: Prefix of what the stage remembers, so that stages do not meet.
+        past: What the stage's `look_back` asked for.
     """
 
     layout: TokenLayout
@@ -97,6 +125,8 @@ class SelectContext:
     seeds: tuple[int, ...]
     tables: LayoutTables
     slots: Sequence[Slot]
+    scope: str
+    past: PastFrames | None
 
     @property
     def patches(self) -> Tensor:
@@ -108,6 +138,10 @@ class SelectContext:
         """Rows of `hidden` of a named span, such as `instruction` `[B, R, D]`."""
         at = self.tokens.to_current(self.row_ids(name))
         return self.hidden.gather(1, at[..., None].expand(-1, -1, self.hidden.shape[2]))
+
+    def in_view(self, view: str) -> Tensor:
+        """Which of the prunable tokens held now belong to a view, boolean `[B, P]`."""
+        return self.tables.view_of[self.prunable] == self.tables.view_number[view]
 
     def row_ids(self, name: str) -> OriginalIds:
         """Original ids `[B, R]` of a named span.
@@ -123,17 +157,29 @@ class SelectContext:
         """Pixels `[B, 3, S, S]` of the last query since the reset, and which rows `[B]` had one (zeros where none)."""
         blank = torch.zeros_like(self.images[view][0])
         frames = [slot.frames.get(view) for slot in self.slots]
-        had = [torch.full((), frame is not None, device=blank.device) for frame in frames]
-        return torch.stack([blank if frame is None else frame for frame in frames]), torch.stack(had)
+        had = _flags([frame is not None for frame in frames], blank.device)
+        return torch.stack([blank if frame is None else frame for frame in frames]), had
+
+    def past_images(self, view: str) -> tuple[Tensor, Tensor]:
+        """Pixels `[B, 3, S, S]` of the frames the stage's `look_back` asked for, and which rows `[B]` have one."""
+        current = self.images[view]
+        if self.past is None:
+            return torch.zeros_like(current), _flags([False] * len(current), current.device)
+        return self.past.pixels[view], _flags([back is not None for back in self.past.steps], current.device)
 
     def remember(self, name: str, values: Tensor) -> None:
-        """Keep values `[B, P]` of the prunable tokens for later queries of the episode."""
-        remember(self.slots, name, self.prunable, values, self.layout.n_tokens)
+        """Keep values `[B, P]` of the prunable tokens, for later layers and for later queries of the episode."""
+        remember(self.slots, self.scope + name, self.prunable, values, self.layout.n_tokens)
 
     def recall(self, name: str) -> tuple[Tensor, Tensor]:
         """Values remembered for the prunable tokens held now `[B, P]`, and whether each was seen then `[B, P]`."""
-        values, seen = recall(self.slots, name, self.hidden.new_zeros(0, dtype=torch.float32), self.layout.n_tokens)
+        blank = self.hidden.new_zeros(0, dtype=torch.float32)
+        values, seen = recall(self.slots, self.scope + name, blank, self.layout.n_tokens)
         return values.gather(1, self.prunable), seen.gather(1, self.prunable)
+
+    def once(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
+        """Numbers `[B]` computed in the first query of each environment's episode, and kept until its reset."""
+        return once(self.slots, self.scope + name, compute)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,20 +198,38 @@ class LayerContext(SelectContext):
     k: Tensor
     probed: Callable[[str, int], None]
 
-    def attention_rows(self, rows: str | OriginalIds) -> Tensor:
+    def attention_rows(self, rows: str | range | OriginalIds) -> Tensor:
         """Attention of some queries to the prunable tokens, exact, computed only when asked for.
 
         Args:
-            rows: A named span (`text`, `instruction`, `last`, `action`, …) or original ids `[B, R]` held now.
+            rows: A named span (`text`, `instruction`, `last`, `action`, …), a range of original ids, or original
+                ids `[B, R]`; all of them held now.
 
         Returns:
             `[B, H, R, P]`; the softmax is over all keys, in at least float32.
         """
-        ids = self.row_ids(rows) if isinstance(rows, str) else rows
-        self.probed(rows if isinstance(rows, str) else "ids", ids.shape[1])
+        if isinstance(rows, str):
+            ids = self.row_ids(rows)
+        elif isinstance(rows, range):
+            span = torch.arange(rows.start, rows.stop, device=self.prunable.device)
+            ids = OriginalIds(span.expand(self.prunable.shape[0], -1))
+        else:
+            ids = rows
+        self.probed(rows_name(rows), ids.shape[1])
         weights = attention_rows(self.q, self.k, self.tokens.to_current(ids), self.causal)
         columns = self.tokens.to_current(self.prunable)
         return weights.gather(3, columns[:, None, None].expand(*weights.shape[:3], -1))
+
+
+def rows_name(rows: str | range | OriginalIds) -> str:
+    """How traces call attention rows."""
+    if isinstance(rows, range):
+        return f"{rows.start}-{rows.stop - 1}"
+    return rows if isinstance(rows, str) else "ids"
+
+
+def _flags(values: Sequence[bool], device: torch.device) -> Tensor:
+    return torch.stack([torch.full((), value, device=device) for value in values])
 
 
 def at_layer(ctx: SelectContext, layer: int, q: Tensor, k: Tensor, probed: Callable[[str, int], None]) -> LayerContext:

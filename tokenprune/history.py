@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from tokenprune.frames import FrameBuffer
 from tokenprune.selection import OriginalIds, TokenSelection
 
 if TYPE_CHECKING:
@@ -72,14 +73,32 @@ class TokenMap:
 
 @dataclass(slots=True)
 class Slot:
-    """The memory of one environment."""
+    """The memory of one environment, made anew by `reset`.
+
+    Attributes:
+        index: Number of the slot.
+        instruction: What the episode is about.
+        past: Frames of past control steps, on the host.
+        number: Episodes of this slot before this one.
+        queries: Queries since the reset.
+        asked_at: Control step of the last query.
+        frames: The last query's cropped pixels by view, on the device.
+        maps: Values by original token, by name.
+        numbers: Single values by name.
+        host: What controllers keep, by stage.
+        executed: Actions since the reset.
+    """
 
     index: int
     instruction: str
+    past: FrameBuffer
     number: int = 0
     queries: int = 0
+    asked_at: int = 0
     frames: Mapping[str, Tensor] = field(default_factory=dict)
     maps: dict[str, TokenMap] = field(default_factory=dict)
+    numbers: dict[str, Tensor] = field(default_factory=dict)
+    host: dict[int, dict[str, Any]] = field(default_factory=dict)
     executed: list[ExecutedAction] = field(default_factory=list)
 
 
@@ -96,3 +115,11 @@ def recall(slots: Sequence[Slot], name: str, like: Tensor, n_source: int) -> tup
     blank = TokenMap(like.new_zeros(n_source), torch.zeros(n_source, dtype=torch.bool, device=like.device))
     maps = [slot.maps.get(name, blank) for slot in slots]
     return torch.stack([m.values for m in maps]), torch.stack([m.seen for m in maps])
+
+
+def once(slots: Sequence[Slot], name: str, compute: Callable[[], Tensor]) -> Tensor:
+    """Numbers `[B]` of which each slot keeps the first it was given since its reset; computed only where one lacks."""
+    if any(name not in slot.numbers for slot in slots):
+        for slot, value in zip(slots, compute(), strict=True):
+            slot.numbers.setdefault(name, value)
+    return torch.stack([slot.numbers[name] for slot in slots])

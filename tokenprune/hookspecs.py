@@ -55,8 +55,18 @@ class StageHooks:
     def control(self, ctx: ControlContext) -> ControlDecision | None:
         """Choose the mode of the next query from what was executed.
 
-        Called once per query and slot, on host data only (cost: per query, microseconds). None means no opinion; the
-        first stage with one wins, and the pipeline's first mode is the default.
+        Called before each query and after each executed action, per slot, on host data only (cost: per control step,
+        microseconds). None means no opinion; the first stage with one wins, and the pipeline's first mode is the
+        default. `replan` counts after an executed action: `Policy.executed` hands it to the host.
+        """
+
+    @hookspec
+    def look_back(self, ctx: ControlContext) -> int | None:
+        """Say how many control steps ago the frame was taken that the stage compares with the current one.
+
+        Called once per query and slot before images are uploaded, on host data only (cost: per query, and one frame
+        to crop and upload). The stage then sees, through `ctx.past_images`, the newest frame at least that old, or
+        the oldest past one; 0 is the current frame. `Stage.frames` says how many past frames are kept. None: no frame.
         """
 
     @hookspec
@@ -91,4 +101,4 @@ class StageHooks:
         """
 
 
-HOT_HOOKS = ("control", "transform_features", "select_tokens", "score_layer", "observe")
+HOT_HOOKS = ("control", "look_back", "transform_features", "select_tokens", "score_layer", "observe")

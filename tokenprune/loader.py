@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenprune.config import DENSE, CutConfig, PipelineConfig, StageConfig
+from tokenprune.config import DENSE, PipelineConfig, StageConfig
 from tokenprune.document import Location, Problem
 from tokenprune.draft import SUFFIXES, Draft
 from tokenprune.errors import PluginError, nearest
@@ -140,8 +140,8 @@ def _check(draft: Draft, registry: Registry) -> PipelineConfig:
             if stage is None:
                 continue
             stages.append(stage)
-            if modes_known and isinstance(stage, CutConfig):
-                _check_modes(draft, stage, modes, ("stages", index))
+            if modes_known:
+                _check_modes(draft, stage, modes, ("stages", index), entry)
     else:
         got = reprlib.repr(entries)
         draft.report(("stages",), f"stages: must be a list of mappings such as 'use: fastv', got {got}")
@@ -169,12 +169,25 @@ def _stage(draft: Draft, entry: object, location: Location, registry: Registry) 
     return stage
 
 
-def _check_modes(draft: Draft, stage: CutConfig, modes: Sequence[str], location: Location) -> None:
+def _check_modes(draft: Draft, stage: StageConfig, modes: Sequence[str], location: Location, entry: object) -> None:
     for name, named in stage.modes().items():
-        # `views.NAME.keep`, where the view's name may hold dots.
-        keep = (*location, *(("keep",) if name == "keep" else ("views", name[len("views.") : -len(".keep")], "keep")))
+        place = (*location, *_place_of(name, entry))
         for mode in sorted(named - set(modes)):
-            draft.report((*keep, mode), f"unknown mode '{mode}'{nearest(mode, modes)}", key=True)
+            draft.report((*place, mode), f"unknown mode '{mode}'{nearest(mode, modes)}", key=True)
         for mode in modes:
             if mode not in named:
-                draft.report(keep, f"{name} says nothing about mode '{mode}'")
+                draft.report(place, f"{name} says nothing about mode '{mode}'")
+    for mode in sorted(stage.chooses() - set(modes)):
+        said = f"chooses mode '{mode}', which the pipeline does not declare{nearest(mode, modes)}"
+        draft.report(location, said, field=".".join(map(str, location)))
+
+
+def _place_of(key: str, data: object) -> Location:
+    """The part of the data a dotted key means, or as much of the way to it as there is; names may hold dots."""
+    steps = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    ways: list[Location] = [
+        (step, *_place_of(key[len(str(step)) + 1 :], below))
+        for step, below in steps
+        if f"{key}.".startswith(f"{step}.")
+    ]
+    return max(ways, key=lambda way: len(".".join(map(str, way))), default=())

@@ -69,6 +69,11 @@ class BoundPipeline:
             at = f"{hook_name} {where}".rstrip()
             raise StageError(f"stage '{self.names[index]}' failed in {at}: {type(error).__name__}: {error}") from error
 
+    @property
+    def frames(self) -> int:
+        """Control steps before the current one whose frames some stage may look back at."""
+        return max((stage.frames() for stage in self.stages), default=0)
+
     def weights(self, stages: Sequence[int]) -> list[float]:
         """Weights of some stages' scores."""
         return [getattr(self.stages[index].config, "weight", 1.0) for index in stages]
@@ -95,6 +100,7 @@ def bind(config: PipelineConfig, info: BackboneInfo, registry: Registry) -> Boun
             )
         try:
             stage = registry.stage_class(stage_config.use)(stage_config)
+            stage.bind(info)
             _check_cuts(stage, info.decoder.depth)
         except ValueError as error:
             raise ConfigError(f"pipeline '{config.name}', stages.{index} ('{stage_config.use}'): {error}") from error

@@ -111,24 +111,25 @@ def make_plan(
     Raises:
         ConfigError: If a budget names a view the layout lacks, or a share of a view whose size is not known at the cut.
     """
-    at_cut: dict[int, list[int]] = {}
+    at_cut: dict[int, dict[int, int]] = {}
     for index, stage in enumerate(stages):
-        for after in dict.fromkeys(stage.cuts(depth)):
-            at_cut.setdefault(after, []).append(index)
+        for entry, after in enumerate(stage.cuts(depth)):
+            # Entries of one stage that come to the same layer are one cut; the last holds.
+            at_cut.setdefault(after, {})[index] = entry
     view_sizes: dict[str, int] | None = {name: s.length for name, s in layout.views.items() if s.prunable}
     held, fixed, cuts, pending = len(layout.prunable), len(layout.fixed), [], list(unions)
     for after in sorted(at_cut):
         keeps, groups, union = [], [], False
         resolved: int | None = None
-        for index in at_cut[after]:
+        for index, entry in at_cut[after].items():
             config = stages[index].config
             assert isinstance(config, CutConfig)
             if config.views:
-                own = _view_groups(config, names[index], mode, layout, view_sizes)
+                own = _view_groups(config, names[index], mode, entry, layout, view_sizes)
                 groups += own
                 keeps.append(min(sum(g.keep for g in own), held))
                 continue
-            budget = config.budget(mode)
+            budget = config.budget(mode, entry)
             if budget.amount == UNION:
                 resolved = pending.pop(0) if pending and resolved is None else resolved
                 union = resolved is None
@@ -150,15 +151,15 @@ def make_plan(
 
 
 def _view_groups(
-    config: CutConfig, stage: str, mode: str, layout: TokenLayout, sizes: Mapping[str, int] | None
+    config: CutConfig, stage: str, mode: str, entry: int, layout: TokenLayout, sizes: Mapping[str, int] | None
 ) -> list[Group]:
     for view in config.views:
         if view not in layout.views:
             raise ConfigError(f"stage '{stage}': views.{view} is no view of this policy{nearest(view, layout.views)}")
     rest = tuple(name for name in layout.views if name not in config.views)
     groups: list[tuple[tuple[str, ...], Budget, str]] = []
-    groups += [((name,), config.budget(mode, name), f"views.{name}.keep") for name in config.views]
-    groups += [(rest, config.budget(mode), "keep")] if rest else []
+    groups += [((name,), config.budget(mode, entry, name), f"views.{name}.keep") for name in config.views]
+    groups += [(rest, config.budget(mode, entry), "keep")] if rest else []
     result = []
     for views, budget, key in groups:
         if budget.amount == UNION:

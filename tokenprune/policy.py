@@ -6,15 +6,17 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tokenprune.adapter import Backbone, Inputs, Observation
 from tokenprune.config import DENSE, PipelineConfig
-from tokenprune.context import ControlContext, ControlDecision
+from tokenprune.context import ControlContext, ControlDecision, PastFrames
 from tokenprune.errors import ConfigError, ObservationError, StageError, TokenPruneError, nearest
+from tokenprune.frames import FrameBuffer
 from tokenprune.history import EpisodeStart, ExecutedAction, QueryRecord, Slot
 from tokenprune.layout import TokenLayout
 from tokenprune.loader import load_pipeline, parse_pipeline
@@ -74,7 +76,7 @@ class Policy:
             self.pipeline.plan(layout, mode)
         number = self._slots[slot].number + 1 if slot in self._slots else 0
         self._layouts[slot] = layout
-        self._slots[slot] = Slot(slot, instruction, number)
+        self._slots[slot] = Slot(slot, instruction, FrameBuffer(self.pipeline.frames), number)
         start = EpisodeStart(slot, instruction, number)
         for index, hook in self.pipeline.hooks["reset"]:
             self.pipeline.call(index, "reset", hook, start)
@@ -91,34 +93,51 @@ class Policy:
 
     @torch.inference_mode()
     def act_batch(self, observations: Mapping[int, Observation]) -> dict[int, ActionChunk]:
-        """Query the policy for several environments; those with the same layout and mode share a pass."""
+        """Query the policy for several environments; those with the same layout and mode share a pass.
+
+        Unless a cut keeps a union: its count depends on what each environment sees, so each has a pass of its own.
+        """
         started = time.perf_counter()
-        groups: dict[tuple[TokenLayout, str], list[int]] = {}
+        groups: dict[tuple[TokenLayout, str, int | None], list[int]] = {}
         for slot, observation in observations.items():
             self._begun(slot)
             self.backbone.check(observation)
         for slot in observations:
-            groups.setdefault((self._layouts[slot], self._mode(self._slots[slot])), []).append(slot)
+            layout, decision = self._layouts[slot], self._decide(self._slots[slot], "query")
+            mode = decision.mode if decision else self.pipeline.config.modes[0]
+            alone = None if self.pipeline.plan(layout, mode).graph_safe else slot
+            groups.setdefault((layout, mode, alone), []).append(slot)
         chunks: dict[int, ActionChunk] = {}
-        for (layout, mode), members in groups.items():
+        for (layout, mode, _), members in groups.items():
             slots = [self._slots[slot] for slot in members]
             chunks |= self._query(layout, mode, slots, [observations[slot] for slot in members], started)
             started = time.perf_counter()
         return {slot: chunks[slot] for slot in observations}
 
     def executed(
-        self, action: np.ndarray, pose: np.ndarray | None = None, time: float | None = None, slot: int = 0
-    ) -> None:
+        self,
+        action: np.ndarray,
+        pose: np.ndarray | None = None,
+        time: float | None = None,
+        observation: Observation | None = None,
+        slot: int = 0,
+    ) -> bool:
         """Tell the policy that the robot executed an action; controllers and observers read it.
 
         Args:
             action: Commanded action `[D]` in the environment's units.
             pose: Achieved end-effector pose, where the host knows it.
             time: Seconds since the start of the episode.
+            observation: What the robot sees after it. Stages that compare frames look back at these; without them,
+                only the frames of queries are there to look back at.
             slot: The environment.
 
+        Returns:
+            Whether a controller asks for a new query before the rest of the chunk is executed. The host may ignore it.
+
         Raises:
-            ObservationError: If the slot has no episode or the action has the wrong shape or is not finite.
+            ObservationError: If the slot has no episode, the action has the wrong shape or is not finite, or the
+                observation is not what the policy was made for.
         """
         episode = self._begun(slot)
         action = np.asarray(action, dtype=np.float64)
@@ -126,21 +145,32 @@ class Policy:
             raise ObservationError(
                 f"an executed action is {self.backbone.info.action.dims} finite numbers, got {action!r}"
             )
+        if observation is not None:
+            self.backbone.check(observation)
         record = ExecutedAction(slot, action, pose, time)
         episode.executed.append(record)
+        if observation is not None:
+            episode.past.add(len(episode.executed), observation["images"])
         for index, hook in self.pipeline.hooks["observe"]:
             self.pipeline.call(index, "observe", hook, record)
+        decision = self._decide(episode, "executed")
+        return decision is not None and decision.replan
 
     def _begun(self, slot: int) -> Slot:
         if slot not in self._slots:
             raise ObservationError(f"slot {slot} has no episode; call reset(instruction, slot={slot}) first")
         return self._slots[slot]
 
-    def _mode(self, slot: Slot) -> str:
+    def _control(self, slot: Slot, stage: int, event: Literal["query", "executed"]) -> ControlContext:
+        since = slot.executed[slot.asked_at :]
+        memory = slot.host.setdefault(stage, {})
         modes = self.pipeline.config.modes
-        context = ControlContext(slot.index, modes, slot.queries, tuple(slot.executed))
+        return ControlContext(event, slot.index, modes, slot.queries, slot.executed, since, memory)
+
+    def _decide(self, slot: Slot, event: Literal["query", "executed"]) -> ControlDecision | None:
+        modes = self.pipeline.config.modes
         for index, hook in self.pipeline.hooks["control"]:
-            decision = self.pipeline.call(index, "control", hook, context)
+            decision = self.pipeline.call(index, "control", hook, self._control(slot, index, event))
             if decision is None:
                 continue
             name = self.pipeline.names[index]
@@ -150,8 +180,32 @@ class Policy:
                 )
             if decision.mode not in modes:
                 raise StageError(f"stage '{name}' chose mode '{decision.mode}'{nearest(decision.mode, modes)}")
-            return decision.mode
-        return modes[0]
+            return decision
+        return None
+
+    def _look_back(self, slots: list[Slot], images: Mapping[str, Tensor]) -> dict[int, PastFrames]:
+        """What each stage compares the current frames `images` with, cropped and uploaded."""
+        past = {}
+        for index, hook in self.pipeline.hooks["look_back"]:
+            steps: list[int | None] = []
+            rows: dict[str, list[Tensor]] = {view: [] for view in images}
+            for row, slot in enumerate(slots):
+                back = self.pipeline.call(index, "look_back", hook, self._control(slot, index, "query"))
+                now = len(slot.executed)
+                found = None if back is None else now if back == 0 else slot.past.find(now, back)
+                steps.append(None if found is None else now - found)
+                seen = self._pixels(slot, found) if found != now else {v: pixels[row] for v, pixels in images.items()}
+                for view, pixels in images.items():
+                    rows[view].append(seen.get(view, torch.zeros_like(pixels[row])))
+            past[index] = PastFrames(tuple(steps), {view: torch.stack(found) for view, found in rows.items()})
+        return past
+
+    def _pixels(self, slot: Slot, step: int | None) -> Mapping[str, Tensor]:
+        if step is None:
+            return {}
+        if step == slot.asked_at:
+            return slot.frames
+        return {view: pixels[0] for view, pixels in self.backbone.pixels([slot.past.images(step)]).items()}
 
     def _query(
         self, layout: TokenLayout, mode: str, slots: list[Slot], observations: Sequence[Observation], started: float
@@ -160,17 +214,22 @@ class Policy:
         clock.enter("preprocess")
         inputs = self.backbone.prepare(observations, [slot.instruction for slot in slots])
         try:
-            query, normalised = self._run(self.pipeline, self.pipeline.plan(layout, mode), inputs, slots, clock)
+            clock.enter("selection")
+            past = self._look_back(slots, inputs.images)
+            plan = self.pipeline.plan(layout, mode)
+            query, normalised = self._run(self.pipeline, plan, inputs, slots, past, clock)
         except StageError as error:
             if self.pipeline.config.on_error == "raise":
                 raise
-            query, normalised = self._run(self._dense, self._dense.plan(layout), inputs, slots, clock)
+            query, normalised = self._run(self._dense, self._dense.plan(layout), inputs, slots, {}, clock)
             query.trace = replace(query.trace, pipeline=self.pipeline.config.name, fallback=str(error))
         actions = self.backbone.unnormalise(normalised)
         clock.enter("history")
         for row, slot in enumerate(slots):
             slot.queries += 1
+            slot.asked_at = len(slot.executed)
             slot.frames = {view: pixels[row] for view, pixels in inputs.images.items()}
+            slot.past.add(slot.asked_at, observations[row]["images"])
         clock.enter("end")
         if self.backbone.device.type == "cuda":
             torch.cuda.synchronize(self.backbone.device)
@@ -180,10 +239,17 @@ class Policy:
         return {slot.index: ActionChunk(actions[row], normalised[row], trace) for row, slot in enumerate(slots)}
 
     def _run(
-        self, pipeline: BoundPipeline, plan: Plan, inputs: Inputs, slots: list[Slot], clock: Clock
+        self,
+        pipeline: BoundPipeline,
+        plan: Plan,
+        inputs: Inputs,
+        slots: list[Slot],
+        past: Mapping[int, PastFrames],
+        clock: Clock,
     ) -> tuple[Query, np.ndarray]:
         tables = pipeline.tables(plan.layout, self.backbone.device)
-        query = Query(pipeline, plan, tables, slots, inputs.images, clock)
+        query = Query(pipeline, plan, tables, slots, inputs.images, past, clock)
+        query.trace.looked_back = {pipeline.names[index]: frames.steps for index, frames in past.items()}
         result = self.backbone.infer(inputs, query)
         clock.enter("head")
         normalised = result.double().cpu().numpy()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokenprune.budget import union_count
-from tokenprune.context import FeatureContext, LayoutTables, SelectContext, at_layer, moved
+from tokenprune.context import FeatureContext, LayoutTables, PastFrames, SelectContext, at_layer, moved
 from tokenprune.decoder import Decoded, Decoder, Positions
 from tokenprune.errors import SelectionError, StageError
 from tokenprune.history import Slot
@@ -40,9 +41,10 @@ class Query:
         tables: LayoutTables,
         slots: Sequence[Slot],
         images: Mapping[str, Tensor],
+        past: Mapping[int, PastFrames],
         clock: Clock,
     ) -> None:
-        """Start a query; nothing runs yet."""
+        """Start a query; nothing runs yet. `past` holds what each stage looks back at, by its index."""
         self.positions: Positions = pipeline.config.positions
         self.trace = QueryTrace(pipeline.config.name, plan)
         self.readout = tables.rows.get("readout", tables.rows["last"])
@@ -51,6 +53,7 @@ class Query:
         self._tables = tables
         self._slots = slots
         self._images = images
+        self._past = past
         self._clock = clock
         self._scorers = _by_layer(pipeline, plan)
         self._context: SelectContext | None = None
@@ -115,16 +118,18 @@ class Query:
         prunable = OriginalIds(self._tables.prunable.expand(batch, -1))
         seeds = tuple(_mix(self._pipeline.config.seed, slot.number, slot.queries, slot.index) for slot in self._slots)
         self._context = SelectContext(
-            layout,
-            self._plan.mode,
-            causal,
-            tokens,
-            prunable,
-            embeddings,
-            self._images,
-            seeds,
-            self._tables,
-            self._slots,
+            layout=layout,
+            mode=self._plan.mode,
+            causal=causal,
+            tokens=tokens,
+            prunable=prunable,
+            hidden=embeddings,
+            images=self._images,
+            seeds=seeds,
+            tables=self._tables,
+            slots=self._slots,
+            scope="",
+            past=None,
         )
         cut = self._plan.cut_after.get(-1)
         if cut is None:
@@ -190,8 +195,15 @@ class Query:
         at = context.tokens.to_current(tokens.ids)
         hidden = context.hidden.gather(1, at[..., None].expand(-1, -1, context.hidden.shape[2]))
         self.trace.kept[cut.after] = prunable
+        self._note_reasons(cut.after, [p for _, p in proposals], chosen)
         self._context = moved(context, tokens, prunable, hidden)
         return hidden, tokens
+
+    def _note_reasons(self, after: int, proposals: list[Proposal], chosen: Tensor) -> None:
+        noted = self.trace.reasons.setdefault(after, {})
+        for name, member in ((n, m) for p in proposals for n, m in (p.reasons or {}).items()):
+            kept = member.gather(1, chosen)
+            noted[name] = kept | noted[name] if name in noted else kept
 
     def _resolve_union(self, cut: Cut, proposals: list[tuple[int, Proposal]]) -> Cut:
         votes = [p.protect for _, p in proposals if p.protect is not None]
@@ -215,14 +227,15 @@ class Query:
     ) -> list[tuple[int, Proposal]]:
         answers = []
         for index, hook in hooks:
-            answer = self._pipeline.call(index, hook_name, hook, context, where)
+            own = replace(context, scope=f"{index}.", past=self._past.get(index))
+            answer = self._pipeline.call(index, hook_name, hook, own, where)
             if answer is None:
                 continue
             what = f"stage '{self._pipeline.names[index]}': {hook_name} {where} returned"
             if not isinstance(answer, Proposal):
                 raise StageError(f"{what} {type(answer).__name__}, not a Proposal or None")
-            for name in ("score", "protect", "drop"):
-                vote = getattr(answer, name)
+            votes = {"score": answer.score, "protect": answer.protect, "drop": answer.drop, **(answer.reasons or {})}
+            for name, vote in votes.items():
                 if vote is not None and vote.shape != context.prunable.shape:
                     held = list(context.prunable.shape)
                     raise StageError(

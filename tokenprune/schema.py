@@ -27,10 +27,11 @@ _AMOUNT = {
         {"type": "object", "properties": {"count": _COUNT}, "required": ["count"], "additionalProperties": False},
     ]
 }
+_AMOUNTS = {"anyOf": [*_AMOUNT["anyOf"], {"type": "array", "items": _AMOUNT, "minItems": 1}]}
 _MODES = {
     "type": "object",
     "propertyNames": {"not": {"enum": ["ratio", "count"]}},
-    "additionalProperties": _AMOUNT,
+    "additionalProperties": _AMOUNTS,
     "minProperties": 1,
 }
 _CUT = {
@@ -39,7 +40,7 @@ _CUT = {
 
 _WRITTEN: Mapping[Callable[..., object], JsonSchemaValue] = {
     _amount: _AMOUNT,
-    _keep: {"anyOf": [*_AMOUNT["anyOf"], _MODES]},
+    _keep: {"anyOf": [*_AMOUNTS["anyOf"], _MODES]},
     _cut: _CUT,
     _cuts: {"anyOf": [*_CUT["anyOf"], {"type": "array", "items": _CUT, "minItems": 1}]},
 }

@@ -6,7 +6,7 @@ unpruned sequence, `CurrentIds` positions in what a layer holds now. Shapes neve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NewType
 
@@ -80,11 +80,13 @@ class Proposal:
         score: Floating `[B, P]`; higher stays.
         protect: Boolean `[B, P]`; kept before any score is looked at.
         drop: Boolean `[B, P]`; kept only when nothing else is left to fill the budget.
+        reasons: Boolean `[B, P]` by a name, such as `local`: why a token is wanted. Recorded; changes nothing.
     """
 
     score: Tensor | None = None
     protect: Tensor | None = None
     drop: Tensor | None = None
+    reasons: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from tokenprune.config import CutConfig, StageConfig, layer_of
 
 if TYPE_CHECKING:
     from tokenprune.backbone import BackboneInfo
+    from tokenprune.layout import TokenLayout
 
 ConfigT = TypeVar("ConfigT", bound=StageConfig)
 
@@ -36,14 +37,33 @@ class Stage(Generic[ConfigT]):
             return ()
         return tuple(layer_of(cut, depth) for cut in self.config.after)
 
+    def drops(self, depth: int, mode: str) -> tuple[int, ...]:
+        """Those of the cuts that drop anything in a mode."""
+        if not isinstance(self.config, CutConfig):
+            return ()
+        config = self.config
+        budgets = {layer: config.budget(mode, number) for number, layer in enumerate(self.cuts(depth))}
+        return tuple(layer for layer, budget in budgets.items() if config.views or budget.amount != 1.0)
+
     def layers(self, depth: int) -> tuple[int, ...]:
         """Layers after which `score_layer` is called; override to look at layers without a cut."""
         return tuple(layer for layer in self.cuts(depth) if layer >= 0)
+
+    def bind(self, info: BackboneInfo) -> None:
+        """Learn the backbone; called once, before any hook.
+
+        Raises:
+            ValueError: If the stage cannot work on it.
+        """
+
+    def frames(self) -> int:
+        """Control steps before the current one whose camera frames are kept for `look_back`; none unless overridden."""
+        return 0
 
     def notes(self, info: BackboneInfo) -> str:
         """What this stage does differently on a backbone, for `explain` and results; may be empty."""
         return ""
 
-    def probes(self, info: BackboneInfo) -> tuple[tuple[int, str], ...]:
-        """Layers at which this stage computes attention rows, each with the rows' name; what `explain` counts."""
+    def probes(self, info: BackboneInfo, layout: TokenLayout, mode: str) -> tuple[tuple[int, str | range], ...]:
+        """Layers at which this stage computes attention rows in a mode, each with the rows; what `explain` counts."""
         return ()

@@ -67,6 +67,8 @@ class QueryTrace:
         plan: What was meant to happen.
         held: Tokens each layer really held.
         kept: Prunable original ids kept at each cut `[B, K]`, by the layer it follows (-1 before layer 0).
+        reasons: Per cut, why: boolean `[B, K]` over the ids kept, by the name a stage gave.
+        looked_back: Per stage, control steps between the frames it compared, one per batch row; None without a frame.
         milliseconds: The whole query on the host's clock, from observation to actions.
         phases: Milliseconds per phase: preprocess, vision, selection, decoder, head, history.
         kernel: Attention kernel torch chose for the first layer's shapes.
@@ -79,6 +81,8 @@ class QueryTrace:
     plan: Plan
     held: tuple[int, ...] = ()
     kept: dict[int, Tensor] = field(default_factory=dict)
+    reasons: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    looked_back: dict[str, tuple[int | None, ...]] = field(default_factory=dict)
     milliseconds: float = 0.0
     phases: dict[str, float] = field(default_factory=dict)
     kernel: str = ""
@@ -116,7 +120,7 @@ class QueryTrace:
         return counts
 
     def to_json(self, with_ids: bool = False) -> dict[str, Any]:
-        """Plain data; `with_ids` adds the original ids kept at each cut."""
+        """Plain data; `with_ids` adds the original ids kept at each cut, and those kept for each reason."""
         plain: dict[str, Any] = {
             "pipeline": self.pipeline,
             "mode": self.mode,
@@ -128,11 +132,20 @@ class QueryTrace:
             "attention_kernel": self.kernel,
             "probes": [{"stage": p.stage, "layer": p.layer, "rows": p.rows, "count": p.count} for p in self.probes],
             "protected_over_budget": {cut_name(after): n for after, n in self.overfull.items()},
+            "looked_back": {stage: list(steps) for stage, steps in self.looked_back.items()},
             "fallback": self.fallback,
         }
         if with_ids:
             plain["kept_ids"] = {cut_name(after): ids.tolist() for after, ids in self.kept.items()}
+            plain["reasons"] = {
+                cut_name(after): {name: _chosen(self.kept[after], member) for name, member in named.items()}
+                for after, named in self.reasons.items()
+            }
         return plain
+
+
+def _chosen(ids: Tensor, member: Tensor) -> list[list[int]]:
+    return [row[inside].tolist() for row, inside in zip(ids, member, strict=True)]
 
 
 def cut_name(after: int) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from tokenprune.hookspecs import hookimpl
 from tokenprune.specs import PipelineSpec, Spec, StageSpec
 
+_SPECPRUNE = "SpecPrune-VLA, arXiv 2509.05614"
 _STAGES = (
     StageSpec(
         "none",
@@ -28,11 +29,45 @@ _STAGES = (
         f"{__name__}.fastv:FastV",
         paper="FastV, arXiv 2403.06764 (ECCV 2024)",
     ),
+    StageSpec(
+        "specprune.static",
+        "scorer",
+        "keeps what changed, was attended to before, or is attended to by the first layers",
+        f"{__name__}.specprune.static:Static",
+        paper=_SPECPRUNE,
+    ),
+    StageSpec(
+        "specprune.dynamic",
+        "scorer",
+        "keeps fewer tokens the deeper the layer, by ranks averaged over layers",
+        f"{__name__}.specprune.dynamic:Dynamic",
+        paper=_SPECPRUNE,
+    ),
+    StageSpec(
+        "specprune.controller",
+        "controller",
+        "coarse while the arm travels, fine while it works",
+        f"{__name__}.specprune.controller:Controller",
+        paper=_SPECPRUNE,
+    ),
 )
+_RELEASED = StageSpec(
+    "specprune.static_c3",
+    "scorer",
+    "the static stage as the final released code runs it, for comparison only",
+    f"{__name__}.specprune.static_c3:StaticC3",
+    paper=f"{_SPECPRUNE}, code 8091adc",
+)
+_PRESETS = {
+    "specprune": "controller, static and dynamic stage of SpecPrune-VLA, with fixed counts",
+    "specprune-paper": "SpecPrune-VLA as its third version describes it",
+    "specprune-c3": "SpecPrune-VLA as its final released code selects tokens, for comparison",
+}
 
 
 @hookimpl
 def tokenprune_register() -> Iterable[Spec]:
-    """Stages, and one pipeline file of the same name for each."""
-    pipelines = (PipelineSpec(s.name, s.summary, __name__, f"pipelines/{s.name}.yaml") for s in _STAGES)
-    return (*_STAGES, *pipelines)
+    """Stages, a pipeline file of the same name for each, and the presets that combine them."""
+    files = {**{stage.name: stage.summary for stage in _STAGES}, **_PRESETS}
+    pipelines = (PipelineSpec(name, summary, __name__, f"pipelines/{name}.yaml") for name, summary in files.items())
+    return (*_STAGES, _RELEASED, *pipelines)

@@ -15,6 +15,7 @@ from tokenprune.backbone import BackboneInfo
 from tokenprune.config import CutConfig, Cuts, Keep
 from tokenprune.context import LayerContext
 from tokenprune.hookspecs import hookimpl
+from tokenprune.layout import TokenLayout
 from tokenprune.selection import Proposal
 from tokenprune.stage import Stage
 
@@ -39,7 +40,7 @@ class FastV(Stage[FastVConfig]):
         """Which rows are read on this backbone."""
         return f"attention of the '{self._rows(info.decoder.causal)}' rows, mean over heads and rows"
 
-    def probes(self, info: BackboneInfo) -> tuple[tuple[int, str], ...]:
+    def probes(self, info: BackboneInfo, layout: TokenLayout, mode: str) -> tuple[tuple[int, str | range], ...]:
         """The rows, at every layer a cut follows."""
         return tuple((layer, self._rows(info.decoder.causal)) for layer in self.layers(info.decoder.depth))
 

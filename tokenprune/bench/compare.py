@@ -16,6 +16,7 @@ from tokenprune.config import DENSE
 from tokenprune.episode import Episode
 from tokenprune.errors import ConfigError
 from tokenprune.flops import query_flops
+from tokenprune.layout import TokenLayout
 from tokenprune.loader import LoadedPipeline
 from tokenprune.policy import ActionChunk, Policy
 from tokenprune.registry import Registry
@@ -43,7 +44,7 @@ class Row:
         p95_ms: Likewise.
         speedup: Median over queries of dense time over its own, query by query.
         efficiency: Speedup over FLOP ratio: how much of the saved arithmetic became saved time.
-        selection: Time spent choosing and moving tokens, as a share of the dense query.
+        selection: Time spent choosing, moving and remembering tokens, as a share of the dense query.
         error: Mean absolute difference from the dense actions per group of dimensions, in the environment's units.
         gripper_flips: Actions whose gripper command differs from dense.
         actions: Actions compared.
@@ -128,6 +129,7 @@ def compare(
             "steps": list(steps),
             "meta": dict(episode.meta),
         },
+        "layout": describe_layout(chunks[0][0].trace.plan.layout),
         "warmup_queries": len(warm),
         "pipelines": {"dense": {"version": 1, "name": "dense"}, **{p.label: p.resolved for p in others}},
         "notes": {label: notes(policy) for label, policy in zip(labels, policies, strict=True)},
@@ -163,12 +165,16 @@ def make_row(label: str, own: Sequence[ActionChunk], dense: Sequence[ActionChunk
         p95_ms=float(np.percentile(times, 95)),
         speedup=speedup,
         efficiency=speedup / flop_ratio,
-        selection=float(np.median([trace.phases.get("selection", 0.0) for trace in traces]) / np.median(baseline)),
+        selection=float(np.median([_own_work(trace) for trace in traces]) / np.median(baseline)),
         error={name: float(distance[..., list(dims)].mean()) for name, dims in info.action.groups.items()},
         gripper_flips=flips,
         actions=int(pairs[0].shape[0] * pairs[0].shape[1]),
         fallbacks=sum(bool(trace.fallback) for trace in traces),
     )
+
+
+def _own_work(trace: QueryTrace) -> float:
+    return trace.phases.get("selection", 0.0) + trace.phases.get("history", 0.0)
 
 
 def trace_flops(info: BackboneInfo, trace: QueryTrace) -> int:
@@ -186,9 +192,14 @@ def describe(backbone: Backbone) -> dict[str, Any]:
         "dtype": str(backbone.dtype).removeprefix("torch."),
         "decoder": asdict(info.decoder),
         "views": list(info.views),
-        "horizon": info.action.horizon,
+        "action": asdict(info.action),
         "capabilities": sorted(info.capabilities),
     }
+
+
+def describe_layout(layout: TokenLayout) -> dict[str, Any]:
+    """The tokens of a query as plain data."""
+    return {"segments": [asdict(segment) for segment in layout.segments]}
 
 
 def notes(policy: Policy) -> list[str]:

@@ -52,8 +52,9 @@ def replay(
         until = steps[index + 1] if index + 1 < len(steps) else step
         hz = float(str(episode.meta.get("control_hz", 20)))
         for executed in range(step, until):
+            after = observe(episode, executed + 1, policies[0])
             for policy in policies:
-                policy.executed(episode.actions[executed], episode.state[executed], executed / hz)
+                policy.executed(episode.actions[executed], episode.state[executed], executed / hz, after)
     return chunks
 
 

@@ -6,10 +6,11 @@ import sys
 
 import typer
 
-from tokenprune.cli import catalog, explain, run
+from tokenprune.cli import catalog, explain, run, viz
 from tokenprune.errors import CheckpointError, ConfigError, EpisodeError, ObservationError, PluginError, TokenPruneError
+from tokenprune.viz.result import ResultError
 
-_USAGE = (ConfigError, PluginError, EpisodeError, CheckpointError, ObservationError)
+_USAGE = (ConfigError, PluginError, EpisodeError, CheckpointError, ObservationError, ResultError)
 
 app = typer.Typer(
     name="tokenprune",
@@ -19,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for module in (run, explain, catalog):
+for module in (run, explain, viz, catalog):
     module.add_to(app)
 
 

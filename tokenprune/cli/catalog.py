@@ -151,10 +151,10 @@ def validate(
         try:
             config = load_pipeline(file, found, sets or ()).config
             if backbone is not None:
-                info, layout_of = describe_backbone(found, backbone, preset, checkpoint, backbone_options(options))
-                bound = bind(config, info, found)
+                described = describe_backbone(found, backbone, preset, checkpoint, backbone_options(options))
+                bound = bind(config, described.info, found)
                 for mode in config.modes:
-                    bound.plan(layout_of("put the bowl on the plate"), mode)
+                    bound.plan(described.layout("put the bowl on the plate"), mode)
         except ConfigError as error:
             findings += [{"file": file, "error": line} for line in str(error).splitlines()]
         except TokenPruneError as error:

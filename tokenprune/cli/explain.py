@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +30,7 @@ from tokenprune.cli.options import (
 from tokenprune.report.tables import WIDTH
 
 if TYPE_CHECKING:
+    from tokenprune.adapter import Description
     from tokenprune.backbone import BackboneInfo
     from tokenprune.layout import TokenLayout
     from tokenprune.pipeline import BoundPipeline
@@ -42,13 +44,11 @@ def add_to(app: typer.Typer) -> None:
 
 def describe_backbone(
     found: Registry, name: str, preset: str | None, checkpoint: str | None, options: Mapping[str, Any]
-) -> tuple[BackboneInfo, Callable[[str], TokenLayout]]:
-    """A backbone's facts and its layout by instruction."""
+) -> Description:
+    """A backbone without its weights."""
     preset, checkpoint = source(preset, checkpoint)
     folder = None if checkpoint is None else Path(checkpoint)
-    described: tuple[BackboneInfo, Callable[[str], TokenLayout]] = found.backbone_factory(name).describe(
-        preset, folder, options
-    )
+    described: Description = found.backbone_factory(name).describe(preset, folder, options)
     return described
 
 
@@ -58,6 +58,7 @@ def explain(
     preset: Preset = None,
     checkpoint: Checkpoint = None,
     instruction: Annotated[str | None, typer.Option(help="The bundled episode's when left out.")] = None,
+    depth: Annotated[int | None, typer.Option(min=2, help="Explain it as if the decoder had this many layers.")] = None,
     options: Options = None,
     sets: Sets = None,
     plugins: Plugins = None,
@@ -70,13 +71,18 @@ def explain(
 
     found = registry(plugins)
     loaded = load_pipeline(pipeline, found, sets or ())
-    info, layout_of = describe_backbone(found, backbone, preset, checkpoint, backbone_options(options))
+    described = describe_backbone(found, backbone, preset, checkpoint, backbone_options(options))
+    info = described.info
+    if depth is not None:
+        info = replace(info, decoder=replace(info.decoder, depth=depth))
     instruction = instruction or load_episode(bundled_episode(found, backbone)).instruction
     bound = bind(loaded.config, info, found)
-    layout = layout_of(instruction)
+    layout = described.layout(instruction)
     facts = {
         "pipeline": loaded.resolved,
-        "backbone": f"{info.name} {info.source}" + (", untrained" if info.untrained else ""),
+        "backbone": f"{info.name} {info.source}"
+        + (", untrained" if info.untrained else "")
+        + (f", as if of {depth} layers" if depth is not None else ""),
         "instruction": instruction,
         "tokens": layout.n_tokens,
         "segments": [
@@ -107,13 +113,18 @@ def _owner(found: Registry, stage: str) -> str:
 
 
 def _mode(bound: BoundPipeline, info: BackboneInfo, layout: TokenLayout, mode: str) -> dict[str, Any]:
+    from tokenprune.context import rows_name
     from tokenprune.flops import query_flops
     from tokenprune.plan import make_plan
     from tokenprune.trace import cut_name
 
     plan = bound.plan(layout, mode)
-    probes = [(layer, rows) for stage in bound.stages for layer, rows in stage.probes(info)]
-    counted = tuple((layer, len(layout.span(rows))) for layer, rows in probes)
+    probes = [
+        (layer, rows_name(rows), len(layout.span(rows) if isinstance(rows, str) else rows))
+        for stage in bound.stages
+        for layer, rows in stage.probes(info, layout, mode)
+    ]
+    counted = tuple((layer, count) for layer, _, count in probes)
     own, dense = (
         query_flops(info, plan, counted),
         query_flops(info, make_plan((), (), layout, mode, info.decoder.depth)),
@@ -134,7 +145,7 @@ def _mode(bound: BoundPipeline, info: BackboneInfo, layout: TokenLayout, mode: s
             {"layer": layer, "tokens": tokens, "prunable": prunable, "gflops": own.layers[layer] / 1e9}
             for layer, (tokens, prunable) in enumerate(zip(plan.tokens, plan.prunable, strict=True))
         ],
-        "probes": [{"layer": layer, "rows": rows, "count": len(layout.span(rows))} for layer, rows in probes],
+        "probes": [{"layer": layer, "rows": rows, "count": count} for layer, rows, count in probes],
         "graph_safe": plan.graph_safe,
         "gflops": {
             **{part: n / 1e9 for part, n in own.other.items()},

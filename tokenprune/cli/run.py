@@ -113,7 +113,7 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Run one pipeline over a recorded episode and print what each query did."""
-    from tokenprune.bench.compare import UNTRAINED, describe
+    from tokenprune.bench.compare import UNTRAINED, describe, describe_layout
     from tokenprune.bench.provenance import provenance
     from tokenprune.bench.replay import query_steps, replay
     from tokenprune.loader import load_pipeline
@@ -136,6 +136,7 @@ def run(
         "backbone": describe(opened),
         "note": UNTRAINED if info.untrained else "",
         "episode": {"name": recorded.name, "instruction": recorded.instruction, "steps": steps},
+        "layout": describe_layout(chunks[0].trace.plan.layout),
         "pipeline": loaded.resolved,
         "queries": told,
     }

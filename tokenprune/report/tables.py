@@ -51,8 +51,9 @@ def compare_legend(rows: tuple[Row, ...], note: str) -> str:
     lines = [
         "tokens: visual tokens held, mean over layers and at the last one. ms: the whole",
         "query, observation to actions. speed up: dense over own time, query by query,",
-        "median. eff: speed up / FLOP ratio. sel: choosing and moving tokens, % of dense",
-        f"time. L1 and gripper flips: against dense, over {rows[0].actions} actions.",
+        "median. eff: speed up / FLOP ratio. sel: choosing, moving and remembering",
+        "tokens, % of dense time. L1 and gripper flips: against dense, over",
+        f"{rows[0].actions} actions.",
     ]
     fallen = [f"{row.pipeline} {row.fallbacks}" for row in rows if row.fallbacks]
     if fallen:

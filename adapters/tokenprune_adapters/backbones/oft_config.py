@@ -15,8 +15,12 @@ from tokenprune_adapters.prismatic import PrismaticConfig
 from tokenprune_adapters.prompt import Prompt
 from tokenprune_adapters.vision import DINOV2_L_REG4_224, SIGLIP_SO400M_224, ViTConfig
 
+# LIBERO's robots are driven by robosuite's OSC_POSE controller, which scales its inputs to 5 cm and 0.5 rad.
 LIBERO_ACTION = ActionSpec(
-    horizon=8, groups={"translation": (0, 1, 2), "rotation": (3, 4, 5), "gripper": (6,)}, gripper=(6, 0.5)
+    horizon=8,
+    groups={"translation": (0, 1, 2), "rotation": (3, 4, 5), "gripper": (6,)},
+    gripper=(6, 0.5),
+    metric={"translation": 0.05, "rotation": 0.5},
 )
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tokenprune.backbone import BackboneInfo
+from tokenprune.adapter import Description
 from tokenprune.errors import CheckpointError, ConfigError
-from tokenprune.layout import TokenLayout
 from tokenprune_adapters.backbones.oft_config import OFTConfig, preset, with_options
 from tokenprune_adapters.backbones.openvla_oft import OFTModel, OpenVLAOFT
 from tokenprune_adapters.checkpoints import load_oft, read_config
@@ -25,8 +24,8 @@ class OFTFactory:
     @staticmethod
     def describe(
         name: str | None, checkpoint: Path | None, options: Mapping[str, Any]
-    ) -> tuple[BackboneInfo, Callable[[str], TokenLayout]]:
-        """What would be built, and its layout by instruction; nothing is allocated."""
+    ) -> Description:
+        """What would be built; nothing is allocated."""
         _one_source(name, checkpoint)
         if checkpoint is not None:
             config, tokenizer = read_config(Path(checkpoint), options)
@@ -34,7 +33,11 @@ class OFTFactory:
         else:
             config, tokenizer = _untrained_config(name, options), PromptTokenizer.bundled()
             info = config.info(name or "", untrained=True)
-        return info, lambda instruction: config.layout(tokenizer.encode(instruction, config.max_text))
+        return Description(
+            info,
+            lambda instruction: config.layout(tokenizer.encode(instruction, config.max_text)),
+            config.transform.cropped,
+        )
 
     @staticmethod
     def build(

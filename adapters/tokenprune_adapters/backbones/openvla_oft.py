@@ -111,13 +111,17 @@ class OpenVLAOFT:
                 f"the state holds NaN or infinite numbers at {np.flatnonzero(~np.isfinite(values)).tolist()}"
             )
 
+    def pixels(self, images: Sequence[Mapping[str, np.ndarray]]) -> Mapping[str, Tensor]:
+        """Resize and crop the frames of each view, and upload them, uint8 `[B, 3, S, S]`."""
+        return {
+            view: torch.stack([self.config.transform.cropped(frames[view]) for frames in images]).to(self.device)
+            for view in self.config.views
+        }
+
     def prepare(self, observations: Sequence[Observation], instructions: Sequence[str]) -> OFTInputs:
         """Resize and crop images, tokenise, normalise the state, and upload."""
         prompts = [self.prompt(instruction) for instruction in instructions]
-        images = {
-            view: torch.stack([self.config.transform.cropped(o["images"][view]) for o in observations]).to(self.device)
-            for view in self.config.views
-        }
+        images = self.pixels([o["images"] for o in observations])
         text = torch.tensor([prompt.ids for prompt in prompts], dtype=torch.int64).to(self.device)
         state = None
         if self.statistics.state is not None:

@@ -1,0 +1,112 @@
+"""SpecPrune's dynamic stage (arXiv 2509.05614, section on dynamic pruning): fewer patches the deeper the layer.
+
+At its update layers each patch gets the weight of its rank in the attention of the chosen rows, times the layer's
+confidence (high where attention is focused), averaged over the layers passed so far. Cuts between them drop the worst.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from tokenprune.backbone import BackboneInfo
+from tokenprune.config import CutConfig, Cuts, Keep, Layers, layers_of
+from tokenprune.context import LayerContext
+from tokenprune.hookspecs import hookimpl
+from tokenprune.layout import TokenLayout
+from tokenprune.selection import Proposal
+from tokenprune.stage import Stage
+from tokenprune_plugins.specprune import signals
+
+
+class DynamicConfig(CutConfig):
+    """Where scores are taken and where patches leave."""
+
+    after: Cuts = ("31%", "47%", "62%", "78%")
+    keep: Keep = 0.9
+    updates: Layers = Field(
+        default=("28%", "44%", "59%", "75%"), min_length=1, description="Layers after which scores are updated."
+    )
+    rows: Literal["instruction", "text", "action", "last"] = Field(
+        default="instruction", description="Queries whose attention ranks patches."
+    )
+    decay: float = Field(
+        default=0.1,
+        gt=0,
+        description="Steepness of the weight over ranks. 0.1 tells hundreds of ranks apart, 1 little more than ten.",
+    )
+    precision: Literal["float64", "float32"] = Field(
+        default="float64", description="Of the weights; in float32 and with decay 1, ranks above 88 all weigh nothing."
+    )
+    beta: float = Field(default=0.2, gt=0, le=1, description="Share of the newest layer in the moving average.")
+    per_view: int = Field(default=0, ge=0, description="Patches of each view that are kept in any case, the best ones.")
+    unscored: Literal["refuse", "lowest_ids"] = Field(
+        default="refuse", description="Whether a cut may come before the first update; the lowest ids then stay."
+    )
+
+
+class Dynamic(Stage[DynamicConfig]):
+    """Drops patches at deeper layers by their rank in earlier layers' attention."""
+
+    Config = DynamicConfig
+
+    def bind(self, info: BackboneInfo) -> None:
+        """Find the layers in this decoder.
+
+        Raises:
+            ValueError: If a cut comes before the first update and nothing says that it may.
+        """
+        self._depth = info.decoder.depth
+        self._updates = layers_of(self.config.updates, self._depth)
+        self._cuts = self.cuts(self._depth)
+        if self._cuts[0] < self._updates[0] and self.config.unscored == "refuse":
+            raise ValueError(
+                f"the cut after layer {self._cuts[0]} comes before the first update after layer {self._updates[0]}, so "
+                "nothing would say which tokens to keep; move one of them, or set unscored: lowest_ids"
+            )
+
+    def layers(self, depth: int) -> tuple[int, ...]:
+        """Updates and cuts."""
+        return tuple(sorted({*super().layers(depth), *self._updates}))
+
+    def probes(self, info: BackboneInfo, layout: TokenLayout, mode: str) -> tuple[tuple[int, str | range], ...]:
+        """The rows, at each update that a later cut of this mode uses."""
+        return tuple((layer, self.config.rows) for layer in self._updates if layer <= self._last(mode))
+
+    @hookimpl
+    def score_layer(self, ctx: LayerContext) -> Proposal | None:
+        """Update the scores, or propose them, or both."""
+        if ctx.layer > self._last(ctx.mode):
+            return None
+        score = torch.zeros_like(ctx.prunable, dtype=torch.float64)
+        if ctx.layer > self._updates[0]:
+            score = ctx.recall("score")[0]
+        if ctx.layer in self._updates:
+            score = signals.moving_average(score, self._evidence(ctx), self.config.beta)
+            ctx.remember("score", score)
+        if ctx.layer not in self._cuts:
+            return None
+        return Proposal(score=score, protect=self._best_of_views(ctx, score))
+
+    def _evidence(self, ctx: LayerContext) -> Tensor:
+        attention = ctx.attention_rows(self.config.rows)
+        ranks = signals.rank_within(attention.mean((1, 2)), torch.ones_like(ctx.prunable, dtype=torch.bool))
+        dtype = torch.float32 if self.config.precision == "float32" else torch.float64
+        weights = signals.rank_weights(ranks.shape[1], self.config.decay, dtype, ranks.device)
+        confidence = ctx.once(f"confidence.{ctx.layer}", lambda: signals.entropy_confidence(attention))
+        return weights.double()[ranks] * confidence[:, None]
+
+    def _best_of_views(self, ctx: LayerContext, score: Tensor) -> Tensor | None:
+        if not self.config.per_view:
+            return None
+        best = torch.zeros_like(score, dtype=torch.bool)
+        for view in ctx.layout.views:
+            best = best | (signals.rank_within(score, ctx.in_view(view)) < self.config.per_view)
+        return best
+
+    def _last(self, mode: str) -> int:
+        """The last cut that drops anything in this mode; work after it would be for nothing."""
+        return max(self.drops(self._depth, mode), default=-2)

@@ -1,0 +1,155 @@
+"""SpecPrune's static stage as its final released code runs it (official revision 8091adc), for comparison only.
+
+It keeps every patch that is not among the most similar ones, without an upper bound; reads attention in rows that are
+counted from fixed positions; and in `fine` keeps fewer patches than in `coarse`. The union it keeps has no fixed size.
+The page "SpecPrune: fidelity" of the documentation lists every difference from the paper and from `specprune.static`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from tokenprune.backbone import BackboneInfo
+from tokenprune.config import CutConfig, Cuts, Keep, Layers, layers_of
+from tokenprune.context import ControlContext, LayerContext
+from tokenprune.hookspecs import hookimpl
+from tokenprune.layout import TokenLayout
+from tokenprune.selection import Proposal
+from tokenprune.stage import Stage
+from tokenprune_plugins.specprune import signals
+
+PerView = Annotated[tuple[int, ...], Field(min_length=1)]
+PerMode = dict[str, PerView]
+WHOLE_EPISODE = 600
+"""Control steps that are kept, for the released look-back may name the first frames of the longest LIBERO episode."""
+
+
+class StaticC3Config(CutConfig):
+    """The released constants, per mode and per view in sequence order; the last value repeats for further views."""
+
+    after: Cuts = (0, 1)
+    keep: Keep = "union"
+    local_top: PerMode = Field(
+        default={"coarse": (24, 19), "fine": (15, 12)}, description="Patches each of the two layers attends to."
+    )
+    unchanged_cap: PerMode = Field(
+        default={"coarse": (236, 230), "fine": (240, 236)}, description="Most patches that may count as unchanged."
+    )
+    unchanged: Annotated[tuple[float, ...], Field(min_length=1)] = (0.986, 0.98)
+    previous_layers: Layers = ("44%", "94%")
+    first_step: int = Field(default=9, ge=0, description="Executed actions before this one do not count as motion.")
+
+    def modes(self) -> dict[str, set[str]]:
+        """Modes of the budgets and of the constants."""
+        return {**super().modes(), "local_top": set(self.local_top), "unchanged_cap": set(self.unchanged_cap)}
+
+
+class StaticC3(Stage[StaticC3Config]):
+    """The released selection after layers 0 and 1."""
+
+    Config = StaticC3Config
+
+    def bind(self, info: BackboneInfo) -> None:
+        """Find the remembered layers in this decoder.
+
+        Raises:
+            ValueError: If the cuts are not after layers 0 and 1, the only ones the released code knows.
+        """
+        if self.cuts(info.decoder.depth) != (0, 1):
+            raise ValueError("the released code cuts after layers 0 and 1; specprune.static cuts anywhere")
+        self._previous = layers_of(self.config.previous_layers, info.decoder.depth)
+        self._translation = info.action.groups.get("translation", ())
+
+    def layers(self, depth: int) -> tuple[int, ...]:
+        """Layers 0 and 1, and those remembered."""
+        return tuple(sorted({*super().layers(depth), *self._previous}))
+
+    def frames(self) -> int:
+        """Every frame of an episode."""
+        return WHOLE_EPISODE
+
+    def probes(self, info: BackboneInfo, layout: TokenLayout, mode: str) -> tuple[tuple[int, str | range], ...]:
+        """Rows that differ from layer to layer."""
+        return ((0, _rows(layout, 0)), (1, _rows(layout, 1)), *((layer, _rows(layout, 2)) for layer in self._previous))
+
+    @hookimpl
+    def look_back(self, ctx: ControlContext) -> int:
+        """The released index into the frames so far; 0 is the current frame, which then is compared with itself."""
+        skipped = max(self.config.first_step - (len(ctx.executed) - len(ctx.since_query)), 0)
+        distance = signals.travelled(ctx.since_query[skipped:], self._translation)
+        index = min(math.trunc(22 / 3 - 16 / 3 * distance / 6) + 3, 6)
+        now = len(ctx.executed)
+        if index > now + 1:
+            return 0
+        return index - 1 if index > 0 else max(now + index, 0)
+
+    @hookimpl
+    def score_layer(self, ctx: LayerContext) -> Proposal | None:
+        """After layers 0 and 1 the union, later what the next query is to know."""
+        proposal = None
+        if ctx.layer <= 1:
+            proposal = self._select(ctx)
+        if ctx.layer in self._previous:
+            ctx.remember(f"previous.{ctx.layer}", signals.attention_to_patches(ctx, _rows(ctx.layout, 2)))
+        return proposal
+
+    def _select(self, ctx: LayerContext) -> Proposal:
+        attended = signals.attention_to_patches(ctx, _rows(ctx.layout, ctx.layer))
+        ranks, top = _ranks(ctx, attended), signals.per_view(ctx, self.config.local_top[ctx.mode])
+        if ctx.layer == 0:
+            kept = {"dynamic": self._changed(ctx), "previous": self._before(ctx)}
+            ctx.remember("top", top)
+            for reason, member in kept.items():
+                ctx.remember(reason, member.double())
+            ctx.remember("local", (ranks < top).double())
+            kept["local"] = ranks < 2 * top
+        else:
+            kept = {reason: ctx.recall(reason)[0] > 0 for reason in ("dynamic", "previous", "local")}
+            kept["local"] = kept["local"] | (ranks < top)
+        return Proposal(score=attended, protect=torch.stack(list(kept.values())).any(0), reasons=kept)
+
+    def _changed(self, ctx: LayerContext) -> Tensor:
+        """All but the most similar patches of each view."""
+        similar, found = signals.frame_similarity(ctx, black=0.0)
+        size = torch.zeros_like(similar)
+        for view in ctx.layout.views:
+            inside = ctx.in_view(view)
+            size = torch.where(inside, inside.sum(1, keepdim=True).double(), size)
+        least = size - signals.per_view(ctx, self.config.unchanged_cap[ctx.mode])
+        below = similar < signals.per_view(ctx, self.config.unchanged)
+        return (below | (_ranks(ctx, -similar) < least)) & found[:, None]
+
+    def _before(self, ctx: LayerContext) -> Tensor:
+        """What the layers of the previous query attended to; a token it had pruned by then counts as 0 attention."""
+        half = ctx.recall("top")[0].div(2, rounding_mode="floor")
+        chosen = torch.zeros_like(ctx.prunable, dtype=torch.bool)
+        for layer in self._previous:
+            attended, _ = ctx.recall(f"previous.{layer}")
+            chosen = chosen | (_ranks(ctx, attended) < half)
+        return chosen
+
+
+def _rows(layout: TokenLayout, which: int) -> range:
+    """Query rows of layer 0, of layer 1, and of the remembered layers, where upstream's fixed positions lie.
+
+    Upstream takes positions 523 up to the last prompt token but one, then the same shifted by one, then 522 to 546, and
+    its task description begins at 523. The last range may reach action placeholders behind a short prompt.
+    """
+    task, end = layout.span("instruction").start, layout.span("text").stop
+    if which < 2:
+        return range(task + which, end - 1 + which)
+    return range(task - 1, min(task + 24, layout.n_tokens))
+
+
+def _ranks(ctx: LayerContext, score: Tensor) -> Tensor:
+    """Rank of each held patch within its view `[B, P]`."""
+    ranks = torch.zeros_like(ctx.prunable)
+    for view in ctx.layout.views:
+        inside = ctx.in_view(view)
+        ranks = torch.where(inside, signals.rank_within(score, inside), ranks)
+    return ranks

@@ -1,0 +1,42 @@
+"""Camera frames of past control steps, kept on the host until a stage compares one with the current frame."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+
+class FrameBuffer:
+    """The newest frames of one episode by control step, as the host gave them.
+
+    Args:
+        capacity: Control steps to keep besides the newest; 0 keeps nothing.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        """Nothing has been seen yet."""
+        self._capacity = capacity
+        self._frames: dict[int, dict[str, np.ndarray]] = {}
+
+    def add(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """Keep the images `{view: uint8 [H, W, 3]}` of a control step; steps come in ascending order."""
+        if not self._capacity:
+            return
+        # Copied, because simulators render into the same array again and again.
+        self._frames[step] = {view: np.array(image) for view, image in images.items()}
+        for old in [s for s in self._frames if s < step - self._capacity]:
+            del self._frames[old]
+
+    def find(self, now: int, back: int) -> int | None:
+        """Control step of the newest frame at least `back` steps before `now`, else of the oldest one before `now`.
+
+        Returns:
+            None if no frame is older than `now`.
+        """
+        past = [step for step in self._frames if step < now]
+        return max((step for step in past if step <= now - back), default=min(past, default=None))
+
+    def images(self, step: int) -> Mapping[str, np.ndarray]:
+        """The images of a step `find` named."""
+        return self._frames[step]
