@@ -19,7 +19,8 @@ $(STAMP): pyproject.toml Makefile
 	@touch $@
 
 demo: setup
-	$(BIN)/tokenprune compare dense random uniform_grid fastv --backbone openvla-oft --preset small
+	$(BIN)/tokenprune compare dense random uniform_grid fastv specprune.static specprune.dynamic \
+		specprune.controller specprune --backbone openvla-oft --preset small
 
 test: lint docs
 	$(BIN)/python -m pytest

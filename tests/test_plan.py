@@ -137,24 +137,27 @@ def test_the_published_cascade_of_shares_of_the_sequence() -> None:
     assert plan.tokens == (258,) * 11 + (232,) * 5 + (208,) * 5 + (187,) * 5 + (168,) * 6
 
 
-@pytest.mark.parametrize(("depth", "layers"), [(32, [10, 15, 20, 25]), (18, [6, 8, 11, 14])])
+@pytest.mark.parametrize(("depth", "layers"), [(32, [10, 15, 20, 25]), (18, [6, 8, 11, 14]), (6, [2, 3, 4, 4])])
 def test_shares_of_the_depth_fit_decoders_of_any_depth(depth: int, layers: list[int]) -> None:
     assert [layer_of(f"{percent}%", depth) for percent in (31, 47, 62, 78)] == layers
 
 
 @given(st.integers(2, 80), st.integers(0, 10000))
-def test_a_share_is_the_nearest_layer_or_refused(depth: int, hundredths: int) -> None:
-    text = f"{hundredths / 100}%"
+def test_a_share_is_the_nearest_layer_that_can_be_cut(depth: int, hundredths: int) -> None:
+    layer = layer_of(f"{hundredths / 100}%", depth)
     exact = Fraction(hundredths, 10000) * depth
-    if exact > depth - Fraction(3, 2):
-        with pytest.raises(ValueError, match=f"0 to {depth - 2}"):
-            layer_of(text, depth)
-    elif exact < depth - Fraction(3, 2):
-        assert abs(layer_of(text, depth) - exact) <= Fraction(1, 2)
+    nearest = min(abs(other - exact) for other in range(depth - 1))
+    assert 0 <= layer <= depth - 2
+    assert abs(layer - exact) == nearest
 
 
-@pytest.mark.parametrize("after", [31, 32, "100%", "97%"])
-def test_a_cut_after_the_last_layer_is_refused(after: int | str) -> None:
+def test_a_decoder_of_one_layer_cannot_be_cut() -> None:
+    with pytest.raises(ValueError, match="decoder of 1 layers"):
+        layer_of("0%", 1)
+
+
+@pytest.mark.parametrize("after", [31, 32])
+def test_a_cut_after_the_last_layer_is_refused(after: int) -> None:
     with pytest.raises(ValueError, match="decoder of 32 layers can be cut after layers 0 to 30"):
         layer_of(after, 32)
     assert layer_of(30, 32) == 30

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +13,14 @@ from PIL import Image
 from tests.planting import REGISTRY
 from tests.tiny_oft import tiny_config, tiny_policy_parts
 from tokenprune.bench.compare import compare
-from tokenprune.cli import main
-from tokenprune.episode import load_episode, save_episode
+from tokenprune.episode import load_episode
 from tokenprune.loader import load_pipeline
 from tokenprune.viz.draw import HEIGHT, WIDTH, draw_query
 from tokenprune.viz.film import write_pictures
 from tokenprune.viz.paint import paint, patch_box
 from tokenprune.viz.palette import reason_colours
 from tokenprune.viz.reading import read_result
-from tokenprune.viz.result import Result, ResultError, View
+from tokenprune.viz.result import QueryResult, Result, ResultError, View
 
 EPISODE = Path(__file__).parent.parent / "adapters/tokenprune_adapters/episodes/libero_spatial.npz"
 SPEED = np.linspace(0, 1, 20)
@@ -177,8 +173,6 @@ def test_the_colour_of_a_reason_frames_its_patch_and_no_other(tmp_path: Path, si
 def test_non_square_grids_and_frames_are_painted() -> None:
     view = View("primary", 1, 6, (2, 3), True)
     assert patch_box((2, 3), 4, (20, 60)) == (slice(10, 20), slice(20, 40))
-    from tokenprune.viz.result import QueryResult
-
     lost = QueryResult(0, "m", "", (7,), ("0",), {5: 0}, {}, {})
     picture = paint(np.full((20, 60, 3), (200, 10, 10), np.uint8), 60, view, lost, {})
     assert picture.shape == (20, 60, 3)
@@ -369,20 +363,3 @@ def test_a_comparison_is_read_by_label(tmp_path: Path) -> None:
     assert (told[None].horizon, told[None].translation) == (8, (0, 1, 2))
     with pytest.raises(ResultError, match="did you mean 'random'"):
         read(data, tmp_path, "randm")
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["tokenprune", *map(str, words)])
-    with pytest.raises(SystemExit) as done:
-        main()
-    return int(done.value.code or 0)
-
-
-def test_a_run_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(monkeypatch, "run", "fastv", "--queries", 2, "--out", tmp_path) == 0
-    (result,) = tmp_path.glob("run-*.json")
-    assert call(monkeypatch, "viz", result) == 0
-    folder = tmp_path / f"{result.stem}-viz"
-    names = ["fastv-query-000.png", "fastv-query-001.png", "fastv.gif"]
-    assert sorted(path.name for path in folder.iterdir()) == names
-    assert all(f"wrote {folder / name}" in capsys.readouterr().out or True for name in names)

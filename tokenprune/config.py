@@ -114,9 +114,13 @@ def _layer(value: object) -> object:
     return _cut(value)
 
 
+def _layers(value: object) -> object:
+    return _cuts(value)
+
+
 Layers = Annotated[
     tuple[Annotated[int | str, BeforeValidator(_layer)], ...],
-    BeforeValidator(_cuts),
+    BeforeValidator(_layers),
     Field(description="Layers, or shares of the depth."),
 ]
 
@@ -139,14 +143,15 @@ def layers_of(layers: tuple[int | str, ...], depth: int) -> tuple[int, ...]:
 def layer_of(cut: int | str, depth: int) -> int:
     """Index of the layer a cut follows; -1 is before layer 0.
 
-    A share is rounded to the nearest layer of the depth, so that one file fits decoders of 18 and 32 layers.
+    A share is rounded to the nearest layer of the depth that can be cut, so that one file fits decoders of 6, 18 and 32
+    layers.
 
     Raises:
         ValueError: If the decoder has no such layer, or the cut would follow the last one, where it saves nothing.
     """
     if cut == EMBEDDING:
         return -1
-    layer = cut if isinstance(cut, int) else round(float(cut.rstrip("%")) / 100 * depth)
+    layer = cut if isinstance(cut, int) else min(round(float(cut.rstrip("%")) / 100 * depth), max(depth - 2, 0))
     if layer > depth - 2:
         raise ValueError(
             f"after: {cut} is layer {layer}; a decoder of {depth} layers can be cut after layers 0 to {depth - 2}"

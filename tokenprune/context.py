@@ -191,15 +191,17 @@ class LayerContext(SelectContext):
         q: Its queries after rotary embedding `[B, H, n, d]`.
         k: Its keys after rotary embedding `[B, G, n, d]`.
         probed: Called with the rows' name and their number whenever attention is computed.
+        computed: Attention of named rows and ranges at this layer, so that stages share it.
     """
 
     layer: int
     q: Tensor
     k: Tensor
     probed: Callable[[str, int], None]
+    computed: dict[str, Tensor]
 
     def attention_rows(self, rows: str | range | OriginalIds) -> Tensor:
-        """Attention of some queries to the prunable tokens, exact, computed only when asked for.
+        """Attention of some queries to the prunable tokens, exact, computed only when asked for and once a layer.
 
         Args:
             rows: A named span (`text`, `instruction`, `last`, `action`, …), a range of original ids, or original
@@ -208,6 +210,9 @@ class LayerContext(SelectContext):
         Returns:
             `[B, H, R, P]`; the softmax is over all keys, in at least float32.
         """
+        name = rows_name(rows)
+        if name in self.computed:
+            return self.computed[name]
         if isinstance(rows, str):
             ids = self.row_ids(rows)
         elif isinstance(rows, range):
@@ -215,10 +220,13 @@ class LayerContext(SelectContext):
             ids = OriginalIds(span.expand(self.prunable.shape[0], -1))
         else:
             ids = rows
-        self.probed(rows_name(rows), ids.shape[1])
+        self.probed(name, ids.shape[1])
         weights = attention_rows(self.q, self.k, self.tokens.to_current(ids), self.causal)
         columns = self.tokens.to_current(self.prunable)
-        return weights.gather(3, columns[:, None, None].expand(*weights.shape[:3], -1))
+        attention = weights.gather(3, columns[:, None, None].expand(*weights.shape[:3], -1))
+        if isinstance(rows, str | range):
+            self.computed[name] = attention
+        return attention
 
 
 def rows_name(rows: str | range | OriginalIds) -> str:
@@ -232,10 +240,17 @@ def _flags(values: Sequence[bool], device: torch.device) -> Tensor:
     return torch.stack([torch.full((), value, device=device) for value in values])
 
 
-def at_layer(ctx: SelectContext, layer: int, q: Tensor, k: Tensor, probed: Callable[[str, int], None]) -> LayerContext:
+def at_layer(
+    ctx: SelectContext,
+    layer: int,
+    q: Tensor,
+    k: Tensor,
+    probed: Callable[[str, int], None],
+    computed: dict[str, Tensor],
+) -> LayerContext:
     """The same query seen after a layer."""
     shared = {name: getattr(ctx, name) for name in SelectContext.__dataclass_fields__}
-    return LayerContext(**shared, layer=layer, q=q, k=k, probed=probed)
+    return LayerContext(**shared, layer=layer, q=q, k=k, probed=probed, computed=computed)
 
 
 def moved(ctx: SelectContext, tokens: TokenSelection, prunable: OriginalIds, hidden: Tensor) -> SelectContext:

@@ -155,8 +155,9 @@ class Query:
             assert self._context is not None
             context = moved(self._context, tokens, self._context.prunable, hidden)
             proposals = []
+            computed: dict[str, Tensor] = {}
             for index, hook in self._scorers.get(layer, ()):
-                seen = at_layer(context, layer, q, k, self._probed(index, layer))
+                seen = at_layer(context, layer, q, k, self._probed(index, layer), computed)
                 proposals += self._ask("score_layer", f"after layer {layer}", [(index, hook)], seen)
             cut = self._plan.cut_after.get(layer)
             if cut is None:

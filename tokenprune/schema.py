@@ -10,7 +10,7 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
 from tokenprune.budget import UNION
-from tokenprune.config import EMBEDDING, PipelineConfig, _amount, _cut, _cuts, _keep
+from tokenprune.config import EMBEDDING, PipelineConfig, _amount, _cut, _cuts, _keep, _layer, _layers
 from tokenprune.errors import PluginError
 from tokenprune.registry import Registry
 
@@ -34,15 +34,16 @@ _MODES = {
     "additionalProperties": _AMOUNTS,
     "minProperties": 1,
 }
-_CUT = {
-    "anyOf": [{"const": EMBEDDING}, {"type": "integer", "minimum": 0}, {"type": "string", "pattern": r"^\d+(\.\d+)?%$"}]
-}
+_LAYER = {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": r"^\d+(\.\d+)?%$"}]}
+_CUT = {"anyOf": [{"const": EMBEDDING}, *_LAYER["anyOf"]]}
 
 _WRITTEN: Mapping[Callable[..., object], JsonSchemaValue] = {
     _amount: _AMOUNT,
     _keep: {"anyOf": [*_AMOUNTS["anyOf"], _MODES]},
     _cut: _CUT,
     _cuts: {"anyOf": [*_CUT["anyOf"], {"type": "array", "items": _CUT, "minItems": 1}]},
+    _layer: _LAYER,
+    _layers: {"anyOf": [*_LAYER["anyOf"], {"type": "array", "items": _LAYER}]},
 }
 """What a file may say where `config` accepts shorthand, by the function that reads it."""
 

@@ -93,6 +93,7 @@ def explain(
             {"hook": hook, "stage": bound.names[index], "from": _owner(found, bound.names[index])}
             for hook, calls in bound.hooks.items()
             for index, _ in calls
+            if hook != "select_tokens" or -1 in bound.stages[index].cuts(info.decoder.depth)
         ],
         "notes": [
             f"{name}: {note}"
@@ -119,11 +120,10 @@ def _mode(bound: BoundPipeline, info: BackboneInfo, layout: TokenLayout, mode: s
     from tokenprune.trace import cut_name
 
     plan = bound.plan(layout, mode)
-    probes = [
-        (layer, rows_name(rows), len(layout.span(rows) if isinstance(rows, str) else rows))
-        for stage in bound.stages
-        for layer, rows in stage.probes(info, layout, mode)
-    ]
+    asked = {rows for stage in bound.stages for rows in stage.probes(info, layout, mode)}
+    probes = sorted(
+        (layer, rows_name(rows), len(layout.span(rows) if isinstance(rows, str) else rows)) for layer, rows in asked
+    )
     counted = tuple((layer, count) for layer, _, count in probes)
     own, dense = (
         query_flops(info, plan, counted),

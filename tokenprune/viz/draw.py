@@ -199,7 +199,6 @@ def _layers(page: Page, result: Result, query: QueryResult, left: float, top: fl
         1, result.n_tokens * 1.02, f"dense {result.n_tokens}", fontsize=8.5, color=_FAINT, ha="right", va="bottom",
         transform=axes.get_yaxis_transform(),
     )  # fmt: skip
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _plain(axes)
     page.text(left, bottom + 13, "layer", 60, size=8.5, colour=_FAINT)
     at = left + 14 + page.text(left, top + 8, "tokens per layer", 200, bold=True)
@@ -236,6 +235,7 @@ def _episode(page: Page, result: Result, index: int, speed: npt.NDArray[np.float
 
 
 def _plain(axes: Axes) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.tick_params(labelsize=8.5, colors=_FAINT, length=3)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

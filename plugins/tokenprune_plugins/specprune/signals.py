@@ -93,10 +93,10 @@ def claims(ctx: SelectContext, score: Tensor, member: Tensor, top: int) -> Tenso
     Infinite for tokens that are no members. A union of the best `a * top` of several signals is exactly what claims at
     most `a`, so one order holds the unions of every size, each within the next.
     """
-    claim = torch.full_like(score, torch.inf)
+    claim = torch.full_like(score, torch.inf, dtype=torch.float64)
     for view in ctx.layout.views:
         inside = member & ctx.in_view(view)
-        claim = torch.where(inside, (rank_within(score, inside) + 1) / top, claim)
+        claim = torch.where(inside, (rank_within(score, inside).double() + 1) / top, claim)
     return claim
 
 

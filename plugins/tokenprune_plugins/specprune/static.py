@@ -9,7 +9,6 @@ earlier frame nor an earlier query, spends the same budget on the layers' attent
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
@@ -89,13 +88,8 @@ class Static(Stage[StaticConfig]):
 
     @hookimpl
     def select_tokens(self, ctx: SelectContext) -> Proposal:
-        """What history says; where it says nothing, patches spread evenly, and a union keeps everything."""
-        proposal = self._propose(ctx, self._history(ctx))
-        assert proposal.score is not None
-        assert proposal.protect is not None
-        known = torch.isfinite(proposal.score)
-        score = torch.where(known, proposal.score, self._spread(ctx) - 1e6)
-        return replace(proposal, score=score, protect=proposal.protect | ~known.any(1, keepdim=True))
+        """What earlier frames and queries say."""
+        return self._propose(ctx, self._history(ctx))
 
     @hookimpl
     def score_layer(self, ctx: LayerContext) -> Proposal | None:
@@ -109,7 +103,7 @@ class Static(Stage[StaticConfig]):
             if local and attended is not None:
                 member = torch.ones_like(ctx.prunable, dtype=torch.bool)
                 claim = signals.claims(ctx, attended, member, self.config.local_top)
-                known["local"] = torch.minimum(known["local"], claim.to(known["local"].dtype))
+                known["local"] = torch.minimum(known["local"], claim)
             proposal = self._propose(ctx, known)
         if remembered and attended is not None:
             ctx.remember(f"previous.{ctx.layer}", attended)
@@ -117,7 +111,7 @@ class Static(Stage[StaticConfig]):
 
     @property
     def _first(self) -> int:
-        return min(*self._local, *self._cuts) if self._local else min(self._cuts)
+        return min({*self._local, *self._cuts})
 
     def _last(self, mode: str) -> int:
         """The last cut that drops anything in this mode; work after it would be for nothing."""
@@ -130,7 +124,7 @@ class Static(Stage[StaticConfig]):
         known["previous"] = torch.full_like(similar, torch.inf)
         for layer in self._previous:
             attended, seen = ctx.recall(f"previous.{layer}")
-            claim = signals.claims(ctx, attended.double(), seen, self.config.previous_top)
+            claim = signals.claims(ctx, attended, seen, self.config.previous_top)
             known["previous"] = torch.minimum(known["previous"], claim)
         known["local"] = torch.full_like(similar, torch.inf)
         return known
@@ -142,9 +136,14 @@ class Static(Stage[StaticConfig]):
         for reason, claim in known.items():
             ctx.remember(reason, claim)
         alpha = signals.in_mode(self.config.alpha, ctx.mode)
-        reasons = {reason: claim <= alpha for reason, claim in known.items()}
         best = torch.stack(list(known.values())).amin(0)
-        return Proposal(score=-best, protect=best <= alpha, reasons=reasons)
+        claimed = torch.isfinite(best)
+        return Proposal(
+            # What nothing speaks for comes last, evenly spread; where nothing speaks at all, a union is everything.
+            score=torch.where(claimed, -best, self._spread(ctx) - 1e6),
+            protect=(best <= alpha) | ~claimed.any(1, keepdim=True),
+            reasons={reason: claim <= alpha for reason, claim in known.items()},
+        )
 
     def _spread(self, ctx: SelectContext) -> Tensor:
         key = (ctx.layout, ctx.prunable.device)
