@@ -14,13 +14,14 @@ from tests.planting import REGISTRY
 from tests.tiny_oft import tiny_config, tiny_policy_parts
 from tokenprune.bench.compare import compare
 from tokenprune.episode import load_episode
+from tokenprune.errors import ResultError
 from tokenprune.loader import load_pipeline
 from tokenprune.viz.draw import HEIGHT, WIDTH, draw_query
 from tokenprune.viz.film import write_pictures
 from tokenprune.viz.paint import paint, patch_box
 from tokenprune.viz.palette import reason_colours
 from tokenprune.viz.reading import read_result
-from tokenprune.viz.result import QueryResult, Result, ResultError, View
+from tokenprune.viz.result import QueryResult, Result, View
 
 EPISODE = Path(__file__).parent.parent / "adapters/tokenprune_adapters/episodes/libero_spatial.npz"
 SPEED = np.linspace(0, 1, 20)

@@ -50,6 +50,10 @@ class EpisodeError(TokenPruneError):
     """A recorded episode cannot be read."""
 
 
+class ResultError(TokenPruneError):
+    """A result file cannot be read or drawn, or has no such pipeline or query."""
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Return the part of an error message that names the nearest valid choice and lists the rest.
 

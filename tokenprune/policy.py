@@ -216,6 +216,7 @@ class Policy:
         try:
             clock.enter("selection")
             past = self._look_back(slots, inputs.images)
+            clock.enter("preprocess")
             plan = self.pipeline.plan(layout, mode)
             query, normalised = self._run(self.pipeline, plan, inputs, slots, past, clock)
         except StageError as error:

@@ -7,8 +7,15 @@ import sys
 import typer
 
 from tokenprune.cli import catalog, explain, run, viz
-from tokenprune.errors import CheckpointError, ConfigError, EpisodeError, ObservationError, PluginError, TokenPruneError
-from tokenprune.viz.result import ResultError
+from tokenprune.errors import (
+    CheckpointError,
+    ConfigError,
+    EpisodeError,
+    ObservationError,
+    PluginError,
+    ResultError,
+    TokenPruneError,
+)
 
 _USAGE = (ConfigError, PluginError, EpisodeError, CheckpointError, ObservationError, ResultError)
 

@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from tokenprune.errors import ResultError
 from tokenprune.viz.draw import draw_query
-from tokenprune.viz.result import Result, ResultError
+from tokenprune.viz.result import Result
 
 Frames = Callable[[int], Mapping[str, npt.NDArray[np.uint8]]]
 

@@ -74,7 +74,7 @@ def _outline(block: npt.NDArray[np.uint8], colour: Colour) -> None:
     """Draw a frame inside a patch `[h, w, 3]`; where there is room a dark line sets it off from any background."""
     height, width = block.shape[:2]
     roomy = min(height, width) >= 15
-    inside = block[9:-9, 9:-9] if roomy else block[1:-1, 1:-1]
+    inside = block[3:-3, 3:-3] if roomy else block[1:-1, 1:-1]
     pixels = inside.copy()
     block[:] = _EDGE if roomy else colour
     block[1:-1, 1:-1] = colour

@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from tokenprune.errors import nearest
-from tokenprune.viz.result import Cut, QueryResult, Result, ResultError, View, further_reasons, losses, reasons_kept
+from tokenprune.errors import ResultError, nearest
+from tokenprune.viz.result import Cut, QueryResult, Result, View, further_reasons, losses, reasons_kept
 
 FORMAT_VERSION = 1
 

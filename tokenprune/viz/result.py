@@ -7,16 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenprune.errors import TokenPruneError
-
 SCORE = "score"
 OTHER = "other"
 _PRECEDENCE = {"dynamic": 0, "previous": 1, "local": 2, OTHER: 4, SCORE: 5}
 _MAX_FURTHER = 3
-
-
-class ResultError(TokenPruneError):
-    """A result file cannot be read or drawn, or has no such pipeline or query."""
 
 
 @dataclass(frozen=True, slots=True)
