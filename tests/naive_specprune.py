@@ -1,7 +1,7 @@
 """SpecPrune as a specification: whole episodes in NumPy, loops and sorts; shares no code with the plugin or the core.
 
 Ties are broken everywhere by the order `(-value, id)`: the lower original id is the better one. Claims and shares are
-exact fractions. A decoder has 32 layers.
+exact. A decoder has 32 layers.
 """
 
 from __future__ import annotations
@@ -167,9 +167,9 @@ class LayerScore:
             self.score[token] = 0.8 * self.score[token] + 0.2 * new
 
     def cut(self, held: Sequence[int], keep: int, of_each_view: int = 0) -> list[int]:
-        first: list[int] = []
+        first: set[int] = set()
         for span in self.scene.views.values():
-            first += best([t for t in held if t in span], self.score, of_each_view)
+            first |= set(best([t for t in held if t in span], self.score, of_each_view))
         rest = best([t for t in held if t not in first], self.score)
         return sorted([*best(first, self.score), *rest][:keep])
 
@@ -226,8 +226,9 @@ class Episode:
     def _kept(self, mode: str, now: Frame, then: Frame | None, qk: QK) -> dict[int, list[int]]:
         raise NotImplementedError
 
-    def _rank_shares(self, order: Sequence[int], out_of: int) -> dict[int, Fraction]:
-        return {token: Fraction(rank + 1, out_of) for rank, token in enumerate(order)}
+    def _rank_shares(self, order: Sequence[int], out_of: int) -> dict[int, int]:
+        """Claims `(rank + 1) / out_of`, counted in 120ths, which 20, 24 and 30 divide."""
+        return {token: (rank + 1) * (120 // out_of) for rank, token in enumerate(order)}
 
     def _per_view(self, held: Iterable[int]) -> dict[str, list[int]]:
         chosen = list(held)
@@ -253,7 +254,7 @@ class SpecPrune(Episode):
         paper = preset == "specprune-paper"
         self.budget = budget
         self.static_cuts = (1,) if paper else (0, 1)
-        self.alpha = {"coarse": Fraction("0.8"), "fine": Fraction("1.34" if paper else "0.8")}
+        self.alpha = {"coarse": 120 * Fraction("0.8"), "fine": 120 * Fraction("1.34" if paper else "0.8")}
         self.layers = LayerScore(scene, steepness=1.0 if paper else 0.1)
         self.previous: dict[int, dict[int, float]] = {}
 
@@ -284,9 +285,9 @@ class SpecPrune(Episode):
         self.previous = remembered
         return kept
 
-    def _early_claims(self, held: list[int], now: Frame, then: Frame | None) -> dict[int, Fraction | float]:
+    def _early_claims(self, held: list[int], now: Frame, then: Frame | None) -> dict[int, float]:
         """Claims of change and of the previous query, infinite where there is none."""
-        claims: dict[int, Fraction | float] = dict.fromkeys(held, math.inf)
+        claims: dict[int, float] = dict.fromkeys(held, math.inf)
         for number, (view, mine) in enumerate(self._per_view(held).items()):
             if then is not None:
                 alike = similarities(self.scene, view, now[view], then[view], both_black=1.0)
@@ -298,12 +299,12 @@ class SpecPrune(Episode):
         return claims
 
     @staticmethod
-    def _claim(claims: dict[int, Fraction | float], new: Mapping[int, Fraction]) -> None:
+    def _claim(claims: dict[int, float], new: Mapping[int, int]) -> None:
         for token, claim in new.items():
             claims[token] = min(claims[token], claim)
 
-    def _static_cut(self, held: list[int], claims: dict[int, Fraction | float], mode: str, number: int) -> list[int]:
-        protected = [token for token in held if claims[token] <= self.alpha[mode]]
+    def _static_cut(self, held: list[int], claims: dict[int, float], mode: str, number: int) -> list[int]:
+        protected = {token for token in held if claims[token] <= self.alpha[mode]}
         share = self.budget.static[mode][number]
         keep = len(protected) if share is None else keep_share(share, len(held))
         order = sorted(held, key=lambda token: (token not in protected, claims[token], token))

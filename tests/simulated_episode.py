@@ -198,6 +198,14 @@ _AT_THRESHOLD = (
 FRAMES = ("static", "part", "part black", "jitter", "all", "black", "darker", "brighter", "threshold")
 
 
+def first_frame(rng: np.random.Generator) -> np.ndarray:
+    """Noise, with patches here and there that a change may take to a threshold."""
+    patches = rng.integers(0, 256, (SIDE * SIDE, PATCH * PATCH * 3))
+    for token in (*range(0, SIDE * SIDE, 16), *range(1, SIDE * SIDE, 16)):
+        patches[token] = _AT_THRESHOLD[token % 2][0]
+    return _image(patches)
+
+
 def next_frame(frame: np.ndarray, kind: str, rng: np.random.Generator) -> np.ndarray:
     """The image `[S, S, 3]` one control step later."""
     patches = _patches(frame)
@@ -236,7 +244,8 @@ def _image(patches: np.ndarray) -> np.ndarray:
 
 # Sums of up to eight of these are exact, and reach the bounds at which the look-back changes.
 _STEADY = (0.125, 0.25, 0.5, 0.609375, 0.75, 0.875, 0.890625, 1.0, 1.03125, 1.171875, 1.3125, 1.453125, 2.0)
-_BOUNDS = (0.0, 1e-6, 0.1, 0.2, 0.3, 0.35, 0.5)
+# Where controllers turn.
+BOUNDS = (0.0, 1e-6, 0.1, 0.2, 0.3, 0.35, 0.5)
 
 
 def _motion(kind: str, rng: np.random.Generator) -> Callable[[], np.ndarray]:
@@ -245,9 +254,9 @@ def _motion(kind: str, rng: np.random.Generator) -> Callable[[], np.ndarray]:
     steady[rng.integers(3)] = rng.choice(_STEADY) * rng.choice([-1, 1])
 
     def edge() -> np.ndarray:
+        """One quantity at a bound."""
         action = np.zeros(7)
-        for dims in ((0, 1), (2,), (3, 4, 5)):
-            action[rng.choice(dims)] = rng.choice(_BOUNDS) + rng.choice([0, 0, 1e-9, -1e-9])
+        action[rng.integers(6)] = rng.choice(BOUNDS)
         return action
 
     return {
@@ -274,7 +283,10 @@ chunks = st.builds(
     Chunk,
     length=st.one_of(st.just(8), st.integers(0, 8)),
     motion=st.sampled_from(["zero", "slow", "slow", "fast", "rising", "steady", "steady", "edge"]),
-    frames=st.lists(st.sampled_from(FRAMES), min_size=1, max_size=3).map(tuple),
+    frames=st.one_of(
+        st.sampled_from([("static",), ("part",), ("threshold",), ("static", "threshold")]),
+        st.lists(st.sampled_from(FRAMES), min_size=1, max_size=3).map(tuple),
+    ),
     given=st.sampled_from(["all", "all", "none", "some"]),
 )
 
@@ -300,12 +312,17 @@ class Recipe:
     def script(self) -> Script:
         """The events."""
         views, rng = VIEWS[: self.views], np.random.default_rng(self.seed)
-        n_tokens = layout_of(views, self.prompt).n_tokens
+        layout = layout_of(views, self.prompt)
+        n_tokens = layout.n_tokens
         salience = rng.normal(scale=self.lasting, size=n_tokens)
-        images = {view: rng.integers(0, 256, (SIDE * PATCH, SIDE * PATCH, 3), dtype=np.uint8) for view in views}
+        for segment in layout.views.values():
+            salience[segment.start : segment.start + segment.length] += rng.normal(scale=self.lasting)
+        images = {view: first_frame(rng) for view in views}
         events: list[Ask | Step] = []
         for number, chunk in enumerate((*self.parts, Chunk(0, "zero", ("static",), "none"))):
-            events.append(Ask(images, Attention(n_tokens, (self.seed, number), salience)))
+            # Now and then a layer looks at a few tokens almost alone, and is sure of it.
+            peaks = {int(layer): np.where(rng.random(n_tokens) < 0.02, 12.0, 0.0) for layer in rng.integers(32, size=6)}
+            events.append(Ask(images, Attention(n_tokens, (self.seed, number), salience, peaks)))
             motion = _motion(chunk.motion, rng)
             for _ in range(chunk.length):
                 images = {view: next_frame(image, rng.choice(chunk.frames), rng) for view, image in images.items()}

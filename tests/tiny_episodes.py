@@ -130,11 +130,14 @@ def scripted(config: PipelineConfig, *choices: str) -> PipelineConfig:
 
 @cache
 def backbone(views: tuple[str, ...] = VIEWS[:2], side: int = 4) -> OpenVLAOFT:
-    """Views of `side` x `side` patches; weights are the same whatever the views."""
+    """Views of `side` x `side` patches; attention is far from uniform, and weights do not depend on the views."""
     config = tiny_config(views, depth=DEPTH)
     towers = tuple(replace(tower, image_size=14 * side) for tower in config.body.towers)
     body = replace(config.body, towers=towers, max_positions=1024)
-    return tiny_policy_parts(replace(config, body=body, transform=replace(config.transform, size=14 * side)))
+    made = tiny_policy_parts(replace(config, body=body, transform=replace(config.transform, size=14 * side)))
+    for layer in made.model.language_model.model.layers:
+        layer.self_attn.q_proj.weight.mul_(8)
+    return made
 
 
 def policy_of(config: PipelineConfig, views: int = 2, side: int = 4) -> Policy:
@@ -168,11 +171,14 @@ class Episode:
 
 
 def episodes(min_turns: int = 1, max_turns: int = 3) -> st.SearchStrategy[Episode]:
-    moves = st.lists(st.sampled_from(sorted(MOVES)), max_size=8).map(tuple)
+    move = st.sampled_from(sorted(MOVES))
+    # Lists are mostly short by themselves, and look-back differs in long ones.
+    moves = st.sampled_from([8, 8, 5, 1, 0]).flatmap(lambda n: st.lists(move, min_size=n, max_size=n)).map(tuple)
     turns = st.lists(st.builds(Turn, moves, st.booleans()), min_size=min_turns, max_size=max_turns)
     return st.builds(Episode, st.integers(0, 9999), turns.map(tuple), st.sampled_from([INSTRUCTION, OTHER_TASK]))
 
 
+@cache
 def sight(views: tuple[str, ...], scene: int, step: int) -> dict[str, Any]:
     """A scene of which a few places look different at every step."""
     images = {}

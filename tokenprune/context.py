@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tokenprune.history import ExecutedAction, Slot, once, recall, remember
 from tokenprune.layout import TokenLayout
+from tokenprune.plan import Plan
 from tokenprune.probe import attention_rows
 from tokenprune.selection import OriginalIds, TokenSelection
 
@@ -102,8 +103,7 @@ class SelectContext:
     """What a selector sees before layer 0.
 
     Attributes:
-        layout: The query's tokens.
-        mode: The query's mode.
+        plan: Every cut of the query, and how many tokens it finds and keeps.
         causal: Whether the decoder is causal.
         tokens: What is held now.
         prunable: Original ids of the prunable tokens held now `[B, P]`; proposals are over these, in this order.
@@ -115,8 +115,7 @@ class SelectContext:
         past: What the stage's `look_back` asked for.
     """
 
-    layout: TokenLayout
-    mode: str
+    plan: Plan
     causal: bool
     tokens: TokenSelection
     prunable: OriginalIds
@@ -127,6 +126,16 @@ class SelectContext:
     slots: Sequence[Slot]
     scope: str
     past: PastFrames | None
+
+    @property
+    def layout(self) -> TokenLayout:
+        """The query's tokens."""
+        return self.plan.layout
+
+    @property
+    def mode(self) -> str:
+        """The query's mode."""
+        return self.plan.mode
 
     @property
     def patches(self) -> Tensor:

@@ -11,7 +11,7 @@ class FrameBuffer:
     """The newest frames of one episode by control step, as the host gave them.
 
     Args:
-        capacity: Control steps to keep besides the newest; 0 keeps nothing.
+        capacity: Control steps to look back at most; 0 keeps nothing.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -25,7 +25,9 @@ class FrameBuffer:
             return
         # Copied, because simulators render into the same array again and again.
         self._frames[step] = {view: np.array(image) for view, image in images.items()}
-        for old in [s for s in self._frames if s < step - self._capacity]:
+        # Where frames are sparse, the newest of those that are old enough is still needed.
+        reached = [s for s in self._frames if s <= step - self._capacity]
+        for old in reached[:-1]:
             del self._frames[old]
 
     def find(self, now: int, back: int) -> int | None:

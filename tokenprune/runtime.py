@@ -118,8 +118,7 @@ class Query:
         prunable = OriginalIds(self._tables.prunable.expand(batch, -1))
         seeds = tuple(_mix(self._pipeline.config.seed, slot.number, slot.queries, slot.index) for slot in self._slots)
         self._context = SelectContext(
-            layout=layout,
-            mode=self._plan.mode,
+            plan=self._plan,
             causal=causal,
             tokens=tokens,
             prunable=prunable,
@@ -228,7 +227,7 @@ class Query:
     ) -> list[tuple[int, Proposal]]:
         answers = []
         for index, hook in hooks:
-            own = replace(context, scope=f"{index}.", past=self._past.get(index))
+            own = replace(context, plan=self._plan, scope=f"{index}.", past=self._past.get(index))
             answer = self._pipeline.call(index, hook_name, hook, own, where)
             if answer is None:
                 continue

@@ -115,7 +115,7 @@ def _owner(found: Registry, stage: str) -> str:
 
 def _mode(bound: BoundPipeline, info: BackboneInfo, layout: TokenLayout, mode: str) -> dict[str, Any]:
     from tokenprune.context import rows_name
-    from tokenprune.flops import query_flops
+    from tokenprune.flops import probe_flops, query_flops
     from tokenprune.plan import make_plan
     from tokenprune.trace import cut_name
 
@@ -145,7 +145,15 @@ def _mode(bound: BoundPipeline, info: BackboneInfo, layout: TokenLayout, mode: s
             {"layer": layer, "tokens": tokens, "prunable": prunable, "gflops": own.layers[layer] / 1e9}
             for layer, (tokens, prunable) in enumerate(zip(plan.tokens, plan.prunable, strict=True))
         ],
-        "probes": [{"layer": layer, "rows": rows, "count": count} for layer, rows, count in probes],
+        "probes": [
+            {
+                "layer": layer,
+                "rows": rows,
+                "count": count,
+                "gflops": probe_flops(info.decoder, count, plan.tokens[layer]) / 1e9,
+            }
+            for layer, rows, count in probes
+        ],
         "graph_safe": plan.graph_safe,
         "gflops": {
             **{part: n / 1e9 for part, n in own.other.items()},
@@ -201,13 +209,15 @@ def _print_cuts(console: Console, plan: dict[str, Any]) -> None:
 
 
 def _print_layers(console: Console, plan: dict[str, Any]) -> None:
-    table = _table("layers", "tokens", "visual", "GFLOP", "attention rows computed")
+    table = _table("layers", "tokens", "visual", "GFLOP", "attention computed after layer")
     layers = plan["layers"]
     starts = [i for i, layer in enumerate(layers) if i == 0 or layer["tokens"] != layers[i - 1]["tokens"]]
     for start, stop in zip(starts, [*starts[1:], len(layers)], strict=True):
         run = layers[start:stop]
         probes = "; ".join(
-            f"layer {p['layer']}: {p['count']} {p['rows']} rows" for p in plan["probes"] if start <= p["layer"] < stop
+            f"{p['layer']}: {p['count']} {p['rows']} rows, {1e3 * p['gflops']:.3g} MFLOP"
+            for p in plan["probes"]
+            if start <= p["layer"] < stop
         )
         name = str(start) if stop == start + 1 else f"{start}-{stop - 1}"
         table.add_row(

@@ -22,9 +22,7 @@ class OFTFactory:
     """Makes OpenVLA-OFT policies; implements `tokenprune.adapter.BackboneFactory`."""
 
     @staticmethod
-    def describe(
-        name: str | None, checkpoint: Path | None, options: Mapping[str, Any]
-    ) -> Description:
+    def describe(name: str | None, checkpoint: Path | None, options: Mapping[str, Any]) -> Description:
         """What would be built; nothing is allocated."""
         _one_source(name, checkpoint)
         if checkpoint is not None:

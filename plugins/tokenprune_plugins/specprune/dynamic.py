@@ -38,13 +38,12 @@ class DynamicConfig(CutConfig):
         gt=0,
         description="Steepness of the weight over ranks. 0.1 tells hundreds of ranks apart, 1 little more than ten.",
     )
-    precision: Literal["float64", "float32"] = Field(
-        default="float64", description="Of the weights; in float32 and with decay 1, ranks above 88 all weigh nothing."
-    )
     beta: float = Field(default=0.2, gt=0, le=1, description="Share of the newest layer in the moving average.")
     per_view: int = Field(default=0, ge=0, description="Patches of each view that are kept in any case, the best ones.")
-    unscored: Literal["refuse", "lowest_ids"] = Field(
-        default="refuse", description="Whether a cut may come before the first update; the lowest ids then stay."
+    as_released: bool = Field(
+        default=False,
+        description="Weights in float32, cuts before the first update (the lowest ids stay), and no more updates in a "
+        "query once a cut drops nothing; for comparison with the released code.",
     )
 
 
@@ -62,10 +61,10 @@ class Dynamic(Stage[DynamicConfig]):
         self._depth = info.decoder.depth
         self._updates = layers_of(self.config.updates, self._depth)
         self._cuts = self.cuts(self._depth)
-        if self._cuts[0] < self._updates[0] and self.config.unscored == "refuse":
+        if self._cuts[0] < self._updates[0] and not self.config.as_released:
             raise ValueError(
                 f"the cut after layer {self._cuts[0]} comes before the first update after layer {self._updates[0]}, so "
-                "nothing would say which tokens to keep; move one of them, or set unscored: lowest_ids"
+                "nothing would say which tokens to keep; move one of them"
             )
 
     def layers(self, depth: int) -> tuple[int, ...]:
@@ -79,7 +78,7 @@ class Dynamic(Stage[DynamicConfig]):
     @hookimpl
     def score_layer(self, ctx: LayerContext) -> Proposal | None:
         """Update the scores, or propose them, or both."""
-        if ctx.layer > self._last(ctx.mode):
+        if ctx.layer > self._last(ctx.mode) or (self.config.as_released and self._stopped(ctx)):
             return None
         score = torch.zeros_like(ctx.prunable, dtype=torch.float64)
         if ctx.layer > self._updates[0]:
@@ -94,10 +93,15 @@ class Dynamic(Stage[DynamicConfig]):
     def _evidence(self, ctx: LayerContext) -> Tensor:
         attention = ctx.attention_rows(self.config.rows)
         ranks = signals.rank_within(attention.mean((1, 2)), torch.ones_like(ctx.prunable, dtype=torch.bool))
-        dtype = torch.float32 if self.config.precision == "float32" else torch.float64
+        dtype = torch.float32 if self.config.as_released else torch.float64
         weights = signals.rank_weights(ranks.shape[1], self.config.decay, dtype, ranks.device)
         confidence = ctx.once(f"confidence.{ctx.layer}", lambda: signals.entropy_confidence(attention))
         return weights.double()[ranks] * confidence[:, None]
+
+    def _stopped(self, ctx: LayerContext) -> bool:
+        """Whether an earlier cut of this query dropped nothing."""
+        passed = (cut for cut in ctx.plan.cuts if cut.after in self._cuts and cut.after < ctx.layer)
+        return any(cut.keep == cut.found for cut in passed)
 
     def _best_of_views(self, ctx: LayerContext, score: Tensor) -> Tensor | None:
         if not self.config.per_view:

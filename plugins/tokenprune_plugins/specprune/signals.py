@@ -49,7 +49,8 @@ def patch_similarity(current: Tensor, past: Tensor, grid: tuple[int, int], black
     now, then = patches(current, grid), patches(past, grid)
     dot = (now * then).sum((3, 4, 5))
     length, past_length = (now * now).sum((3, 4, 5)), (then * then).sum((3, 4, 5))
-    cosine = dot / (length.sqrt() * past_length.sqrt()).clamp(min=1e-8)
+    # The root of the product, not the product of roots, which would leave equal patches a last bit away from 1.
+    cosine = dot / (length * past_length).sqrt().clamp(min=1e-8)
     return torch.where(length + past_length == 0, black, cosine).flatten(1)
 
 

@@ -111,7 +111,7 @@ class Static(Stage[StaticConfig]):
 
     @property
     def _first(self) -> int:
-        return min({*self._local, *self._cuts})
+        return min(self._local + self._cuts + self._previous)
 
     def _last(self, mode: str) -> int:
         """The last cut that drops anything in this mode; work after it would be for nothing."""
