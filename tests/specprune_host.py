@@ -160,3 +160,15 @@ def counted(monkeypatch: pytest.MonkeyPatch, name: str) -> list[Any]:
 
     monkeypatch.setattr(signals, name, noted)
     return calls
+
+
+def stop_the_clock(monkeypatch: pytest.MonkeyPatch, host: Host) -> None:
+    """Let no time pass but a second whenever pictures are made pixels."""
+    seconds, real = [], host.backbone.pixels
+
+    def pixels(images: Any) -> Any:
+        seconds.append(1)
+        return real(images)
+
+    monkeypatch.setattr(host.backbone, "pixels", pixels)
+    monkeypatch.setattr("time.perf_counter", lambda: len(seconds))

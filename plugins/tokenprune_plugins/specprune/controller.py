@@ -105,7 +105,7 @@ class Controller(Stage[ControllerConfig]):
             motion = self._motion(ctx.executed[-1])
             if any(all(motion[name] < bound for name, bound in m.bounds.items()) for m in self.config.enter):
                 memory["fine"], memory["entered"] = True, steps
-                replan = self.config.replan and len(ctx.since_query) < self._horizon
+                replan = self.config.replan and ctx.queries > 0 and len(ctx.since_query) < self._horizon
         elif ctx.event == "query" and fine and memory["entered"] != steps:
             motion = self._motion(ctx.executed[-1])
             memory["fine"] = not any(motion[name] > bound for name, bound in self.config.leave.bounds.items())

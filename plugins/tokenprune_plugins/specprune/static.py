@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tokenprune.backbone import BackboneInfo
+from tokenprune.budget import UNION
 from tokenprune.config import CutConfig, Cuts, Keep, Layers, layers_of
 from tokenprune.context import ControlContext, LayerContext, SelectContext
 from tokenprune.hookspecs import hookimpl
@@ -117,6 +118,9 @@ class Static(Stage[StaticConfig]):
         """The last cut that drops anything in this mode; work after it would be for nothing."""
         return max(self.drops(self._depth, mode), default=-2)
 
+    def _union(self, mode: str) -> bool:
+        return any(self.config.budget(mode, number).amount == UNION for number in range(len(self._cuts)))
+
     def _history(self, ctx: SelectContext) -> dict[str, Tensor]:
         similar, found = signals.frame_similarity(ctx)
         changed = (similar < signals.per_view(ctx, self.config.unchanged)) & found[:, None]
@@ -138,10 +142,14 @@ class Static(Stage[StaticConfig]):
         alpha = signals.in_mode(self.config.alpha, ctx.mode)
         best = torch.stack(list(known.values())).amin(0)
         claimed = torch.isfinite(best)
+        protect = best <= alpha
+        if self._union(ctx.mode):
+            # A union of nothing would leave nothing: where no signal speaks, everything stays.
+            protect = protect | ~claimed.any(1, keepdim=True)
         return Proposal(
-            # What nothing speaks for comes last, evenly spread; where nothing speaks at all, a union is everything.
+            # What nothing speaks for comes last, evenly spread.
             score=torch.where(claimed, -best, self._spread(ctx) - 1e6),
-            protect=(best <= alpha) | ~claimed.any(1, keepdim=True),
+            protect=protect,
             reasons={reason: claim <= alpha for reason, claim in known.items()},
         )
 
