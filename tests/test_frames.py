@@ -253,6 +253,17 @@ def test_rows_of_a_batch_look_back_at_their_own_frames() -> None:
         assert not past[2].any()
 
 
+@pytest.mark.parametrize(("back", "numbers"), [(0, (4, 5)), (1, (2, 3)), (2, (0, 1))])
+def test_frames_of_batched_queries_stay_with_their_rows(back: int, numbers: tuple[int, int]) -> None:
+    policy = started(back, slots=2)
+    for first in (0, 2, 4):
+        policy.act_batch({slot: sight(first + slot) for slot in (0, 1)})
+        for slot in (0, 1):
+            policy.executed(np.zeros(7), slot=slot)
+    for view in VIEWS:
+        assert torch.equal(noted(policy, view)[1], torch.stack([cropped(number, view) for number in numbers]))
+
+
 def test_each_stage_has_its_own_frame() -> None:
     policy = started(1, 4)
     for step in range(6):
@@ -334,8 +345,8 @@ def test_reset_forgets_the_frames_of_its_own_environment() -> None:
     for slot in (0, 1):
         live(policy, 4, told={1, 2, 3, 4}, asked={0}, slot=slot)
     policy.reset(INSTRUCTION, 0)
-    assert live(policy, 0, told=set(), asked={0}) == [None]
-    assert not any(noted(policy, view)[1].any() for view in VIEWS)
+    assert live(policy, 6, told=set(), asked={0, 6}) == [None, 6]
+    assert torch.equal(noted(policy, "wrist")[1][0], cropped(0, "wrist"))
     assert policy.act(sight(9), slot=1).trace.looked_back == {"test.look": (2,)}
 
 

@@ -72,7 +72,6 @@ def after(policy: Policy, *actions: np.ndarray) -> str:
 def test_an_episode_begins_coarse_and_stays_so_while_the_arm_travels() -> None:
     policy = started()
     assert mode(policy) == "coarse"
-    assert mode(policy) == "coarse"
     assert after(policy, *[FAST] * 8) == "coarse"
 
 
@@ -130,7 +129,6 @@ def test_lengths_are_of_all_three_numbers_and_the_rise_is_signed() -> None:
     assert after(started(), move(x=0.3, y=0.3)) == "coarse"
     assert after(started(), move(turn=(0.15, 0.15, 0))) == "coarse"
     assert after(started(), move(z=-0.34)) == "fine"
-    # Down at any speed is no rise; it is fast all the same.
     assert after(started(leave={"rise": 0.2}), SLOW, move(z=-0.9)) == "fine"
     assert after(started(enter=[{"planar": 0.3}]), move(x=0.1, y=0.2, z=0.9)) == "fine"
     assert after(started(enter=[{"planar": 0.3}]), move(x=0.25, y=0.25)) == "coarse"
@@ -208,11 +206,11 @@ class Robot:
         self.stage, self.memory = Controller(config), {}
         self.stage.bind(info)
         self.done: list[ExecutedAction] = []
-        self.asked = 0
+        self.asked = self.queries = 0
 
     def control(self, event: Any) -> Any:
-        since = self.done[self.asked :]
-        return self.stage.control(ControlContext(event, 0, ("coarse", "fine"), 0, self.done, since, self.memory))
+        since, modes = self.done[self.asked :], ("coarse", "fine")
+        return self.stage.control(ControlContext(event, 0, modes, self.queries, self.done, since, self.memory))
 
     def executed(self, action: Sequence[float]) -> bool:
         self.done.append(ExecutedAction(0, np.asarray(action, dtype=np.float64)))
@@ -220,7 +218,7 @@ class Robot:
 
     def query(self) -> str:
         decision = self.control("query")
-        self.asked = len(self.done)
+        self.asked, self.queries = len(self.done), self.queries + 1
         assert not decision.replan
         return decision.mode
 
@@ -309,8 +307,6 @@ def test_it_reads_the_dimensions_the_backbone_names() -> None:
         ({"leave": {}}, r"leave.*give at least one of translation, planar, rise, rotation"),
         ({"units": "metres"}, r"units.*'action' or 'metric'"),
         ({"first_step": -1}, "first_step"),
-        ({"replan": 1}, "replan"),
-        ({"horizon": 3}, "unknown key 'horizon'"),
     ],
 )
 def test_what_a_file_may_not_say(settings: dict[str, Any], words: str) -> None:
@@ -339,6 +335,12 @@ def test_a_chunk_that_was_cut_short_does_not_count_towards_the_next() -> None:
         execute(policy, *[FAST] * 5)
     mode(policy)
     assert execute(policy, *[FAST] * 6, SLOW) == [False] * 6 + [True]
+
+
+def test_there_is_nothing_to_replan_before_the_first_query() -> None:
+    policy = started(replan=True)
+    assert execute(policy, SLOW, FAST, SLOW) == [False] * 3
+    assert mode(policy) == "fine"
 
 
 def test_environments_do_not_share_a_mode() -> None:

@@ -13,7 +13,7 @@ from tokenprune.history import ExecutedAction, Slot, once, recall, remember
 from tokenprune.layout import TokenLayout
 from tokenprune.plan import Plan
 from tokenprune.probe import attention_rows
-from tokenprune.selection import OriginalIds, TokenSelection
+from tokenprune.selection import OriginalIds, TokenSelection, rows_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,13 +140,11 @@ class SelectContext:
     @property
     def patches(self) -> Tensor:
         """Rows of `hidden` that belong to the prunable tokens `[B, P, D]`."""
-        at = self.tokens.to_current(self.prunable)
-        return self.hidden.gather(1, at[..., None].expand(-1, -1, self.hidden.shape[2]))
+        return rows_at(self.hidden, self.tokens.to_current(self.prunable))
 
     def rows(self, name: str) -> Tensor:
         """Rows of `hidden` of a named span, such as `instruction` `[B, R, D]`."""
-        at = self.tokens.to_current(self.row_ids(name))
-        return self.hidden.gather(1, at[..., None].expand(-1, -1, self.hidden.shape[2]))
+        return rows_at(self.hidden, self.tokens.to_current(self.row_ids(name)))
 
     def in_view(self, view: str) -> Tensor:
         """Which of the prunable tokens held now belong to a view, boolean `[B, P]`."""

@@ -18,7 +18,7 @@ from tokenprune.history import Slot
 from tokenprune.kv import KVCache
 from tokenprune.pipeline import BoundPipeline
 from tokenprune.plan import Cut, Plan
-from tokenprune.selection import OriginalIds, Proposal, Quota, TokenSelection, apply, resolve
+from tokenprune.selection import OriginalIds, Proposal, Quota, TokenSelection, apply, resolve, rows_at
 from tokenprune.trace import Clock, ProbeRecord, QueryTrace, attention_kernel
 
 
@@ -107,9 +107,8 @@ class Query:
 
     def read(self, decoded: Decoded) -> Tensor:
         """Hidden states `[B, R, D]` at the layout's `readout` rows, wherever cuts have moved them."""
-        batch, _, width = decoded.hidden.shape
-        at = decoded.tokens.to_current(OriginalIds(self.readout.expand(batch, -1)))
-        return decoded.hidden.gather(1, at[..., None].expand(-1, -1, width))
+        at = decoded.tokens.to_current(OriginalIds(self.readout.expand(len(decoded.hidden), -1)))
+        return rows_at(decoded.hidden, at)
 
     def _begin(self, embeddings: Tensor, causal: bool) -> tuple[Tensor, TokenSelection]:
         layout = self._plan.layout
@@ -193,7 +192,7 @@ class Query:
             self._protected[cut.after] = torch.stack(protected).any(0).sum(1).max() - cut.keep
         tokens, prunable = apply(context.tokens, context.prunable, self._tables.fixed, chosen)
         at = context.tokens.to_current(tokens.ids)
-        hidden = context.hidden.gather(1, at[..., None].expand(-1, -1, context.hidden.shape[2]))
+        hidden = rows_at(context.hidden, at)
         self.trace.kept[cut.after] = prunable
         self._note_reasons(cut.after, [p for _, p in proposals], chosen)
         self._context = moved(context, tokens, prunable, hidden)

@@ -197,6 +197,13 @@ def _common_shape(proposals: Sequence[Proposal]) -> tuple[int, int]:
     return shape[0], shape[1]
 
 
+def rows_at(values: Tensor, at: Tensor) -> Tensor:
+    """Rows `at` `[B, M]` of `values` `[B, n, D]`, `[B, M, D]`; copies whole rows, which gathering by element does not."""
+    batch, n, width = values.shape
+    first = torch.arange(batch, device=values.device)[:, None] * n
+    return values.reshape(batch * n, width).index_select(0, (at + first).flatten()).view(batch, -1, width)
+
+
 def apply(
     tokens: TokenSelection, prunable: OriginalIds, fixed: Tensor, chosen: Tensor
 ) -> tuple[TokenSelection, OriginalIds]:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from tokenprune.bench.compare import Row
 
 WIDTH = 80
+_NAME = 15
 
 
 def compare_table(rows: tuple[Row, ...]) -> Table:
@@ -25,7 +26,8 @@ def compare_table(rows: tuple[Row, ...]) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
-            row.pipeline,
+            # A long name is broken after its dot rather than in a word.
+            row.pipeline if len(row.pipeline) <= _NAME else row.pipeline.replace(".", ".\n", 1),
             f"{row.tokens_mean:.0f}",
             f"{row.tokens_last:.0f}",
             f"{row.gflops:.4g}",

@@ -37,8 +37,8 @@ def look_back(distance: float) -> int:
 def patch_similarity(current: Tensor, past: Tensor, grid: tuple[int, int], black: float = 1.0) -> Tensor:
     """Cosine of each patch with itself in another frame, `[B, rows * cols]`, float64.
 
-    Sums of uint8 products are exact in float64 whatever their order, so no threshold falls differently on another
-    device.
+    Sums of uint8 products are exact in float64 whatever their order, so equal patches give exactly 1 and those
+    exactly at a threshold fall the same way on every device.
 
     Args:
         current: Pixels, uint8 `[B, 3, S, S]`.
@@ -81,7 +81,7 @@ def attention_to_patches(ctx: LayerContext, rows: str | range | OriginalIds) -> 
 
 
 def rank_within(score: Tensor, member: Tensor) -> Tensor:
-    """Rank of each token among the members of its row `[B, P]`, the highest score first; P for the others."""
+    """Rank of each token among the members of its row `[B, P]`, the highest finite score first; P for the others."""
     n = score.shape[1]
     order = torch.where(member, score, -torch.inf).argsort(dim=1, descending=True, stable=True)
     places = torch.arange(n, device=score.device).expand_as(order)
