@@ -198,7 +198,7 @@ def _common_shape(proposals: Sequence[Proposal]) -> tuple[int, int]:
 
 
 def rows_at(values: Tensor, at: Tensor) -> Tensor:
-    """Rows `at` `[B, M]` of `values` `[B, n, D]`, `[B, M, D]`; copies whole rows, which gathering by element does not."""
+    """Rows `at` `[B, M]` of `values` `[B, n, D]`, `[B, M, D]`; whole rows are copied, not element by element."""
     batch, n, width = values.shape
     first = torch.arange(batch, device=values.device)[:, None] * n
     return values.reshape(batch * n, width).index_select(0, (at + first).flatten()).view(batch, -1, width)
