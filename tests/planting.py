@@ -17,7 +17,7 @@ from tokenprune_plugins.controls import HalfConfig
 from tokenprune_plugins.fastv import FastVConfig
 
 REGISTRY = stages.registry()
-NOTICED = (AssertionError, ExceptionGroup, TokenPruneError, RuntimeError)
+NOTICED = (AssertionError, ExceptionGroup, TokenPruneError, RuntimeError, IndexError)
 
 
 class Property:

@@ -64,7 +64,10 @@ def test_explain_counts_without_weights() -> None:
     assert mode["cuts"][0] | {"views": {}} == {
         "after": "1", "found": 512, "keep": 256, "at_most": False, "views": {}, "stages": ["fastv"],
     }  # fmt: skip
-    assert mode["probes"] == [{"layer": 1, "rows": "text", "count": facts["segments"][4]["length"]}]
+    rows = facts["segments"][4]["length"]
+    # 32 heads of 128: rows of 602 scores each.
+    gflops = pytest.approx(2 * rows * 602 * 4096 / 1e9)
+    assert mode["probes"] == [{"layer": 1, "rows": "text", "count": rows, "gflops": gflops}]
     # Upstream's dimensions give 7.97 TFLOP for the decoder at 601 tokens.
     assert mode["gflops"]["dense"] == pytest.approx(8800, rel=0.01)
 

@@ -16,6 +16,7 @@ from tokenprune import runtime, selection
 from tokenprune.config import PipelineConfig
 from tokenprune.context import LayoutTables
 from tokenprune.decoder import Decoded, Decoder
+from tokenprune.frames import FrameBuffer
 from tokenprune.history import Slot
 from tokenprune.kv import KVCache
 from tokenprune.layout import TokenLayout
@@ -46,10 +47,10 @@ def passed(layout: TokenLayout, config: PipelineConfig, batch: int, depth: int =
     """A query through a passing decoder; every token's hidden state is its original id."""
     info = tiny_config(depth=depth).info("tiny", untrained=True)
     bound = bind(config, info, REGISTRY)
-    slots = [Slot(index, INSTRUCTION) for index in range(batch)]
+    slots = [Slot(index, INSTRUCTION, FrameBuffer(0)) for index in range(batch)]
     clock = Clock(torch.device("cpu"))
     clock.enter("test")
-    query = runtime.Query(bound, bound.plan(layout), LayoutTables(layout, torch.device("cpu")), slots, {}, clock)
+    query = runtime.Query(bound, bound.plan(layout), LayoutTables(layout, torch.device("cpu")), slots, {}, {}, clock)
     embeddings = torch.arange(layout.n_tokens, dtype=torch.float64)[None, :, None].expand(batch, -1, 2).clone()
     return query, query.decode(Passing(depth), embeddings)
 

@@ -11,7 +11,6 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaModel
 
 from tokenprune.backbone import DecoderShape
 from tokenprune.decoder import Decoder
@@ -94,6 +93,10 @@ class LanguageModel(nn.Module):
 
     def __init__(self, config: PrismaticConfig) -> None:
         """Build the modules; the caller fills the weights."""
+        # Here, because it takes seconds that `explain` and `validate` do not need; and not on the caller's meta device.
+        with torch.device("cpu"):
+            from transformers import LlamaConfig, LlamaModel
+
         super().__init__()
         shape = config.decoder
         self.model = LlamaModel(
