@@ -176,7 +176,10 @@ class Query:
             raise StageError(
                 f"{where}: {cut.keep} of {cut.found} tokens are to stay, but no stage said which (asked: {asked})"
             )
-        quotas = [Quota(self._members(group.views, context.prunable), group.keep) for group in cut.groups]
+        quotas = [
+            Quota(torch.stack([context.in_view(view) for view in group.views]).any(0), group.keep)
+            for group in cut.groups
+        ]
         try:
             chosen = resolve(
                 [p for _, p in proposals], cut.keep, self._pipeline.weights([i for i, _ in proposals]), quotas
@@ -213,13 +216,6 @@ class Query:
         count = union_count(torch.stack(votes).any(0))
         self._plan = self._pipeline.plan(self._plan.layout, self._plan.mode, (*self._plan.unions, count))
         return self._plan.cut_after[cut.after]
-
-    def _members(self, views: Sequence[str], prunable: OriginalIds) -> Tensor:
-        owner = self._tables.view_of[prunable]
-        member = torch.zeros_like(owner, dtype=torch.bool)
-        for view in views:
-            member = member | (owner == self._tables.view_number[view])
-        return member
 
     def _ask(
         self, hook_name: str, where: str, hooks: Sequence[tuple[int, Callable[..., Any]]], context: SelectContext

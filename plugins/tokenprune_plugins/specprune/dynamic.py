@@ -61,9 +61,10 @@ class Dynamic(Stage[DynamicConfig]):
         self._depth = info.decoder.depth
         self._updates = layers_of(self.config.updates, self._depth)
         self._cuts = self.cuts(self._depth)
-        if self._cuts[0] < self._updates[0] and not self.config.as_released:
+        first = min(self._cuts)
+        if first < self._updates[0] and not self.config.as_released:
             raise ValueError(
-                f"the cut after layer {self._cuts[0]} comes before the first update after layer {self._updates[0]}, so "
+                f"the cut after layer {first} comes before the first update after layer {self._updates[0]}, so "
                 "nothing would say which tokens to keep; move one of them"
             )
 
@@ -106,10 +107,7 @@ class Dynamic(Stage[DynamicConfig]):
     def _best_of_views(self, ctx: LayerContext, score: Tensor) -> Tensor | None:
         if not self.config.per_view:
             return None
-        best = torch.zeros_like(score, dtype=torch.bool)
-        for view in ctx.layout.views:
-            best = best | (signals.rank_within(score, ctx.in_view(view)) < self.config.per_view)
-        return best
+        return signals.rank_in_views(ctx, score) < self.config.per_view
 
     def _last(self, mode: str) -> int:
         """The last cut that drops anything in this mode; work after it would be for nothing."""

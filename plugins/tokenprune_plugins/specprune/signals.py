@@ -88,17 +88,22 @@ def rank_within(score: Tensor, member: Tensor) -> Tensor:
     return torch.where(member, torch.empty_like(order).scatter(1, order, places), n)
 
 
+def rank_in_views(ctx: SelectContext, score: Tensor, member: Tensor | None = None) -> Tensor:
+    """Rank of each held token within its view `[B, P]`, among the members where they are given; P for the others."""
+    ranks = torch.full_like(ctx.prunable, ctx.prunable.shape[1])
+    for view in ctx.layout.views:
+        inside = ctx.in_view(view) if member is None else member & ctx.in_view(view)
+        ranks = torch.where(inside, rank_within(score, inside), ranks)
+    return ranks
+
+
 def claims(ctx: SelectContext, score: Tensor, member: Tensor, top: int) -> Tensor:
     """How far down its view's order each token is, in units of `top` `[B, P]`: at most 1 for the best `top` of a view.
 
     Infinite for tokens that are no members. A union of the best `a * top` of several signals is exactly what claims at
     most `a`, so one order holds the unions of every size, each within the next.
     """
-    claim = torch.full_like(score, torch.inf, dtype=torch.float64)
-    for view in ctx.layout.views:
-        inside = member & ctx.in_view(view)
-        claim = torch.where(inside, (rank_within(score, inside).double() + 1) / top, claim)
-    return claim
+    return torch.where(member, (rank_in_views(ctx, score, member).double() + 1) / top, torch.inf)
 
 
 def per_view(ctx: SelectContext, values: Sequence[float]) -> Tensor:

@@ -100,7 +100,7 @@ class StaticC3(Stage[StaticC3Config]):
 
     def _select(self, ctx: LayerContext) -> Proposal:
         attended = signals.attention_to_patches(ctx, _rows(ctx.layout, ctx.layer))
-        ranks, top = _ranks(ctx, attended), signals.per_view(ctx, self.config.local_top[ctx.mode])
+        ranks, top = signals.rank_in_views(ctx, attended), signals.per_view(ctx, self.config.local_top[ctx.mode])
         if ctx.layer == 0:
             kept = {"dynamic": self._changed(ctx), "previous": self._before(ctx)}
             ctx.remember("top", top)
@@ -122,7 +122,7 @@ class StaticC3(Stage[StaticC3Config]):
             size = torch.where(inside, inside.sum(1, keepdim=True).double(), size)
         least = size - signals.per_view(ctx, self.config.unchanged_cap[ctx.mode])
         below = similar < signals.per_view(ctx, self.config.unchanged)
-        return (below | (_ranks(ctx, -similar) < least)) & found[:, None]
+        return (below | (signals.rank_in_views(ctx, -similar) < least)) & found[:, None]
 
     def _before(self, ctx: LayerContext) -> Tensor:
         """What the layers of the previous query attended to; a token it had pruned by then counts as 0 attention."""
@@ -130,7 +130,7 @@ class StaticC3(Stage[StaticC3Config]):
         chosen = torch.zeros_like(ctx.prunable, dtype=torch.bool)
         for layer in self._previous:
             attended, _ = ctx.recall(f"previous.{layer}")
-            chosen = chosen | (_ranks(ctx, attended) < half)
+            chosen = chosen | (signals.rank_in_views(ctx, attended) < half)
         return chosen
 
 
@@ -144,12 +144,3 @@ def _rows(layout: TokenLayout, which: int) -> range:
     if which < 2:
         return range(task + which, end - 1 + which)
     return range(task - 1, min(task + 24, layout.n_tokens))
-
-
-def _ranks(ctx: LayerContext, score: Tensor) -> Tensor:
-    """Rank of each held patch within its view `[B, P]`."""
-    ranks = torch.zeros_like(ctx.prunable)
-    for view in ctx.layout.views:
-        inside = ctx.in_view(view)
-        ranks = torch.where(inside, signals.rank_within(score, inside), ranks)
-    return ranks
