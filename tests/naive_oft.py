@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tokenprune_adapters.backbones.openvla_oft import OpenVLAOFT
+from tokenprune_adapters.backbones.openvla_oft.backbone import OpenVLAOFT
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tokenprune_adapters import backbones
-from tokenprune_adapters.backbones.openvla_oft import OpenVLAOFT
+from tokenprune_adapters.backbones.openvla_oft.backbone import OpenVLAOFT
 
 TOKENIZER = Path(backbones.__file__).parents[1] / "assets" / "tokenizer.json"
 DINO, SIGLIP = "vision_backbone.featurizer", "vision_backbone.fused_featurizer"

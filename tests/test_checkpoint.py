@@ -42,9 +42,9 @@ from tokenprune.errors import CheckpointError, ConfigError
 from tokenprune.policy import Policy, load
 from tokenprune.registry import Registry
 from tokenprune_adapters import tensors
-from tokenprune_adapters.backbones.oft_factory import OFTFactory
-from tokenprune_adapters.backbones.openvla_oft import OpenVLAOFT
-from tokenprune_adapters.checkpoints import load_oft, read_config
+from tokenprune_adapters.backbones.openvla_oft.backbone import OpenVLAOFT
+from tokenprune_adapters.backbones.openvla_oft.factory import OFTFactory
+from tokenprune_adapters.backbones.openvla_oft.release import load_oft, read_config
 from tokenprune_adapters.tensors import StoredTensor, stored_pt
 
 CPU = torch.device("cpu")
@@ -173,7 +173,7 @@ def test_rope_base(single: Path) -> None:
 
 
 def test_defaults_are_those_of_the_7b_release(single: Path) -> None:
-    from tokenprune_adapters.backbones.oft_config import SEVEN_B
+    from tokenprune_adapters.backbones.openvla_oft.config import SEVEN_B
 
     def release(config: dict[str, Any]) -> None:
         del config["timm_override_args"]

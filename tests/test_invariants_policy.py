@@ -23,7 +23,7 @@ from tokenprune.config import DENSE, PipelineConfig
 from tokenprune.decoder import Decoder
 from tokenprune.kv import KVCache
 from tokenprune.selection import CurrentIds, OriginalIds, TokenSelection
-from tokenprune_adapters.backbones.openvla_oft import OpenVLAOFT
+from tokenprune_adapters.backbones.openvla_oft.backbone import OpenVLAOFT
 
 
 @st.composite

@@ -17,7 +17,7 @@ from tokenprune.config import DENSE
 from tokenprune.layout import Role
 from tokenprune.policy import Policy, load_backbone
 from tokenprune.registry import Registry
-from tokenprune_adapters.backbones.openvla_oft import OpenVLAOFT
+from tokenprune_adapters.backbones.openvla_oft.backbone import OpenVLAOFT
 
 TRAPS = {
     "norm epsilon 1e-5": Spec(eps=1e-5),
@@ -91,7 +91,7 @@ def test_the_image_is_looked_at(registry: Registry) -> None:
 
 
 def test_layout_of_the_release() -> None:
-    from tokenprune_adapters.backbones.oft_config import SEVEN_B
+    from tokenprune_adapters.backbones.openvla_oft.config import SEVEN_B
     from tokenprune_adapters.prompt import Prompt
 
     layout = SEVEN_B.layout(Prompt(tuple(range(30)), range(9, 26)))

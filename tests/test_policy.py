@@ -22,7 +22,7 @@ from tokenprune.policy import Policy
 from tokenprune.registry import Owner, Registered, Registry
 from tokenprune.specs import StageSpec
 from tokenprune.stage import Stage
-from tokenprune_adapters.backbones.openvla_oft import OpenVLAOFT
+from tokenprune_adapters.backbones.openvla_oft.backbone import OpenVLAOFT
 from tokenprune_plugins.controls import HalfConfig
 from tokenprune_plugins.fastv import FastVConfig
 

@@ -21,7 +21,7 @@ from tokenprune.policy import ActionChunk, Policy
 from tokenprune.registry import Owner, Registered, Registry
 from tokenprune.specs import StageSpec
 from tokenprune.stage import Stage
-from tokenprune_adapters.backbones.openvla_oft import OpenVLAOFT
+from tokenprune_adapters.backbones.openvla_oft.backbone import OpenVLAOFT
 
 VIEWS = ("primary", "wrist", "left")
 DEPTH = 8

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from tokenprune.backbone import DecoderShape
-from tokenprune_adapters.backbones.oft_config import SMALL, OFTConfig
-from tokenprune_adapters.backbones.openvla_oft import OFTModel, OpenVLAOFT
+from tokenprune_adapters.backbones.openvla_oft.backbone import OFTModel, OpenVLAOFT
+from tokenprune_adapters.backbones.openvla_oft.config import SMALL, OFTConfig
 from tokenprune_adapters.prismatic import PrismaticConfig, fill_untrained
 from tokenprune_adapters.prompt import PromptTokenizer
 from tokenprune_adapters.statistics import Bounds, Statistics

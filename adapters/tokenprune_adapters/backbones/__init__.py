@@ -1,1 +1,1 @@
-"""Backbone families, one module each."""
+"""Backbone families, one package each."""

@@ -10,9 +10,9 @@ import torch
 
 from tokenprune.adapter import Description
 from tokenprune.errors import CheckpointError, ConfigError
-from tokenprune_adapters.backbones.oft_config import OFTConfig, preset, with_options
-from tokenprune_adapters.backbones.openvla_oft import OFTModel, OpenVLAOFT
-from tokenprune_adapters.checkpoints import load_oft, read_config
+from tokenprune_adapters.backbones.openvla_oft.backbone import OFTModel, OpenVLAOFT
+from tokenprune_adapters.backbones.openvla_oft.config import OFTConfig, preset, with_options
+from tokenprune_adapters.backbones.openvla_oft.release import load_oft, read_config
 from tokenprune_adapters.prismatic import fill_untrained
 from tokenprune_adapters.prompt import PromptTokenizer
 from tokenprune_adapters.statistics import Statistics

@@ -14,7 +14,7 @@ from tokenprune.backbone import BackboneInfo
 from tokenprune.errors import ObservationError, nearest
 from tokenprune.layout import TokenLayout
 from tokenprune.runtime import Query
-from tokenprune_adapters.backbones.oft_config import OFTConfig
+from tokenprune_adapters.backbones.openvla_oft.config import OFTConfig
 from tokenprune_adapters.heads import L1ActionHead, ProprioProjector
 from tokenprune_adapters.preprocess import check_image
 from tokenprune_adapters.prismatic import LanguageModel, Projector, VisionBackbone

@@ -19,8 +19,8 @@ from tokenizers import Tokenizer
 
 from tokenprune.backbone import DecoderShape
 from tokenprune.errors import CheckpointError, nearest
-from tokenprune_adapters.backbones.oft_config import SEVEN_B, OFTConfig, with_options
-from tokenprune_adapters.backbones.openvla_oft import OFTModel, OpenVLAOFT
+from tokenprune_adapters.backbones.openvla_oft.backbone import OFTModel, OpenVLAOFT
+from tokenprune_adapters.backbones.openvla_oft.config import SEVEN_B, OFTConfig, with_options
 from tokenprune_adapters.preprocess import MAX_SIDE, ImageTransform
 from tokenprune_adapters.prismatic import TOWERS, PrismaticConfig
 from tokenprune_adapters.prompt import PromptTokenizer

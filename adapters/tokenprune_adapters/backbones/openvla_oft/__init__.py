@@ -1,0 +1,1 @@
+"""OpenVLA-OFT (arXiv 2502.19645)."""
