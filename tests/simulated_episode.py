@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from tests.naive_specprune import QK, Frame, Scene
 from tokenprune.backbone import ActionSpec, BackboneInfo, DecoderShape
 from tokenprune.decoder import Decoded, Decoder, Pruner
+from tokenprune.kv import LayerKV
 from tokenprune.layout import Role, Segment, TokenLayout
 from tokenprune.policy import ActionChunk, Policy
 from tokenprune.runtime import Query
-from tokenprune.selection import TokenSelection
+from tokenprune.selection import TokenSelection, rows_at
 
 VIEWS = ("primary", "wrist", "left")
 SIDE, PATCH, DEPTH, HEADS, WIDTH = 16, 2, 32, 2, 8
@@ -78,7 +79,7 @@ class SimulatedDecoder(Decoder):
         self.attentions = attentions
 
     def run(
-        self, hidden: Tensor, tokens: TokenSelection, pruner: Pruner | None = None, cache: object = None
+        self, hidden: Tensor, tokens: TokenSelection, pruner: Pruner | None = None, cache: object = None, **how: Any
     ) -> Decoded:
         assert pruner is not None
         held = []
@@ -91,8 +92,8 @@ class SimulatedDecoder(Decoder):
                     torch.from_numpy(np.stack([pair[which][:, row] for pair, row in zip(drawn, ids, strict=True)]))
                     for which in (0, 1)
                 )
-                hidden, tokens = pruner.after_layer(layer, hidden, tokens, q, k)
-        return Decoded(hidden, tokens, tuple(held))
+                hidden, tokens = pruner.after_layer(layer, hidden, tokens, q, LayerKV(k, k, tokens.ids))
+        return Decoded(rows_at(hidden, tokens.to_current(how["read"])), tokens, tuple(held))
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class SimulatedOFT:
         shape = DecoderShape(DEPTH, 1, HEADS, HEADS, WIDTH, 1, causal=False)
         self.info = BackboneInfo("simulated", "test", True, shape, self.views, ACTION, frozenset({"batch"}))
 
-    def layout(self, instruction: str) -> TokenLayout:
+    def layout(self, instruction: str, state: object = None) -> TokenLayout:
         return layout_of(self.views, int(instruction))
 
     def check(self, observation: Mapping[str, Any]) -> None:
@@ -133,7 +134,7 @@ class SimulatedOFT:
 
     def infer(self, inputs: SimulatedInputs, query: Query) -> Tensor:
         embeddings = torch.zeros(len(inputs.attentions), inputs.layout.n_tokens, 1, dtype=self.dtype)
-        query.read(query.decode(SimulatedDecoder(inputs.attentions), embeddings))
+        query.decode(SimulatedDecoder(inputs.attentions), embeddings)
         return torch.zeros(len(inputs.attentions), ACTION.horizon, ACTION.dims, dtype=self.dtype)
 
     def unnormalise(self, actions: np.ndarray) -> np.ndarray:

@@ -61,7 +61,7 @@ class Reading(SimulatedOFT):
 
     def infer(self, inputs: Any, query: Query) -> Tensor:
         embeddings = torch.arange(inputs.layout.n_tokens, dtype=self.dtype)[None, :, None]
-        self.given = query.read(query.decode(SimulatedDecoder(inputs.attentions), embeddings))[0, :, 0].tolist()
+        self.given = query.decode(SimulatedDecoder(inputs.attentions), embeddings)[0, :, 0].tolist()
         return torch.zeros(1, 8, 7, dtype=self.dtype)
 
 

@@ -25,7 +25,7 @@ def block(first: nn.Module, second: nn.Module, causal: bool, votes: bool) -> Cal
 
     def layer(module: nn.Module, hidden: Tensor, tokens: TokenSelection) -> tuple[Tensor, Tensor, Tensor]:
         cos, sin = rotary(tokens, "preserve", DIM, 500.0, hidden.dtype)
-        q, k, v = project(module, hidden, cos, sin, DIM)
+        q, k, v, _ = project(module, hidden, cos, sin, DIM)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
         return finish(module, hidden, mixed), q, k
 

@@ -14,7 +14,7 @@ from transformers import LlamaModel
 
 from tests.drawing import batches, decoder_of, keep_sets, llamas, random, seeds, tiny_llama
 from tokenprune.decoder import Decoded, Positions
-from tokenprune.kv import KVCache
+from tokenprune.kv import KVCache, LayerKV
 from tokenprune.selection import OriginalIds, TokenSelection
 
 NEVER = 10**6
@@ -27,14 +27,13 @@ class FakePruner:
     """Keeps the given original ids after the given layers."""
 
     keep: dict[int, Kept] = field(default_factory=dict)
-    positions: Positions = "preserve"
     asked: list[int] = field(default_factory=list)
 
     def acts_after(self, layer: int) -> bool:
         return layer in self.keep
 
     def after_layer(
-        self, layer: int, hidden: Tensor, tokens: TokenSelection, q: Tensor, k: Tensor
+        self, layer: int, hidden: Tensor, tokens: TokenSelection, q: Tensor, seen: LayerKV
     ) -> tuple[Tensor, TokenSelection]:
         self.asked.append(layer)
         rows = []
@@ -72,7 +71,7 @@ class Cuts:
         hidden = torch.stack([embeddings[row, kept] for row, kept in enumerate(first)])
         tokens = TokenSelection(OriginalIds(torch.tensor(first)), self.n)
         later = {layer: kept for layer, kept in self.keep.items() if layer >= 0}
-        return decoder_of(model, causal).run(hidden, tokens, FakePruner(later, positions), cache)
+        return decoder_of(model, causal).run(hidden, tokens, FakePruner(later), cache, positions=positions)
 
 
 @st.composite
@@ -225,15 +224,6 @@ def test_several_new_tokens_on_a_filled_causal_cache_are_refused() -> None:
     with pytest.raises(ValueError, match="one token at a time, not 2"):
         decoder.run(x[:, 3:], TokenSelection(OriginalIds(torch.tensor([[3, 4]])), 5), cache=cache)
     assert all(entry.k is k for entry, k in zip(cache.layers, before, strict=True)), "the cache was touched"
-
-
-def test_renumbered_tokens_behind_a_cache_are_refused() -> None:
-    model, cache = tiny_llama(), KVCache()
-    decoder, x = decoder_of(model, causal=True), random(0, 1, 5, 16)
-    decoder.run(x[:, :4], TokenSelection.identity(4, 1), cache=cache)
-    pruner = type("Renumbering", (), {"positions": "compact", "acts_after": staticmethod(lambda layer: False)})()
-    with pytest.raises(ValueError, match="cannot continue a cache"):
-        decoder.run(x[:, 4:], TokenSelection(OriginalIds(torch.tensor([[4]])), 5), pruner, cache)
 
 
 @given(st.data(), llamas(), batches, st.integers(2, 10), st.booleans(), seeds)

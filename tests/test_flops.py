@@ -10,11 +10,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.drawing import decoder_of, random, tiny_llama
-from tokenprune.backbone import ActionSpec, BackboneInfo, DecoderShape
+from tokenprune.backbone import ActionSpec, BackboneInfo, DecoderShape, FollowUp
 from tokenprune.config import CutConfig
 from tokenprune.decoder import Decoder
 from tokenprune.flops import layer_flops, probe_flops, query_flops
-from tokenprune.kv import KVCache
+from tokenprune.kv import FrozenKV, KVCache, LayerKV
 from tokenprune.layout import Role, Segment, TokenLayout
 from tokenprune.plan import make_plan
 from tokenprune.probe import attention_rows
@@ -73,14 +73,50 @@ def test_a_query_counts_its_plan() -> None:
     info = BackboneInfo("tiny", "test", True, shape, ("primary",), action, other_flops={"vision": 1000, "head": 7})
     query = query_flops(info, plan, ((0, 2), (2, 3)))
 
+    last = OriginalIds(torch.tensor([[20]]))
     counted = []
-    for tokens in (21, 9, 9):
-        layer = decoder(replace(shape, depth=1))
+    for tokens, read in ((21, None), (9, None), (9, last)):
+        layer, held = decoder(replace(shape, depth=1)), OriginalIds(torch.arange(21 - tokens, 21)[None])
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            layer.run(random(0, 1, tokens, shape.hidden), TokenSelection.identity(tokens, 1))
+            layer.run(random(0, 1, tokens, shape.hidden), TokenSelection(held, 21), read=read)
         counted.append(counter.get_total_flops())
     assert query.layers == tuple(counted)
     assert query.probe == 2 * (2 * 21 + 3 * 9) * shape.heads * shape.head_dim
     assert query.other == {"vision": 1000, "head": 7}
     assert query.decoder == sum(counted)
     assert query.total == 1007 + sum(counted) + query.probe
+
+
+def test_what_follows_counts_the_keys_that_pruning_left() -> None:
+    shape = replace(SHAPES[0], causal=False)
+    layout = TokenLayout.build(
+        [Segment(Role.VISION, 0, 16, "primary", (4, 4), prunable=True), Segment(Role.TEXT, 0, 5)],
+        {"readout": range(21, 21)},
+    )
+    selector = Stage(CutConfig.model_validate({"use": "x", "keep": 4, "after": 0}))
+    plan = make_plan([selector], ["x"], layout, "default", shape.depth)
+    follow = FollowUp("flow", replace(shape, hidden=8, mlp=12), ((1, 0), (3, 1), (3, 1)))
+    action = ActionSpec(horizon=1, groups={"all": (0,)})
+    query = query_flops(BackboneInfo("tiny", "test", True, shape, ("primary",), action, follow_up=follow), plan)
+
+    counted = 0
+    for rows, before in follow.passes:
+        for held in (21, 9, 9):
+            expert = decoder(replace(follow.decoder, depth=1))
+            size = (1, shape.kv_heads, held + before, shape.head_dim)
+            prefix = FrozenKV([LayerKV(random(1, *size), random(2, *size), torch.arange(held + before)[None])])
+            tokens = TokenSelection(OriginalIds(torch.arange(rows)[None] + held + before), held + before + rows)
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                expert.run(random(0, 1, rows, 8), tokens, cache=prefix)
+            counted += counter.get_total_flops()
+    assert query.follow_up == counted
+    assert query.total == counted + sum(query.layers)
+
+
+def test_a_repeated_pass_counts_each_time() -> None:
+    shape = SHAPES[0]
+    layout = TokenLayout.build([Segment(Role.VISION, 0, 16, "primary", (4, 4), prunable=True)])
+    plan = make_plan([], [], layout, "default", shape.depth)
+    info = BackboneInfo("tiny", "test", True, shape, ("primary",), ActionSpec(horizon=1, groups={"all": (0,)}))
+    once, twice = query_flops(info, plan), query_flops(replace(info, repeats=2), plan)
+    assert twice.decoder == 2 * once.decoder > 0

@@ -153,10 +153,13 @@ def test_I13_notices_global_random_numbers() -> None:
 def i14(config: PipelineConfig, dtype: torch.dtype) -> None:
     backbone = tiny_policy_parts(tiny_config(), dtype=dtype)
     states: list[Tensor] = []
-    real = runtime.Query.read
-    with patch.object(
-        runtime.Query, "read", lambda self, decoded: (states.append(decoded.hidden), real(self, decoded))[1]
-    ):
+    real = runtime.Query.decode
+
+    def decode(self: runtime.Query, *given: Any) -> Tensor:
+        states.append(real(self, *given))
+        return states[0]
+
+    with patch.object(runtime.Query, "decode", decode):
         act(backbone, config, [observation(backbone.config)], INSTRUCTION)
     assert states[0].dtype == dtype
     assert states[0].device == backbone.device

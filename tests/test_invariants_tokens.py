@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,10 +19,10 @@ from tokenprune.context import LayoutTables
 from tokenprune.decoder import Decoded, Decoder
 from tokenprune.frames import FrameBuffer
 from tokenprune.history import Slot
-from tokenprune.kv import KVCache
+from tokenprune.kv import KVCache, LayerKV
 from tokenprune.layout import TokenLayout
 from tokenprune.pipeline import bind
-from tokenprune.selection import CurrentIds, OriginalIds, Proposal, TokenSelection
+from tokenprune.selection import CurrentIds, OriginalIds, Proposal, TokenSelection, rows_at
 from tokenprune.trace import Clock
 
 
@@ -33,14 +34,17 @@ class Passing(Decoder):
             nn.ModuleList(nn.Identity() for _ in range(depth)), nn.Identity(), head_dim=4, rope_theta=1e4, causal=False
         )
 
-    def run(self, hidden: Tensor, tokens: TokenSelection, pruner: Any = None, cache: KVCache | None = None) -> Decoded:
+    def run(
+        self, hidden: Tensor, tokens: TokenSelection, pruner: Any = None, cache: KVCache | None = None, **how: Any
+    ) -> Decoded:
         held = []
         for layer in range(len(self.layers)):
             held.append(hidden.shape[1])
             heads = torch.ones(hidden.shape[0], 1, hidden.shape[1], 4)
             if pruner.acts_after(layer):
-                hidden, tokens = pruner.after_layer(layer, hidden, tokens, heads, heads)
-        return Decoded(hidden, tokens, tuple(held))
+                hidden, tokens = pruner.after_layer(layer, hidden, tokens, heads, LayerKV(heads, heads, tokens.ids))
+        self.passed = Decoded(hidden, tokens, tuple(held))
+        return replace(self.passed, hidden=rows_at(hidden, tokens.to_current(how["read"])))
 
 
 def passed(layout: TokenLayout, config: PipelineConfig, batch: int, depth: int = 4) -> tuple[runtime.Query, Decoded]:
@@ -52,7 +56,9 @@ def passed(layout: TokenLayout, config: PipelineConfig, batch: int, depth: int =
     clock.enter("test")
     query = runtime.Query(bound, bound.plan(layout), LayoutTables(layout, torch.device("cpu")), slots, {}, {}, clock)
     embeddings = torch.arange(layout.n_tokens, dtype=torch.float64)[None, :, None].expand(batch, -1, 2).clone()
-    return query, query.decode(Passing(depth), embeddings)
+    decoder = Passing(depth)
+    query.read = query.decode(decoder, embeddings)
+    return query, decoder.passed
 
 
 @prop(drawing.layouts(), pipelines(depth=4), drawing.batches)
@@ -270,9 +276,8 @@ def test_I9_notices_ranks_taken_over_the_batch() -> None:
 
 @prop(drawing.layouts(), pipelines(depth=4), drawing.batches)
 def i18(layout: TokenLayout, config: PipelineConfig, batch: int) -> None:
-    query, decoded = passed(layout, config, batch)
-    wanted = torch.tensor(list(layout.span("readout"))).expand(batch, -1)
-    assert torch.equal(query.read(decoded)[..., 0].long(), wanted)
+    query, _ = passed(layout, config, batch)
+    assert torch.equal(query.read[..., 0].long(), torch.tensor(list(layout.span("readout"))).expand(batch, -1))
 
 
 def test_I18_read_out_positions_are_the_adapters() -> None:
@@ -280,8 +285,9 @@ def test_I18_read_out_positions_are_the_adapters() -> None:
 
 
 def test_I18_notices_positions_of_the_unpruned_sequence() -> None:
-    def unmapped(self: Any, decoded: Decoded) -> Tensor:
-        at = self.readout.clamp(max=decoded.hidden.shape[1] - 1).expand(decoded.hidden.shape[0], -1)
-        return decoded.hidden.gather(1, at[..., None].expand(-1, -1, decoded.hidden.shape[2]))
+    def shifted(self: Any, batch: int) -> Any:
+        # What a layout shortened by its first cut would say, taken for positions of the whole sequence.
+        missing = self._plan.layout.n_tokens - self._plan.tokens[-1]
+        return OriginalIds((self._tables.rows["readout"] - missing).clamp(min=0).expand(batch, -1))
 
-    i18.notices(runtime.Query, "read", unmapped)
+    i18.notices(runtime.Query, "_readout", shifted)

@@ -14,10 +14,11 @@ from tests import stages
 from tests.tiny_oft import INSTRUCTION, tiny_config, tiny_policy_parts
 from tokenprune.config import PipelineConfig, StageConfig
 from tokenprune.context import ControlContext, ControlDecision, LayerContext
-from tokenprune.history import ExecutedAction, QueryRecord
+from tokenprune.history import ExecutedAction
 from tokenprune.hookspecs import hookimpl
 from tokenprune.loader import load_pipeline, parse_pipeline
 from tokenprune.policy import ActionChunk, Policy
+from tokenprune.record import QueryRecord
 from tokenprune.registry import Owner, Registered, Registry
 from tokenprune.specs import StageSpec
 from tokenprune.stage import Stage

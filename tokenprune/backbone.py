@@ -42,6 +42,21 @@ class ActionSpec:
         return sum(len(dims) for dims in self.groups.values())
 
 
+@dataclass(frozen=True, slots=True)
+class FollowUp:
+    """Passes over tokens behind the layout, which attend to the keys and values that pruning left in each layer.
+
+    Attributes:
+        name: Phase they are timed as: `decode` for autoregressive steps, `flow` for those of an action expert.
+        decoder: Dimensions of the layers they run through, as many as the main decoder's.
+        passes: Tokens of each pass, and how many tokens behind the layout were there before it.
+    """
+
+    name: str
+    decoder: DecoderShape
+    passes: tuple[tuple[int, int], ...]
+
+
 @dataclass(frozen=True)
 class BackboneInfo:
     """Everything known about a backbone before any weight exists.
@@ -55,6 +70,8 @@ class BackboneInfo:
         action: What it returns.
         capabilities: Names from `specs.CAPABILITIES` it offers.
         other_flops: FLOPs per query outside the decoder, by part (2 per multiply-add).
+        repeats: Times the layout's tokens go through the decoder in one query.
+        follow_up: What comes after them, if anything does.
     """
 
     name: str
@@ -65,3 +82,5 @@ class BackboneInfo:
     action: ActionSpec
     capabilities: frozenset[str] = frozenset()
     other_flops: Mapping[str, int] = field(default_factory=dict)
+    repeats: int = 1
+    follow_up: FollowUp | None = None

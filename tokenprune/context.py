@@ -71,7 +71,7 @@ class LayoutTables:
     """A layout's host integers as tensors, made once per layout and device."""
 
     def __init__(self, layout: TokenLayout, device: torch.device) -> None:  # cold: once per layout
-        """Upload the ids of fixed and prunable tokens, of named rows, and each token's view number."""
+        """Upload ids of fixed and prunable tokens and of named rows, and each token's place among the prunable."""
         self.fixed = torch.tensor(layout.fixed, dtype=torch.int64, device=device)
         self.prunable = torch.tensor(layout.prunable, dtype=torch.int64, device=device)
         self.rows = {
@@ -81,6 +81,10 @@ class LayoutTables:
         for number, segment in enumerate(layout.views.values()):
             for token in segment.span:
                 owner[token] = number
+        place = [-1] * layout.n_tokens
+        for number, token in enumerate(layout.prunable):
+            place[token] = number
+        self.place = torch.tensor(place, dtype=torch.int64, device=device)
         self.view_of = torch.tensor(owner, dtype=torch.int64, device=device)
         self.view_number = {name: number for number, name in enumerate(layout.views)}
 
@@ -176,13 +180,15 @@ class SelectContext:
 
     def remember(self, name: str, values: Tensor) -> None:
         """Keep values `[B, P]` of the prunable tokens, for later layers and for later queries of the episode."""
-        remember(self.slots, self.scope + name, self.prunable, values, self.layout.n_tokens)
+        places = self.tables.place[self.prunable]
+        remember(self.slots, self.scope + name, places, values, len(self.layout.prunable))
 
     def recall(self, name: str) -> tuple[Tensor, Tensor]:
         """Values remembered for the prunable tokens held now `[B, P]`, and whether each was seen then `[B, P]`."""
         blank = self.hidden.new_zeros(0, dtype=torch.float32)
-        values, seen = recall(self.slots, self.scope + name, blank, self.layout.n_tokens)
-        return values.gather(1, self.prunable), seen.gather(1, self.prunable)
+        values, seen = recall(self.slots, self.scope + name, blank, len(self.layout.prunable))
+        places = self.tables.place[self.prunable]
+        return values.gather(1, places), seen.gather(1, places)
 
     def once(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
         """Numbers `[B]` computed in the first query of each environment's episode, and kept until its reset."""
@@ -191,7 +197,7 @@ class SelectContext:
 
 @dataclass(frozen=True, slots=True)
 class LayerContext(SelectContext):
-    """What a scorer sees after a layer; `hidden` is the layer's output.
+    """What a scorer sees after a layer; `hidden` is the layer's output, after the last layer its input.
 
     Attributes:
         layer: Index of the layer that has just run.

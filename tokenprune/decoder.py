@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenprune.kv import KVCache, LayerKV
-from tokenprune.selection import TokenSelection
+from tokenprune.kv import LayerKV, Memory
+from tokenprune.selection import CurrentIds, OriginalIds, TokenSelection, rows_at
 
 Positions = Literal["preserve", "compact"]
 
@@ -23,16 +23,14 @@ Positions = Literal["preserve", "compact"]
 class Pruner(Protocol):
     """What the loop asks between layers."""
 
-    positions: Positions
-
     def acts_after(self, layer: int) -> bool:
         """Whether anything happens after this layer; host only."""
         ...
 
     def after_layer(
-        self, layer: int, hidden: Tensor, tokens: TokenSelection, q: Tensor, k: Tensor
+        self, layer: int, hidden: Tensor, tokens: TokenSelection, q: Tensor, seen: LayerKV
     ) -> tuple[Tensor, TokenSelection]:
-        """Look at a layer and perhaps cut after it; returns what goes on."""
+        """Look at a layer, its queries and all it attended to, and perhaps cut after it; returns what goes on."""
         ...
 
 
@@ -41,8 +39,8 @@ class Decoded:
     """What a pass through the decoder leaves.
 
     Attributes:
-        hidden: Normalised hidden states `[B, K, D]` of the tokens that reached the end.
-        tokens: Which tokens those are.
+        hidden: Normalised hidden states `[B, K, D]` of the tokens that reached the end, or of those to be read.
+        tokens: Which tokens reached the end.
         held: Tokens each layer really held.
     """
 
@@ -52,11 +50,12 @@ class Decoded:
 
 
 class Decoder:
-    """Decoder layers of a Llama-like model and how to run them.
+    """Decoder layers of a Llama-like or Gemma-like model and how to run them.
 
     Args:
         layers: transformers decoder layers with `input_layernorm`, `self_attn.{q,k,v,o}_proj`,
-            `post_attention_layernorm` and `mlp`.
+            `post_attention_layernorm` and `mlp`. Where a pass is conditioned, the norms take the condition as second
+            argument and return the normalised tokens and a gate for the branch they feed (adaptive norms).
         norm: The final norm.
         head_dim: Width of one attention head.
         rope_theta: Base of the rotary frequencies.
@@ -74,68 +73,136 @@ class Decoder:
         self.causal = causal
 
     def run(
-        self, hidden: Tensor, tokens: TokenSelection, pruner: Pruner | None = None, cache: KVCache | None = None
+        self,
+        hidden: Tensor,
+        tokens: TokenSelection,
+        pruner: Pruner | None = None,
+        cache: Memory | None = None,
+        *,
+        positions: Positions = "preserve",
+        read: OriginalIds | None = None,
+        condition: Tensor | None = None,
     ) -> Decoded:
         """Run every layer over `hidden` `[B, n, D]`, whose rows are the tokens `tokens`.
 
-        With a cache, each layer also attends to what the cache holds for it, and its own keys and values are appended;
-        the ids of new tokens must lie above the cached ones.
+        With a cache, each layer also attends to what the cache holds for it; the ids of new tokens must lie above the
+        cached ones. Where positions are compact, tokens behind a cache are numbered on from what each layer holds.
+
+        Args:
+            hidden: Embeddings.
+            tokens: Which tokens they are.
+            pruner: Asked between layers. After the last one it sees that layer's input, for its output is only made
+                where it is read.
+            cache: Keys and values of earlier tokens.
+            positions: Whether kept tokens keep their original positions.
+            read: Tokens `[B, R]` whose hidden states are wanted, all when left out. In a causal decoder, the last one.
+            condition: What adaptive norms depend on `[B, C]`.
 
         Raises:
-            ValueError: If several new tokens meet a filled cache in a causal decoder, which would need a mask, or if
-                tokens are to be renumbered behind a cache, whose entries keep the positions they were made at.
+            ValueError: If a causal decoder is to continue a filled cache, or to be read, with several tokens, which
+                would need a mask.
         """
-        continued = cache is not None and bool(cache.layers)
-        if continued and self.causal and hidden.shape[1] > 1:
+        behind = cache.lengths if cache is not None else ()
+        if behind and self.causal and hidden.shape[1] > 1:
             raise ValueError(f"a causal decoder continues its cache one token at a time, not {hidden.shape[1]}")
-        positions: Positions = "preserve" if pruner is None else pruner.positions
-        if continued and positions == "compact":
-            raise ValueError("positions: compact cannot continue a cache; use positions: preserve")
-        cos, sin = rotary(tokens, positions, self.head_dim, self.rope_theta, hidden.dtype)
+        if self.causal and read is not None and read.shape[1] > 1:
+            raise ValueError(f"a causal decoder is read at its last token, not at {read.shape[1]}")
+        cos, sin = rotary(tokens, positions, self.head_dim, self.rope_theta, hidden.dtype, *behind[:1])
         held = []
         for index, layer in enumerate(self.layers):
             held.append(hidden.shape[1])
-            q, k, v = project(layer, hidden, cos, sin, self.head_dim)
-            keys, values = k, v
-            if cache is not None:
-                entry = cache.extend(index, LayerKV(k, v, tokens.ids))
-                keys, values = entry.k, entry.v
+            if behind and positions == "compact" and behind[index] != behind[index - 1]:
+                cos, sin = rotary(tokens, positions, self.head_dim, self.rope_theta, hidden.dtype, behind[index])
+            q, k, v, gate = project(layer, hidden, cos, sin, self.head_dim, condition)
+            seen = LayerKV(k, v, tokens.ids)
+            seen = seen if cache is None else cache.extend(index, seen)
+            asked = pruner is not None and pruner.acts_after(index)
+            if read is not None and index + 1 == len(self.layers):
+                if pruner is not None and asked:
+                    pruner.after_layer(index, hidden, tokens, q, seen)
+                # Whatever else this layer would still make of the other rows, nobody reads.
+                hidden = self._finish_read(layer, hidden, q, tokens.to_current(read), seen, gate, condition)
+                break
             # Kept ids ascend, so the plain causal pattern stays right after any cut and no mask tensor is needed.
-            mixed = F.scaled_dot_product_attention(
-                q, keys, values, is_causal=self.causal and not continued, enable_gqa=q.shape[1] != k.shape[1]
-            )
-            hidden = finish(layer, hidden, mixed)
-            if pruner is not None and pruner.acts_after(index):
-                hidden, tokens = pruner.after_layer(index, hidden, tokens, q, k)
+            hidden = finish(layer, hidden, attend(q, seen, self.causal and not behind), gate, condition)
+            if pruner is not None and asked:
+                hidden, tokens = pruner.after_layer(index, hidden, tokens, q, seen)
                 cos, sin = rotary(tokens, positions, self.head_dim, self.rope_theta, hidden.dtype)
-        return Decoded(self.norm(hidden), tokens, tuple(held))
+        return Decoded(normalise(self.norm, hidden, condition)[0], tokens, tuple(held))
+
+    def _finish_read(
+        self,
+        layer: nn.Module,
+        hidden: Tensor,
+        q: Tensor,
+        rows: CurrentIds,
+        seen: LayerKV,
+        gate: Tensor | None,
+        condition: Tensor | None,
+    ) -> Tensor:
+        hidden = rows_at(hidden, rows)
+        if not rows.shape[1]:
+            return hidden
+        q = q.gather(2, rows[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
+        return finish(layer, hidden, attend(q, seen, causal=False), gate, condition)
 
 
-def project(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ANN401
-    """Queries, keys and values `[B, heads, n, d]` of one layer, rotated."""
+def project(
+    layer: Any,  # noqa: ANN401
+    hidden: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    head_dim: int,
+    condition: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Queries, keys and values `[B, heads, n, d]` of one layer, rotated, and the gate of its attention branch."""
     attention = layer.self_attn
-    normed = layer.input_layernorm(hidden)
+    normed, gate = normalise(layer.input_layernorm, hidden, condition)
     shape = (*hidden.shape[:2], -1, head_dim)
     q, k, v = (
         proj(normed).view(shape).transpose(1, 2) for proj in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
-    return rotate(q, cos, sin), rotate(k, cos, sin), v
+    return rotate(q, cos, sin), rotate(k, cos, sin), v, gate
 
 
-def finish(layer: Any, hidden: Tensor, mixed: Tensor) -> Tensor:  # noqa: ANN401
+def attend(q: Tensor, seen: LayerKV, causal: bool) -> Tensor:
+    """Attention output `[B, H, n, d]` of queries over keys of as many or fewer heads."""
+    return F.scaled_dot_product_attention(q, seen.k, seen.v, is_causal=causal, enable_gqa=q.shape[1] != seen.k.shape[1])
+
+
+def finish(
+    layer: Any,  # noqa: ANN401
+    hidden: Tensor,
+    mixed: Tensor,
+    gate: Tensor | None = None,
+    condition: Tensor | None = None,
+) -> Tensor:
     """The layer's output from its input `[B, n, D]` and its attention output `[B, H, n, d]`."""
-    hidden = hidden + layer.self_attn.o_proj(mixed.transpose(1, 2).flatten(2))
-    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))  # type: ignore[no-any-return]
+    hidden = branch(hidden, layer.self_attn.o_proj(mixed.transpose(1, 2).flatten(2)), gate)
+    normed, gate = normalise(layer.post_attention_layernorm, hidden, condition)
+    return branch(hidden, layer.mlp(normed), gate)
+
+
+def normalise(norm: nn.Module, hidden: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Normalised tokens, and the gate of an adaptive norm; None for a plain one."""
+    return (norm(hidden), None) if condition is None else norm(hidden, condition)
+
+
+def branch(hidden: Tensor, output: Tensor, gate: Tensor | None) -> Tensor:
+    """Add a branch's output to the residual stream, gated where the branch's norm is adaptive."""
+    return hidden + (output if gate is None else output * gate)
 
 
 def rotary(
-    tokens: TokenSelection, positions: Positions, head_dim: int, theta: float, dtype: torch.dtype
+    tokens: TokenSelection, positions: Positions, head_dim: int, theta: float, dtype: torch.dtype, first: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines `[B, 1, n, d]` at the tokens' original ids, or renumbered from 0 where `positions` is compact.
+    """Cosines and sines `[B, 1, n, d]` at the tokens' original ids, or counted from `first` where they are compact.
 
     Computed in float32 whatever the dtype, as transformers does.
     """
-    at = tokens.ids if positions == "preserve" else torch.arange(tokens.n_kept, device=tokens.ids.device)[None]
+    at = tokens.ids
+    if positions == "compact":
+        at = OriginalIds(torch.arange(first, first + tokens.n_kept, device=tokens.ids.device)[None])
     exponent = torch.arange(0, head_dim, 2, device=at.device).float() / head_dim
     angles = at[..., None].float() * (1.0 / theta**exponent)
     angles = torch.cat([angles, angles], dim=-1)[:, None]

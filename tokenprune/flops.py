@@ -14,34 +14,43 @@ class QueryFlops:
 
     Attributes:
         other: Outside the decoder, by part.
-        layers: Each decoder layer.
+        layers: Each decoder layer, all its passes over the layout's tokens.
         probe: Attention rows computed for stages.
+        follow_up: Passes behind the layout.
     """
 
     other: dict[str, int]
     layers: tuple[int, ...]
     probe: int = 0
+    follow_up: int = 0
 
     @property
     def decoder(self) -> int:
-        """All decoder layers."""
+        """All decoder layers over the layout's tokens."""
         return sum(self.layers)
 
     @property
     def total(self) -> int:
         """The whole query."""
-        return sum(self.other.values()) + self.decoder + self.probe
+        return sum(self.other.values()) + self.decoder + self.probe + self.follow_up
 
 
-def layer_flops(shape: DecoderShape, tokens: int, keys: int | None = None) -> int:
-    """FLOPs of one decoder layer over `tokens` rows that attend to `keys` entries (as many as rows when left out).
+def layer_flops(shape: DecoderShape, tokens: int, keys: int | None = None, read: int | None = None) -> int:
+    """FLOPs of one decoder layer.
 
     A causal layer counts its full square, which is what kernels are usually credited with.
+
+    Args:
+        shape: The decoder.
+        tokens: Rows that enter.
+        keys: Entries they attend to, as many as rows when left out.
+        read: Rows whose output is made, all when left out.
     """
-    keys = tokens if keys is None else keys
+    keys, read = (tokens if keys is None else keys), (tokens if read is None else read)
     q_width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    linear = 2 * shape.hidden * q_width + 2 * shape.hidden * kv_width + 3 * shape.hidden * shape.mlp
-    return 2 * tokens * linear + 4 * tokens * keys * q_width
+    entering = shape.hidden * (q_width + 2 * kv_width)
+    leaving = shape.hidden * q_width + 3 * shape.hidden * shape.mlp
+    return 2 * (tokens * entering + read * leaving) + 4 * read * keys * q_width
 
 
 def probe_flops(shape: DecoderShape, rows: int, keys: int) -> int:
@@ -57,9 +66,15 @@ def query_flops(info: BackboneInfo, plan: Plan, probes: tuple[tuple[int, int], .
         plan: Token counts per layer.
         probes: `(layer, rows)` of each attention probe.
     """
-    shape = info.decoder
+    shape, held = info.decoder, plan.tokens
+    layers = [*(layer_flops(shape, n) for n in held[:-1]), layer_flops(shape, held[-1], read=len(plan.layout.readout))]
+    follow_up = 0
+    if info.follow_up is not None:
+        passes = ((rows, n + before + rows) for rows, before in info.follow_up.passes for n in held)
+        follow_up = sum(layer_flops(info.follow_up.decoder, rows, keys) for rows, keys in passes)
     return QueryFlops(
         other=dict(info.other_flops),
-        layers=tuple(layer_flops(shape, tokens) for tokens in plan.tokens),
+        layers=tuple(info.repeats * n for n in layers),
+        follow_up=follow_up,
         probe=sum(probe_flops(shape, rows, plan.tokens[layer]) for layer, rows in probes),
     )

@@ -10,12 +10,9 @@ import torch
 from torch import Tensor
 
 from tokenprune.frames import FrameBuffer
-from tokenprune.selection import OriginalIds, TokenSelection
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from tokenprune.layout import TokenLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,27 +42,11 @@ class ExecutedAction:
 
 
 @dataclass(frozen=True, slots=True)
-class QueryRecord:
-    """One finished query, still on the device.
-
-    Attributes:
-        slots: Environments of the batch rows.
-        mode: Mode it ran in.
-        layout: Its tokens.
-        tokens: What the last layer held.
-        actions: Normalised actions `[B, T, D]`.
-    """
-
-    slots: tuple[int, ...]
-    mode: str
-    layout: TokenLayout
-    tokens: TokenSelection
-    actions: Tensor
-
-
-@dataclass(frozen=True, slots=True)
 class TokenMap:
-    """Values by original id: `values` `[N]` and `seen` `[N]`; "was pruned" is not "scored 0"."""
+    """Values by a token's place among the prunable ones: `values` `[P]`, `seen` `[P]`; "was pruned" is not "scored 0".
+
+    Places stay the same where a prompt of another length moves the original ids of what follows it.
+    """
 
     values: Tensor
     seen: Tensor
@@ -83,7 +64,7 @@ class Slot:
         queries: Queries since the reset.
         asked_at: Control step of the last query.
         frames: The last query's cropped pixels by view, on the device.
-        maps: Values by original token, by name.
+        maps: Values by prunable token, by name.
         numbers: Single values by name.
         host: What controllers keep, by stage.
         executed: Actions since the reset.
@@ -102,17 +83,17 @@ class Slot:
     executed: list[ExecutedAction] = field(default_factory=list)
 
 
-def remember(slots: Sequence[Slot], name: str, ids: OriginalIds, values: Tensor, n_source: int) -> None:
-    """Scatter values `[B, M]` of the tokens `ids` `[B, M]` to original positions, one map per slot."""
+def remember(slots: Sequence[Slot], name: str, places: Tensor, values: Tensor, size: int) -> None:
+    """Scatter values `[B, M]` to the places `[B, M]` of maps with `size` places, one map per slot."""
     for row, slot in enumerate(slots):
-        blank = torch.zeros(n_source, dtype=values.dtype, device=values.device)
-        seen = torch.zeros(n_source, dtype=torch.bool, device=values.device)
-        slot.maps[name] = TokenMap(blank.scatter(0, ids[row], values[row]), seen.scatter(0, ids[row], True))
+        blank = torch.zeros(size, dtype=values.dtype, device=values.device)
+        seen = torch.zeros(size, dtype=torch.bool, device=values.device)
+        slot.maps[name] = TokenMap(blank.scatter(0, places[row], values[row]), seen.scatter(0, places[row], True))
 
 
-def recall(slots: Sequence[Slot], name: str, like: Tensor, n_source: int) -> tuple[Tensor, Tensor]:
-    """Values `[B, N]` and seen `[B, N]` of a map; nothing is seen in a slot that has none since its reset."""
-    blank = TokenMap(like.new_zeros(n_source), torch.zeros(n_source, dtype=torch.bool, device=like.device))
+def recall(slots: Sequence[Slot], name: str, like: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Values `[B, P]` and seen `[B, P]` of a map; nothing is seen in a slot that has none since its reset."""
+    blank = TokenMap(like.new_zeros(size), torch.zeros(size, dtype=torch.bool, device=like.device))
     maps = [slot.maps.get(name, blank) for slot in slots]
     return torch.stack([m.values for m in maps]), torch.stack([m.seen for m in maps])
 

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tokenprune.context import ControlContext, ControlDecision, FeatureContext, LayerContext, SelectContext
-    from tokenprune.history import EpisodeStart, ExecutedAction, QueryRecord
+    from tokenprune.history import EpisodeStart, ExecutedAction
+    from tokenprune.record import QueryRecord
     from tokenprune.selection import Proposal
     from tokenprune.specs import Spec
 
@@ -98,6 +99,8 @@ class StageHooks:
         """Look at a finished query, or at an action the robot executed.
 
         Called after each query, and for each `Policy.executed` (cost: per query, per control step). All are called.
+        The record of a query holds the action tokens' attention at the layers that `Stage.watches` names; what it
+        remembers, the stage recalls in the next query.
         """
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,9 +29,22 @@ class LayerKV:
         )
 
 
+class Memory(Protocol):
+    """What new tokens attend to besides themselves, layer by layer."""
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Entries each layer that has run holds."""
+        ...
+
+    def extend(self, layer: int, new: LayerKV) -> LayerKV:
+        """Everything a layer's queries attend to, the new tokens' own entries last."""
+        ...
+
+
 @dataclass(slots=True)
 class KVCache:
-    """One `LayerKV` per layer that has run."""
+    """One `LayerKV` per layer that has run; what new tokens bring stays."""
 
     layers: list[LayerKV] = field(default_factory=list)
 
@@ -40,6 +55,26 @@ class KVCache:
         else:
             self.layers[layer] = self.layers[layer].then(new)
         return self.layers[layer]
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Entries each layer holds."""
+        return tuple(entry.ids.shape[1] for entry in self.layers)
+
+    def frozen(self) -> FrozenKV:
+        """What is held now, for passes that leave nothing behind."""
+        return FrozenKV(tuple(self.layers))
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenKV:
+    """One `LayerKV` per layer that no pass changes: the prefix of an action expert's flow steps."""
+
+    layers: Sequence[LayerKV]
+
+    def extend(self, layer: int, new: LayerKV) -> LayerKV:
+        """The entries of a layer, followed by new ones that are forgotten afterwards."""
+        return self.layers[layer].then(new)
 
     @property
     def lengths(self) -> tuple[int, ...]:

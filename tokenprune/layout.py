@@ -70,7 +70,7 @@ class TokenLayout:
 
     Segments are contiguous, disjoint and cover `[0, n_tokens)`. `rows` names spans that stages and the
     runtime ask for by name: `text`, `instruction`, `action`, and `readout` (the positions whose hidden
-    states the action head reads). Named rows are never prunable.
+    states are read at the end; none where only keys and values are). Named rows are never prunable.
 
     Raises:
         LayoutError: If segments leave a gap, overlap, repeat a view, or a named row is out of range or prunable.
@@ -131,6 +131,11 @@ class TokenLayout:
     def views(self) -> dict[str, Segment]:
         """Vision segments by camera name, in sequence order."""
         return {s.view: s for s in self.segments if s.view is not None}
+
+    @property
+    def readout(self) -> range:
+        """Tokens whose final hidden states are read: the rows `readout`, or the last token where none are named."""
+        return self.span("readout" if "readout" in self.row_names else "last")
 
     @cached_property
     def row_names(self) -> tuple[str, ...]:

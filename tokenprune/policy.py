@@ -17,11 +17,12 @@ from tokenprune.config import DENSE, PipelineConfig
 from tokenprune.context import ControlContext, ControlDecision, PastFrames
 from tokenprune.errors import ConfigError, ObservationError, StageError, TokenPruneError, nearest
 from tokenprune.frames import FrameBuffer
-from tokenprune.history import EpisodeStart, ExecutedAction, QueryRecord, Slot
+from tokenprune.history import EpisodeStart, ExecutedAction, Slot
 from tokenprune.layout import TokenLayout
 from tokenprune.loader import load_pipeline, parse_pipeline
 from tokenprune.pipeline import BoundPipeline, bind
 from tokenprune.plan import Plan
+from tokenprune.record import QueryRecord
 from tokenprune.registry import Registry
 from tokenprune.runtime import Query
 from tokenprune.trace import Clock, QueryTrace
@@ -60,7 +61,6 @@ class Policy:
         self.pipeline = bind(config, backbone.info, registry)
         self._dense = bind(DENSE, backbone.info, registry)
         self._slots: dict[int, Slot] = {}
-        self._layouts: dict[int, TokenLayout] = {}
 
     def reset(self, instruction: str, slot: int = 0) -> None:
         """Begin an episode or a new task in one environment; everything remembered there is forgotten.
@@ -75,7 +75,6 @@ class Policy:
         for mode in self.pipeline.config.modes:
             self.pipeline.plan(layout, mode)
         number = self._slots[slot].number + 1 if slot in self._slots else 0
-        self._layouts[slot] = layout
         self._slots[slot] = Slot(slot, instruction, FrameBuffer(self.pipeline.frames), number)
         start = EpisodeStart(slot, instruction, number)
         for index, hook in self.pipeline.hooks["reset"]:
@@ -103,7 +102,8 @@ class Policy:
             self._begun(slot)
             self.backbone.check(observation)
         for slot in observations:
-            layout, decision = self._layouts[slot], self._decide(self._slots[slot], "query")
+            layout = self.backbone.layout(self._slots[slot].instruction, observations[slot].get("state"))
+            decision = self._decide(self._slots[slot], "query")
             mode = decision.mode if decision else self.pipeline.config.modes[0]
             alone = None if self.pipeline.plan(layout, mode).graph_safe else slot
             groups.setdefault((layout, mode, alone), []).append(slot)
@@ -263,9 +263,18 @@ class Policy:
             )
         if pipeline.hooks["observe"]:
             clock.enter("history")
-            record = QueryRecord(tuple(s.index for s in slots), plan.mode, plan.layout, query.tokens, result)
+            record = QueryRecord(
+                slots=tuple(slot.index for slot in slots),
+                mode=plan.mode,
+                layout=plan.layout,
+                tokens=query.tokens,
+                actions=result,
+                attention=query.attention,
+                memories=slots,
+                tables=tables,
+            )
             for index, hook in pipeline.hooks["observe"]:
-                pipeline.call(index, "observe", hook, record)
+                pipeline.call(index, "observe", hook, replace(record, scope=f"{index}."))
         return query, normalised
 
 

@@ -13,15 +13,15 @@ def attention_rows(q: Tensor, k: Tensor, rows: CurrentIds, causal: bool) -> Tens
 
     Args:
         q: Queries after rotary embedding `[B, H, n, d]`.
-        k: Keys after rotary embedding `[B, G, n, d]`; `G` divides `H` (grouped-query attention).
+        k: Keys after rotary embedding `[B, G, m, d]`; `G` divides `H` (grouped-query attention).
         rows: Current indices of the queries `[B, R]`.
-        causal: Whether a query sees only keys up to itself.
+        causal: Whether a query sees only keys up to itself; then there are as many keys as queries.
 
     Returns:
-        `[B, H, R, n]`, each row summing to 1.
+        `[B, H, R, m]`, each row summing to 1.
     """
-    batch, heads, n, dim = q.shape
-    groups = k.shape[1]
+    batch, heads, _, dim = q.shape
+    groups, n = k.shape[1], k.shape[2]
     exact = torch.promote_types(q.dtype, torch.float32)
     index = rows[:, None, :, None].expand(batch, heads, rows.shape[1], dim)
     picked = q.gather(2, index).to(exact).view(batch, groups, heads // groups * rows.shape[1], dim)

@@ -12,14 +12,17 @@ from torch import Tensor
 
 from tokenprune.budget import union_count
 from tokenprune.context import FeatureContext, LayoutTables, PastFrames, SelectContext, at_layer, moved
-from tokenprune.decoder import Decoded, Decoder, Positions
-from tokenprune.errors import SelectionError, StageError
+from tokenprune.decoder import Decoder, Positions
+from tokenprune.errors import SelectionError, StageError, TraceError
 from tokenprune.history import Slot
-from tokenprune.kv import KVCache
+from tokenprune.kv import KVCache, LayerKV, Memory
 from tokenprune.pipeline import BoundPipeline
 from tokenprune.plan import Cut, Plan
+from tokenprune.record import ActionAttention
+from tokenprune.repeat import SameCuts
 from tokenprune.selection import OriginalIds, Proposal, Quota, TokenSelection, apply, resolve, rows_at
 from tokenprune.trace import Clock, ProbeRecord, QueryTrace, attention_kernel
+from tokenprune.watch import Watch, Watcher
 
 
 class Query:
@@ -28,7 +31,6 @@ class Query:
     Attributes:
         positions: The pipeline's position policy.
         trace: Filled as the query goes.
-        readout: Hidden states are read at these original ids `[R]`.
         tokens: What the last layer held, once the decoder has run.
     """
 
@@ -47,7 +49,6 @@ class Query:
         """Start a query; nothing runs yet. `past` holds what each stage looks back at, by its index."""
         self.positions: Positions = pipeline.config.positions
         self.trace = QueryTrace(pipeline.config.name, plan)
-        self.readout = tables.rows.get("readout", tables.rows["last"])
         self._pipeline = pipeline
         self._plan = plan
         self._tables = tables
@@ -56,6 +57,8 @@ class Query:
         self._past = past
         self._clock = clock
         self._scorers = _by_layer(pipeline, plan)
+        self._watch = Watch(frozenset(layer for stage in pipeline.stages for layer in stage.watches(plan.depth)))
+        self._held: dict[int, TokenSelection] = {}
         self._context: SelectContext | None = None
         self._checks: list[tuple[str, Tensor]] = []
         self._protected: dict[int, Tensor] = {}
@@ -85,13 +88,22 @@ class Query:
             features = changed
         return features
 
-    def decode(self, decoder: Decoder, embeddings: Tensor, cache: KVCache | None = None) -> Decoded:
+    def noise(self, *shape: int) -> Tensor:  # cold: drawn on the host and uploaded, like the observation
+        """Standard normal numbers `[B, *shape]`, float32: the same for every pipeline, other ones for every query."""
+        seeds = (_mix(0, slot.number, slot.queries, slot.index) for slot in self._slots)
+        drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return torch.stack(drawn).to(self._tables.fixed.device)
+
+    def decode(self, decoder: Decoder, embeddings: Tensor, cache: KVCache | None = None) -> Tensor:
         """Cut before layer 0, run the decoder with its cuts, and check what was held against the plan.
 
         Args:
             decoder: The backbone's decoder.
             embeddings: All tokens of the layout `[B, N, D]`.
-            cache: Filled with the keys and values of each layer, for adapters that go on decoding.
+            cache: Filled with the keys and values of each layer, for adapters that go on with `follow`.
+
+        Returns:
+            Hidden states `[B, R, D]` at the layout's `readout` rows, wherever cuts have moved them.
 
         Raises:
             TraceError: If any layer held another number of tokens than planned.
@@ -99,22 +111,85 @@ class Query:
         with self.phase("selection"):
             hidden, tokens = self._begin(embeddings, decoder.causal)
         with self.phase("decoder"):
-            decoded = decoder.run(hidden, tokens, self, cache)
+            read = self._readout(len(embeddings))
+            decoded = decoder.run(hidden, tokens, self, cache, positions=self.positions, read=read)
         self.tokens = decoded.tokens
         self.trace.held, self.trace.plan = decoded.held, self._plan
         self.trace.check()
-        return decoded
+        return decoded.hidden
 
-    def read(self, decoded: Decoded) -> Tensor:
-        """Hidden states `[B, R, D]` at the layout's `readout` rows, wherever cuts have moved them."""
-        at = decoded.tokens.to_current(OriginalIds(self.readout.expand(len(decoded.hidden), -1)))
-        return rows_at(decoded.hidden, at)
+    def repeat(self, decoder: Decoder, embeddings: Tensor) -> Tensor:
+        """Run the layout's tokens again with other embeddings `[B, N, D]` through the same cuts; no stage is asked.
+
+        Returns:
+            Hidden states `[B, R, D]` at the layout's `readout` rows.
+        """
+        with self.phase("decoder"):
+            again = SameCuts(self._held)
+            hidden, tokens = again.begin(embeddings)
+            read = self._readout(len(embeddings))
+            return decoder.run(hidden, tokens, again, positions=self.positions, read=read).hidden
+
+    def follow(
+        self,
+        decoder: Decoder,
+        embeddings: Tensor,
+        behind: int,
+        memory: Memory,
+        condition: Tensor | None = None,
+        *,
+        actions: bool = True,
+    ) -> Tensor:
+        """Run tokens that come after the layout's and attend to what its cuts left in each layer.
+
+        Args:
+            decoder: The layers they run through, as many as those that filled the memory.
+            embeddings: The tokens `[B, n, D]`.
+            behind: Place of the first of them behind the end of the layout, unpruned; positions go on from there.
+            memory: Keys and values of everything before them.
+            condition: What adaptive norms depend on `[B, C]`.
+            actions: Whether they are action tokens, whose attention stages may watch.
+
+        Returns:
+            Normalised hidden states `[B, n, D]`.
+
+        Raises:
+            TraceError: If the memory does not hold what the plan left.
+        """
+        if not self.trace.cached:
+            self.trace.cached = memory.lengths
+            if memory.lengths != self._plan.tokens:
+                raise TraceError(f"cached {list(memory.lengths)} keys, planned {list(self._plan.tokens)}")
+        batch, n, _ = embeddings.shape
+        first = self._plan.layout.n_tokens + behind
+        ids = OriginalIds(torch.arange(first, first + n, device=embeddings.device).expand(batch, n))
+        tokens, watcher = TokenSelection(ids, first + n), None
+        if actions and self._watch.layers:
+            watcher = Watcher(self._watch, behind, self._prunable_at, self._watched)
+        run = decoder.run(embeddings, tokens, watcher, memory, positions=self.positions, condition=condition)
+        return run.hidden
+
+    @property
+    def attention(self) -> dict[int, ActionAttention]:
+        """Attention of the action tokens, at the layers some stage watches."""
+        return self._watch.result()
+
+    def _prunable_at(self, layer: int) -> OriginalIds:
+        before = [after for after in self.trace.kept if after < layer]
+        return OriginalIds(self.trace.kept[max(before)]) if before else self._all_prunable
+
+    def _watched(self, layer: int, rows: int) -> None:
+        self.trace.probes.append(ProbeRecord("observe", layer, "action", rows))
+
+    def _readout(self, batch: int) -> OriginalIds:
+        rows = self._tables.rows
+        return OriginalIds(rows.get("readout", rows["last"]).expand(batch, -1))
 
     def _begin(self, embeddings: Tensor, causal: bool) -> tuple[Tensor, TokenSelection]:
         layout = self._plan.layout
         batch = embeddings.shape[0]
         tokens = TokenSelection.identity(layout.n_tokens, batch, embeddings.device)
-        prunable = OriginalIds(self._tables.prunable.expand(batch, -1))
+        self._all_prunable = prunable = OriginalIds(self._tables.prunable.expand(batch, -1))
         seeds = tuple(_mix(self._pipeline.config.seed, slot.number, slot.queries, slot.index) for slot in self._slots)
         self._context = SelectContext(
             plan=self._plan,
@@ -139,15 +214,20 @@ class Query:
         """Whether a stage is asked or tokens leave after this layer."""
         if layer == 0:
             return True
-        return layer in self._scorers or layer in self._plan.cut_after
+        return self._asked(layer)
+
+    def _asked(self, layer: int) -> bool:
+        watched = layer in self._watch.layers and "action" in self._tables.rows
+        return watched or layer in self._scorers or layer in self._plan.cut_after
 
     def after_layer(
-        self, layer: int, hidden: Tensor, tokens: TokenSelection, q: Tensor, k: Tensor
+        self, layer: int, hidden: Tensor, tokens: TokenSelection, q: Tensor, seen: LayerKV
     ) -> tuple[Tensor, TokenSelection]:
         """Ask the stages that declared this layer, and cut if the plan says so."""
+        k = seen.k
         if layer == 0:
             self.trace.kernel = attention_kernel(q, k, k, bool(self._context and self._context.causal))
-            if layer not in self._scorers and layer not in self._plan.cut_after:
+            if not self._asked(layer):
                 return hidden, tokens
         with self.phase("selection"):
             assert self._context is not None
@@ -155,8 +235,11 @@ class Query:
             proposals = []
             computed: dict[str, Tensor] = {}
             for index, hook in self._scorers.get(layer, ()):
-                seen = at_layer(context, layer, q, k, self._probed(index, layer), computed)
-                proposals += self._ask("score_layer", f"after layer {layer}", [(index, hook)], seen)
+                own = at_layer(context, layer, q, k, self._probed(self._pipeline.names[index], layer), computed)
+                proposals += self._ask("score_layer", f"after layer {layer}", [(index, hook)], own)
+            if layer in self._watch.layers and "action" in self._tables.rows:
+                own = at_layer(context, layer, q, k, self._probed("observe", layer), computed)
+                self._watch.note(layer, 0, own.attention_rows("action"), context.prunable)
             cut = self._plan.cut_after.get(layer)
             if cut is None:
                 return hidden, tokens
@@ -196,6 +279,7 @@ class Query:
         tokens, prunable = apply(context.tokens, context.prunable, self._tables.fixed, chosen)
         at = context.tokens.to_current(tokens.ids)
         hidden = rows_at(context.hidden, at)
+        self._held[cut.after] = tokens
         self.trace.kept[cut.after] = prunable
         self._note_reasons(cut.after, [p for _, p in proposals], chosen)
         self._context = moved(context, tokens, prunable, hidden)
@@ -239,9 +323,9 @@ class Query:
             answers.append((index, answer))
         return answers
 
-    def _probed(self, index: int, layer: int) -> Callable[[str, int], None]:
+    def _probed(self, stage: str, layer: int) -> Callable[[str, int], None]:
         def note(rows: str, count: int) -> None:
-            self.trace.probes.append(ProbeRecord(self._pipeline.names[index], layer, rows, count))
+            self.trace.probes.append(ProbeRecord(stage, layer, rows, count))
 
         return note
 

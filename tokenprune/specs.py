@@ -12,6 +12,7 @@ StageKind = Literal["controller", "selector", "scorer", "control"]
 """`control` marks a baseline every comparison needs (none, random, uniform grid)."""
 
 CAPABILITIES: Mapping[str, str] = {
+    "action_rows": "action tokens in the decoder beside the image, whose attention scorers can read",
     "batch": "several environments in one query",
     "encoder_attention": "attention of the vision towers",
     "head_cache": "reuse of action-head steps",

@@ -49,6 +49,10 @@ class Stage(Generic[ConfigT]):
         """Layers after which `score_layer` is called; override to look at layers without a cut."""
         return tuple(layer for layer in self.cuts(depth) if layer >= 0)
 
+    def watches(self, depth: int) -> tuple[int, ...]:
+        """Layers at which `observe` is to be given the action tokens' attention; none unless overridden."""
+        return ()
+
     def bind(self, info: BackboneInfo) -> None:
         """Learn the backbone; called once, before any hook.
 

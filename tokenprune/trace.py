@@ -70,7 +70,8 @@ class QueryTrace:
         reasons: Per cut, why: boolean `[B, K]` over the ids kept, by the name a stage gave.
         looked_back: Per stage, control steps between the frames it compared, one per batch row; None without a frame.
         milliseconds: The whole query on the host's clock, from observation to actions.
-        phases: Milliseconds per phase: preprocess, vision, selection, decoder, head, history.
+        phases: Milliseconds per phase: preprocess, vision, selection, decoder, decode or flow, head, history.
+        cached: Keys each layer held for the passes that followed (`decode`, `flow`); empty where none did.
         kernel: Attention kernel torch chose for the first layer's shapes.
         probes: Attention rows that were computed.
         overfull: Per cut, the most protected tokens any row had beyond what the cut keeps (0: all protected were kept).
@@ -83,6 +84,7 @@ class QueryTrace:
     kept: dict[int, Tensor] = field(default_factory=dict)
     reasons: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     looked_back: dict[str, tuple[int | None, ...]] = field(default_factory=dict)
+    cached: tuple[int, ...] = ()
     milliseconds: float = 0.0
     phases: dict[str, float] = field(default_factory=dict)
     kernel: str = ""
@@ -126,6 +128,7 @@ class QueryTrace:
             "mode": self.mode,
             "tokens_held": list(self.held),
             "tokens_planned": list(self.plan.tokens),
+            "keys_cached": list(self.cached),
             "kept_per_view": self.view_counts(),
             "query_ms": round(self.milliseconds, 4),
             "phases_ms": {name: round(ms, 4) for name, ms in self.phases.items()},

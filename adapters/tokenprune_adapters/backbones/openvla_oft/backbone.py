@@ -72,8 +72,8 @@ class OpenVLAOFT:
         """The instruction as tokens."""
         return self.tokenizer.encode(instruction, self.config.max_text)
 
-    def layout(self, instruction: str) -> TokenLayout:
-        """Tokens of a query with this instruction."""
+    def layout(self, instruction: str, state: object = None) -> TokenLayout:
+        """Tokens of a query with this instruction; the state has a token of its own."""
         return self.config.layout(self.prompt(instruction))
 
     def check(self, observation: Observation) -> None:
@@ -134,9 +134,9 @@ class OpenVLAOFT:
         with query.phase("vision"):
             patches = self._patches(inputs, query)
             embeddings = self.embed(inputs, patches)
-        decoded = query.decode(self.decoder, embeddings)
+        states = query.decode(self.decoder, embeddings)
         with query.phase("head"):
-            actions: Tensor = self.model.action_head(query.read(decoded))
+            actions: Tensor = self.model.action_head(states)
         return actions
 
     def _patches(self, inputs: OFTInputs, query: Query) -> list[Tensor]:

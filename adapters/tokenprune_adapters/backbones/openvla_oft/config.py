@@ -93,7 +93,7 @@ class OFTConfig:
             decoder=self.body.decoder,
             views=self.views,
             action=self.action,
-            capabilities=frozenset({"batch"}),
+            capabilities=frozenset({"action_rows", "batch"}),
             other_flops=other,
         )
 
