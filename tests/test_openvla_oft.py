@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from tests.naive_oft import Spec, naive_actions
 from tests.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
+from tokenprune.backbones import load_backbone
 from tokenprune.config import DENSE
 from tokenprune.layout import Role
-from tokenprune.policy import Policy, load_backbone
+from tokenprune.policy import Policy
 from tokenprune.registry import Registry
 from tokenprune_adapters.backbones.openvla_oft.backbone import OpenVLAOFT
 

@@ -13,17 +13,19 @@ if TYPE_CHECKING:
     from tokenprune.episode import load_episode as load_episode
     from tokenprune.hookspecs import hookimpl as hookimpl
     from tokenprune.policy import Policy as Policy
+    from tokenprune.policy import from_module as from_module
     from tokenprune.policy import load as load
     from tokenprune.selection import Proposal as Proposal
 
 _LAZY = {
     "load": "tokenprune.policy",
+    "from_module": "tokenprune.policy",
     "Policy": "tokenprune.policy",
     "Proposal": "tokenprune.selection",
     "hookimpl": "tokenprune.hookspecs",
     "load_episode": "tokenprune.episode",
 }
-__all__ = ["Policy", "Proposal", "__version__", "hookimpl", "load", "load_episode"]
+__all__ = ["Policy", "Proposal", "__version__", "from_module", "hookimpl", "load", "load_episode"]
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - the module protocol

@@ -68,6 +68,7 @@ class BackboneInfo:
         decoder: Its dimensions.
         views: Cameras in sequence order.
         action: What it returns.
+        state_size: Numbers of robot state it reads, None where it reads none.
         capabilities: Names from `specs.CAPABILITIES` it offers.
         other_flops: FLOPs per query outside the decoder, by part (2 per multiply-add).
         repeats: Times the layout's tokens go through the decoder in one query.
@@ -80,6 +81,7 @@ class BackboneInfo:
     decoder: DecoderShape
     views: tuple[str, ...]
     action: ActionSpec
+    state_size: int | None = None
     capabilities: frozenset[str] = frozenset()
     other_flops: Mapping[str, int] = field(default_factory=dict)
     repeats: int = 1

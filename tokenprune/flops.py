@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tokenprune.backbone import BackboneInfo, DecoderShape
-from tokenprune.plan import Plan
+from tokenprune.layout import TokenLayout
+from tokenprune.plan import Cut, Plan, make_plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,3 +79,19 @@ def query_flops(info: BackboneInfo, plan: Plan, probes: tuple[tuple[int, int], .
         follow_up=follow_up,
         probe=sum(probe_flops(shape, rows, plan.tokens[layer]) for layer, rows in probes),
     )
+
+
+def layer_weights(shape: DecoderShape) -> int:
+    """Numbers in the matrices of one decoder layer."""
+    attention = 2 * shape.heads + 2 * shape.kv_heads
+    return shape.hidden * (attention * shape.head_dim + 3 * shape.mlp)
+
+
+def ceiling(info: BackboneInfo, layout: TokenLayout, after: int) -> float:
+    """Dense FLOPs over those of a query from which every prunable token is gone after a layer (-1: before layer 0).
+
+    No pruning of tokens after that layer can save more.
+    """
+    dense = make_plan((), (), layout, "dense", info.decoder.depth)
+    bare = Plan(layout, dense.mode, dense.depth, (Cut(after, (), len(layout.prunable), 0),), dense.calls)
+    return query_flops(info, dense).total / query_flops(info, bare).total

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from tokenprune.adapter import Backbone, Inputs, Observation
+from tokenprune.backbones import load_backbone
 from tokenprune.config import DENSE, PipelineConfig
 from tokenprune.context import ControlContext, ControlDecision, PastFrames
-from tokenprune.errors import ConfigError, ObservationError, StageError, TokenPruneError, nearest
+from tokenprune.errors import ObservationError, StageError, TokenPruneError, nearest
 from tokenprune.frames import FrameBuffer
 from tokenprune.history import EpisodeStart, ExecutedAction, Slot
 from tokenprune.layout import TokenLayout
@@ -26,8 +27,6 @@ from tokenprune.record import QueryRecord
 from tokenprune.registry import Registry
 from tokenprune.runtime import Query
 from tokenprune.trace import Clock, QueryTrace
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -312,43 +311,42 @@ def load(
         CheckpointError: If the checkpoint cannot be used.
     """
     registry = registry or Registry.discover()
-    if isinstance(pipeline, Mapping):
-        config = parse_pipeline(pipeline, registry, "pipeline").config
-    else:
-        config = load_pipeline(pipeline, registry, overrides).config
+    config = _configured(pipeline, registry, overrides)
     return Policy(load_backbone(backbone, registry, checkpoint, preset, device, dtype, seed, options), config, registry)
 
 
-def load_backbone(
-    name: str,
-    registry: Registry,
-    checkpoint: str | Path | None,
-    preset: str | None,
-    device: str,
-    dtype: str,
-    seed: int,
-    options: Mapping[str, Any],
-) -> Backbone:
-    """Load a backbone alone, to share it between policies; arguments as in `load`."""
-    if dtype not in (*DTYPES, "auto"):
-        raise ConfigError(f"unknown dtype '{dtype}'{nearest(dtype, (*DTYPES, 'auto'))}")
-    try:
-        target = torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(f"'{device}' is no torch device; write cpu, cuda or cuda:0") from error
-    if target.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device '{device}' was asked for, but torch {torch.__version__} sees no GPU")
-    chosen = native_dtype(target) if dtype == "auto" else DTYPES[dtype]
-    folder = None if checkpoint is None else Path(checkpoint)
-    made: Backbone = registry.backbone_factory(name).build(preset, folder, options, target, chosen, seed)
-    return made
+def from_module(
+    module: torch.nn.Module,
+    backbone: str,
+    *,
+    pipeline: str | Path | Mapping[str, Any] = "dense",
+    overrides: Sequence[str] = (),
+    registry: Registry | None = None,
+    **options: Any,  # noqa: ANN401 - the adapter's own options, checked by it
+) -> Policy:
+    """Adopt a live upstream model and bind a pipeline to it; its weights are shared, none is copied.
+
+    Args:
+        module: The upstream model, on its device and in its dtype.
+        backbone: Registered name of its family, such as `openvla`.
+        pipeline: As in `load`.
+        overrides: As in `load`.
+        registry: As in `load`.
+        **options: The adapter's options, and what the model itself does not hold, such as `tokenizer="PATH"`.
+
+    Raises:
+        PluginError: If the backbone or a stage is unknown.
+        ConfigError: If the pipeline or an option is wrong.
+        CheckpointError: If the model is not of this family.
+    """
+    registry = registry or Registry.discover()
+    config = _configured(pipeline, registry, overrides)
+    return Policy(registry.backbone_factory(backbone).adopt(module, options), config, registry)
 
 
-def native_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device has instructions for it; emulating it would be slower than float32."""
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-        native = device.type == "cpu" and any(probe() for probe in probes if probe is not None)
-    return torch.bfloat16 if native else torch.float32
+def _configured(
+    pipeline: str | Path | Mapping[str, Any], registry: Registry, overrides: Sequence[str]
+) -> PipelineConfig:
+    if isinstance(pipeline, Mapping):
+        return parse_pipeline(pipeline, registry, "pipeline").config
+    return load_pipeline(pipeline, registry, overrides).config

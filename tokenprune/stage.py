@@ -71,3 +71,16 @@ class Stage(Generic[ConfigT]):
     def probes(self, info: BackboneInfo, layout: TokenLayout, mode: str) -> tuple[tuple[int, str | range], ...]:
         """Layers at which this stage computes attention rows in a mode, each with the rows; what `explain` counts."""
         return ()
+
+
+def require_rows(rows: str, info: BackboneInfo) -> None:
+    """Refuse to read the attention of action tokens where the decoder has none beside the image.
+
+    Raises:
+        ValueError: Saying what to read instead.
+    """
+    if rows == "action" and "action_rows" not in info.capabilities:
+        raise ValueError(
+            f"rows: action: backbone '{info.name}' has no action tokens in the pass that scores tokens; read "
+            "'instruction' or 'text', or watch the action tokens in `observe` for the next query"
+        )

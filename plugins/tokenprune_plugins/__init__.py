@@ -57,6 +57,7 @@ _RELEASED = StageSpec(
     "the static stage as the final released code runs it, for comparison only",
     f"{__name__}.specprune.static_c3:StaticC3",
     paper=f"{_SPECPRUNE}, code 8091adc",
+    requires=frozenset({"action_rows"}),
 )
 _PRESETS = {
     "specprune": "controller, static and dynamic stage of SpecPrune-VLA, with fixed counts",

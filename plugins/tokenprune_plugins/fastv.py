@@ -17,7 +17,7 @@ from tokenprune.context import LayerContext
 from tokenprune.hookspecs import hookimpl
 from tokenprune.layout import TokenLayout
 from tokenprune.selection import Proposal
-from tokenprune.stage import Stage
+from tokenprune.stage import Stage, require_rows
 
 
 class FastVConfig(CutConfig):
@@ -36,9 +36,19 @@ class FastV(Stage[FastVConfig]):
 
     Config = FastVConfig
 
+    def bind(self, info: BackboneInfo) -> None:
+        """Refuse rows that the decoder does not have beside the image."""
+        require_rows(self.config.rows, info)
+
     def notes(self, info: BackboneInfo) -> str:
         """Which rows are read on this backbone."""
-        return f"attention of the '{self._rows(info.decoder.causal)}' rows, mean over heads and rows"
+        rows = self._rows(info.decoder.causal)
+        instead = (
+            ", as in the released code" if rows == "last" else " in place of the last one, which means nothing here"
+        )
+        return (
+            f"attention of the '{rows}' rows{instead if self.config.rows == 'auto' else ''}, mean over heads and rows"
+        )
 
     def probes(self, info: BackboneInfo, layout: TokenLayout, mode: str) -> tuple[tuple[int, str | range], ...]:
         """The rows, at every layer a cut follows."""

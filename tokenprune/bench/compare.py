@@ -15,19 +15,29 @@ from tokenprune.bench.replay import Tick, query_steps, replay
 from tokenprune.config import DENSE
 from tokenprune.episode import Episode
 from tokenprune.errors import ConfigError
-from tokenprune.flops import query_flops
+from tokenprune.flops import QueryFlops, query_flops
 from tokenprune.layout import TokenLayout
 from tokenprune.loader import LoadedPipeline
 from tokenprune.policy import ActionChunk, Policy
 from tokenprune.registry import Registry
 from tokenprune.trace import QueryTrace
 
+Array = np.ndarray[Any, np.dtype[np.float64]]
 FORMAT_VERSION = 1
 WARMUP = 2
 UNTRAINED = (
     "The weights are untrained random numbers: action error says how far pruning\n"
     "moves the output, and nothing about success."
 )
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What pruning gained: median speedup query by query, FLOP ratio, and the first over the second."""
+
+    speedup: float
+    flop_ratio: float
+    efficiency: float
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,8 @@ class Row:
         speedup: Median over queries of dense time over its own, query by query.
         efficiency: Speedup over FLOP ratio: how much of the saved arithmetic became saved time.
         selection: Time spent choosing, moving and remembering tokens, as a share of the dense query.
+        phases: Median milliseconds of each phase of a query.
+        prefill: The decoder over the layout's tokens, choosing among them included, beside dense.
         error: Mean absolute difference from the dense actions per group of dimensions, in the environment's units.
         gripper_flips: Actions whose gripper command differs from dense.
         actions: Actions compared.
@@ -61,6 +73,8 @@ class Row:
     speedup: float
     efficiency: float
     selection: float
+    phases: dict[str, float]
+    prefill: Gain
     error: dict[str, float]
     gripper_flips: int
     actions: int
@@ -146,9 +160,15 @@ def make_row(label: str, own: Sequence[ActionChunk], dense: Sequence[ActionChunk
     traces = [chunk.trace for chunk in own]
     times = np.array([trace.milliseconds for trace in traces])
     baseline = np.array([chunk.trace.milliseconds for chunk in dense])
-    flops = np.mean([trace_flops(info, trace) for trace in traces])
-    flop_ratio = float(np.mean([trace_flops(info, chunk.trace) for chunk in dense]) / flops)
-    speedup = float(np.median(baseline / times))
+    spent, spent_dense = ([trace_flops(info, c.trace) for c in chunks] for chunks in (own, dense))
+    flops = np.mean([f.total for f in spent])
+    whole = _gain(times, baseline, [f.total for f in spent], [f.total for f in spent_dense])
+    prefill = _gain(
+        np.array([_prefill(trace) for trace in traces]),
+        np.array([_prefill(chunk.trace) for chunk in dense]),
+        [f.decoder + f.probe for f in spent],
+        [f.decoder + f.probe for f in spent_dense],
+    )
     pairs = np.stack([chunk.actions for chunk in own]), np.stack([chunk.actions for chunk in dense])
     distance = np.abs(pairs[0] - pairs[1])
     flips = 0
@@ -160,12 +180,14 @@ def make_row(label: str, own: Sequence[ActionChunk], dense: Sequence[ActionChunk
         tokens_mean=float(np.mean([np.mean(trace.plan.prunable) for trace in traces])),
         tokens_last=float(np.mean([trace.plan.prunable[-1] for trace in traces])),
         gflops=float(flops / 1e9),
-        flop_ratio=flop_ratio,
+        flop_ratio=whole.flop_ratio,
         median_ms=float(np.median(times)),
         p95_ms=float(np.percentile(times, 95)),
-        speedup=speedup,
-        efficiency=speedup / flop_ratio,
+        speedup=whole.speedup,
+        efficiency=whole.efficiency,
         selection=float(np.median([_own_work(trace) for trace in traces]) / np.median(baseline)),
+        phases={name: float(np.median([t.phases.get(name, 0.0) for t in traces])) for name in traces[0].phases},
+        prefill=prefill,
         error={name: float(distance[..., list(dims)].mean()) for name, dims in info.action.groups.items()},
         gripper_flips=flips,
         actions=int(pairs[0].shape[0] * pairs[0].shape[1]),
@@ -173,13 +195,22 @@ def make_row(label: str, own: Sequence[ActionChunk], dense: Sequence[ActionChunk
     )
 
 
+def _gain(own: Array, dense: Array, own_flops: Sequence[int], dense_flops: Sequence[int]) -> Gain:
+    speedup, flop_ratio = float(np.median(dense / own)), float(np.mean(dense_flops) / np.mean(own_flops))
+    return Gain(speedup, flop_ratio, speedup / flop_ratio)
+
+
+def _prefill(trace: QueryTrace) -> float:
+    return trace.phases.get("decoder", 0.0) + trace.phases.get("selection", 0.0)
+
+
 def _own_work(trace: QueryTrace) -> float:
     return trace.phases.get("selection", 0.0) + trace.phases.get("history", 0.0)
 
 
-def trace_flops(info: BackboneInfo, trace: QueryTrace) -> int:
+def trace_flops(info: BackboneInfo, trace: QueryTrace) -> QueryFlops:
     """FLOPs of a query as it ran, attention probes included."""
-    return query_flops(info, trace.plan, tuple((probe.layer, probe.count) for probe in trace.probes)).total
+    return query_flops(info, trace.plan, tuple((probe.layer, probe.count) for probe in trace.probes))
 
 
 def describe(backbone: Backbone) -> dict[str, Any]:

@@ -37,11 +37,17 @@ def add_to(app: typer.Typer) -> None:
 
 def list_(
     pattern: Annotated[str, typer.Argument(help="Names to show, with * as wildcard.")] = "*",
+    matrix: Annotated[bool, typer.Option("--matrix", help="Run each stage and pipeline on each backbone.")] = False,
     plugins: Plugins = None,
     as_json: Json = False,
 ) -> None:
     """List the stages, pipelines and backbones that are installed, and whose they are."""
     found = registry(plugins)
+    if matrix:
+        from tokenprune.cli.matrix import show_matrix
+
+        show_matrix(found, pattern, as_json)
+        return
     entries = [entry for entry in _entries(found) if fnmatch.fnmatch(entry["name"], pattern)]
     if as_json:
         print_json(entries)

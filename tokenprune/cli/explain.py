@@ -101,6 +101,7 @@ def explain(
             if (note := stage.notes(info))
         ],
         "modes": {mode: _mode(bound, info, layout, mode) for mode in loaded.config.modes},
+        **_limits(info, layout),
     }
     if as_json:
         print_json(facts)
@@ -111,6 +112,25 @@ def explain(
 def _owner(found: Registry, stage: str) -> str:
     owner = found.stage(stage).owner
     return f"{owner.distribution} {owner.version}"
+
+
+def _limits(info: BackboneInfo, layout: TokenLayout) -> dict[str, Any]:
+    """What no pruning of visual tokens can go beyond on this backbone."""
+    from tokenprune.flops import ceiling, layer_weights, query_flops
+    from tokenprune.plan import make_plan
+
+    limits: dict[str, Any] = {"ceiling": {"embedding": ceiling(info, layout, -1), "1": ceiling(info, layout, 1)}}
+    if info.follow_up is not None:
+        dense = query_flops(info, make_plan((), (), layout, "dense", info.decoder.depth))
+        shape, passes = info.follow_up.decoder, info.follow_up.passes
+        limits["unprunable"] = {
+            "phase": info.follow_up.name,
+            "passes": len(passes),
+            "most_tokens": max(rows for rows, _ in passes),
+            "share_of_dense_flops": dense.follow_up / dense.total,
+            "weights_read_each": shape.depth * layer_weights(shape),
+        }
+    return limits
 
 
 def _mode(bound: BoundPipeline, info: BackboneInfo, layout: TokenLayout, mode: str) -> dict[str, Any]:
@@ -158,6 +178,7 @@ def _mode(bound: BoundPipeline, info: BackboneInfo, layout: TokenLayout, mode: s
         "gflops": {
             **{part: n / 1e9 for part, n in own.other.items()},
             "decoder": own.decoder / 1e9,
+            **({info.follow_up.name: own.follow_up / 1e9} if info.follow_up is not None else {}),
             "probes": own.probe / 1e9,
             "total": own.total / 1e9,
             "dense": dense.total / 1e9,
@@ -179,6 +200,7 @@ def _print(facts: dict[str, Any]) -> None:
         console.print(table)
     for note in facts["notes"]:
         print(note)
+    _print_limits(facts)
     for mode, plan in facts["modes"].items():
         print(f"\nmode {mode}")
         _print_cuts(console, plan)
@@ -189,6 +211,24 @@ def _print(facts: dict[str, Any]) -> None:
         print(f"total {gflops['total']:.4g} of dense {gflops['dense']:.4g}: {plan['flop_ratio']:.2f} times fewer")
         if not plan["graph_safe"]:
             print("counts depend on the input: not safe for CUDA graphs; numbers above are upper bounds")
+
+
+def _print_limits(facts: dict[str, Any]) -> None:
+    first, second = facts["ceiling"].values()
+    said = f"ceiling: {first:.2f} times fewer FLOPs without any visual token, {second:.2f} if all leave after layer 1"
+    print(textwrap.fill(said, WIDTH))
+    if "unprunable" in facts:
+        fixed = facts["unprunable"]
+        said = (
+            f"{fixed['phase']} cannot be pruned: {fixed['passes']} passes over at most {fixed['most_tokens']} tokens, "
+            f"{100 * fixed['share_of_dense_flops']:.1f} % of the dense FLOPs; each reads "
+            f"{_count(fixed['weights_read_each'])} weights, and only its attention to the rest gets shorter"
+        )
+        print(textwrap.fill(said, WIDTH))
+
+
+def _count(n: int) -> str:
+    return f"{n / 1e9:.2f} billion" if n >= 1e8 else f"{n / 1e6:.1f} million"
 
 
 def _print_cuts(console: Console, plan: dict[str, Any]) -> None:

@@ -70,7 +70,7 @@ def compare(
     """Compare pipelines with the dense policy on one recorded episode: tokens, FLOPs, time, action error."""
     from tokenprune.bench.compare import compare as measure
     from tokenprune.loader import load_pipeline
-    from tokenprune.report.tables import WIDTH, compare_legend, compare_table
+    from tokenprune.report.tables import WIDTH, compare_legend, compare_table, phase_table
 
     found = registry(plugins)
     loaded = [load_pipeline(name, found, () if name == "dense" else (sets or ())) for name in pipelines]
@@ -88,7 +88,11 @@ def compare(
     print(facts["gpu"] or f"{facts['cpu']}, {facts['torch_threads']} threads")
     asked = f'{len(data["episode"]["steps"])} queries of "{data["episode"]["instruction"]}"'
     print(textwrap.fill(asked, WIDTH) + "\n")
-    Console(width=WIDTH, highlight=False).print(compare_table(result.rows))
+    console, follow_up = Console(width=WIDTH, highlight=False), opened.info.follow_up
+    console.print(compare_table(result.rows))
+    console.print()
+    console.print(phase_table(result.rows, None if follow_up is None else follow_up.name))
+    print()
     print(compare_legend(result.rows, data["note"]))
     for label, said in data["notes"].items():
         for line in said:
@@ -175,8 +179,8 @@ def _open(
     options: Sequence[str] | None,
 ) -> tuple[Backbone, Episode, dict[str, Any]]:
     """The model and the episode a verb runs on, and the settings that repeat them."""
+    from tokenprune.backbones import load_backbone
     from tokenprune.episode import load_episode
-    from tokenprune.policy import load_backbone
 
     preset, checkpoint = source(preset, checkpoint)
     recorded = load_episode(episode or bundled_episode(found, backbone))

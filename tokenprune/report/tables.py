@@ -26,8 +26,7 @@ def compare_table(rows: tuple[Row, ...]) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
-            # A long name is broken after its dot rather than in a word.
-            row.pipeline if len(row.pipeline) <= _NAME else row.pipeline.replace(".", ".\n", 1),
+            _broken(row.pipeline),
             f"{row.tokens_mean:.0f}",
             f"{row.tokens_last:.0f}",
             f"{row.gflops:.4g}",
@@ -43,6 +42,40 @@ def compare_table(rows: tuple[Row, ...]) -> Table:
     return table
 
 
+def phase_table(rows: tuple[Row, ...], follow_up: str | None) -> Table:
+    """Where the time of a query goes, and what pruning gained in the decoder alone.
+
+    Args:
+        rows: One line each.
+        follow_up: Name of the phase after the layout's tokens, if the backbone has one; the decoder's first pass is
+            then called prefill.
+    """
+    decoder = "decoder" if follow_up is None else "prefill"
+    named = ("vision", "selection", "decoder", *(() if follow_up is None else (follow_up,)), "head")
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, header_style="bold", show_edge=False)
+    table.add_column("ms p50\nby phase", overflow="fold", min_width=12)
+    for phase in (*named, "other"):
+        shown = {"decoder": decoder, "selection": "select"}.get(phase, phase)
+        table.add_column(f"\n{shown}", justify="right", no_wrap=True)
+    for heading in (f"{decoder}\nspeedup", "FLOP\nratio", "\neff"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        rest = sum(ms for phase, ms in row.phases.items() if phase not in named)
+        gain = row.prefill
+        table.add_row(
+            _broken(row.pipeline),
+            *(milliseconds(row.phases.get(phase, 0.0)) for phase in named),
+            milliseconds(rest),
+            *(f"{value:.2f}" for value in (gain.speedup, gain.flop_ratio, gain.efficiency)),
+        )
+    return table
+
+
+def _broken(name: str) -> str:
+    """A long name is broken after its dot rather than in a word."""
+    return name if len(name) <= _NAME else name.replace(".", ".\n", 1)
+
+
 def milliseconds(value: float) -> str:
     """Four characters: milliseconds, or seconds where those do not fit."""
     return f"{value:.3g}" if value < 100 else f"{value:.0f}" if value < 9999.5 else f"{value / 1e3:.0f}s"
@@ -55,7 +88,8 @@ def compare_legend(rows: tuple[Row, ...], note: str) -> str:
         "query, observation to actions. speed up: dense over own time, query by query,",
         "median. eff: speed up / FLOP ratio. sel: choosing, moving and remembering",
         "tokens, % of dense time. L1 and gripper flips: against dense, over",
-        f"{rows[0].actions} actions.",
+        f"{rows[0].actions} actions. By phase: select and the decoder's gain count choosing; other is",
+        "preprocessing and memory.",
     ]
     fallen = [f"{row.pipeline} {row.fallbacks}" for row in rows if row.fallbacks]
     if fallen:

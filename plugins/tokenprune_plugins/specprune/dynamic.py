@@ -18,7 +18,7 @@ from tokenprune.context import LayerContext
 from tokenprune.hookspecs import hookimpl
 from tokenprune.layout import TokenLayout
 from tokenprune.selection import Proposal
-from tokenprune.stage import Stage
+from tokenprune.stage import Stage, require_rows
 from tokenprune_plugins.specprune import signals
 
 
@@ -56,8 +56,10 @@ class Dynamic(Stage[DynamicConfig]):
         """Find the layers in this decoder.
 
         Raises:
-            ValueError: If a cut comes before the first update and nothing says that it may.
+            ValueError: If a cut comes before the first update and nothing says that it may, or if the decoder has no
+                such rows.
         """
+        require_rows(self.config.rows, info)
         self._depth = info.decoder.depth
         self._updates = layers_of(self.config.updates, self._depth)
         self._cuts = self.cuts(self._depth)

@@ -93,6 +93,7 @@ class OFTConfig:
             decoder=self.body.decoder,
             views=self.views,
             action=self.action,
+            state_size=self.state_size,
             capabilities=frozenset({"action_rows", "batch"}),
             other_flops=other,
         )
@@ -133,7 +134,27 @@ SMALL = replace(
     ),
 )  # fmt: skip
 
-PRESETS: Mapping[str, OFTConfig] = {"7b": SEVEN_B, "small": SMALL}
+# Milliseconds a query, for checks of what runs where.
+TINY = replace(
+    SEVEN_B,
+    body=PrismaticConfig(
+        towers=(
+            ViTConfig(
+                image_size=56, patch_size=14, hidden_size=24, depth=3, heads=3, mlp_size=48,
+                registers=4, cls=True, layer_scale=True, gelu="exact", tap=1,
+            ),
+            ViTConfig(
+                image_size=56, patch_size=14, hidden_size=16, depth=3, heads=2, mlp_size=32,
+                registers=0, cls=False, layer_scale=False, gelu="exact", tap=1,
+            ),
+        ),
+        decoder=DecoderShape(depth=8, hidden=32, heads=4, kv_heads=4, head_dim=8, mlp=48, causal=False),
+        vocab=2048,
+    ),
+    transform=replace(_LIBERO_TRANSFORM, size=56),
+)  # fmt: skip
+
+PRESETS: Mapping[str, OFTConfig] = {"7b": SEVEN_B, "small": SMALL, "tiny": TINY}
 
 
 def preset(name: str) -> OFTConfig:
