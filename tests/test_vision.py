@@ -18,7 +18,14 @@ from transformers import (
 )
 
 from tokenprune.errors import CheckpointError
-from tokenprune_adapters.vision import DINOV2_L_REG4_224, SIGLIP_SO400M_224, VisionTower, ViTConfig, flops
+from tokenprune_adapters.vision import (
+    DINOV2_L_REG4_224,
+    SIGLIP_SO400M_224,
+    SIGLIP_SO400M_224_PALIGEMMA,
+    VisionTower,
+    ViTConfig,
+    flops,
+)
 
 TOLERANCE = 1e-10
 SIGLIP = ViTConfig(
@@ -35,6 +42,7 @@ SIGLIP = ViTConfig(
     tap=2,
 )
 DINO = replace(SIGLIP, registers=4, cls=True, layer_scale=True, mlp_size=96)
+PALIGEMMA = replace(SIGLIP, gelu="tanh", tap=3, split_qkv=True, final_norm=True)
 
 State = dict[str, Tensor]
 
@@ -75,6 +83,21 @@ def siglip_peer(gelu: str = "gelu") -> tuple[PreTrainedModel, State]:
             ours[f"blocks.{n}.mlp.fc1.{kind}"] = theirs[f"{layer}.mlp.fc1.{kind}"]
             ours[f"blocks.{n}.mlp.fc2.{kind}"] = theirs[f"{layer}.mlp.fc2.{kind}"]
     return peer, ours
+
+
+def paligemma_peer() -> tuple[PreTrainedModel, State]:
+    peer, _ = siglip_peer("gelu_pytorch_tanh")
+    theirs = {name.removeprefix("vision_model."): value for name, value in peer.state_dict().items()}
+    names = {
+        "patch_embed.proj": "embeddings.patch_embedding",
+        "norm": "post_layernorm",
+        **{f"blocks.{n}.norm{i}": f"encoder.layers.{n}.layer_norm{i}" for n in range(4) for i in (1, 2)},
+        **{f"blocks.{n}.mlp.fc{i}": f"encoder.layers.{n}.mlp.fc{i}" for n in range(4) for i in (1, 2)},
+        **{f"blocks.{n}.attn.{x}_proj": f"encoder.layers.{n}.self_attn.{x}_proj" for n in range(4) for x in "qkv"},
+        **{f"blocks.{n}.attn.proj": f"encoder.layers.{n}.self_attn.out_proj" for n in range(4)},
+    }
+    ours = {f"{a}.{kind}": theirs[f"{b}.{kind}"] for a, b in names.items() for kind in ("weight", "bias")}
+    return peer, ours | {"pos_embed": theirs["embeddings.position_embedding.weight"][None]}
 
 
 def attention_of(state: State, prefix: str, kind: str) -> list[Tensor]:
@@ -174,6 +197,46 @@ def test_tanh_gelu_is_another_function(pixels):
     assert gap(tanh, features(tanh_peer, pixels, SIGLIP.tap, 0)) < TOLERANCE
 
 
+def test_paligemma_equals_the_last_hidden_state_of_transformers(pixels):
+    peer, state = paligemma_peer()
+    out = tower(PALIGEMMA, state)(pixels)
+    assert out.shape == (2, 16, 24)
+    assert gap(out, peer(pixel_values=pixels).last_hidden_state) < TOLERANCE
+
+
+def test_exact_gelu_in_paligemma_would_show(pixels):
+    peer, state = paligemma_peer()
+    out = tower(replace(PALIGEMMA, gelu="exact"), state)(pixels)
+    assert gap(out, peer(pixel_values=pixels).last_hidden_state) > 1e-5
+
+
+def test_missing_final_norm_would_show(pixels):
+    peer, state = paligemma_peer()
+    plain = {name: value for name, value in state.items() if not name.startswith("norm.")}
+    out = tower(replace(PALIGEMMA, final_norm=False), plain)(pixels)
+    assert gap(out, peer(pixel_values=pixels).last_hidden_state) > 1e-3
+
+
+def test_split_projections_are_the_fused_ones(pixels):
+    _, state = paligemma_peer()
+    fused = dict(state)
+    for n in range(4):
+        for kind in ("weight", "bias"):
+            parts = [fused.pop(f"blocks.{n}.attn.{x}_proj.{kind}") for x in "qkv"]
+            fused[f"blocks.{n}.attn.qkv.{kind}"] = torch.cat(parts)
+    assert gap(tower(PALIGEMMA, state)(pixels), tower(replace(PALIGEMMA, split_qkv=False), fused)(pixels)) < TOLERANCE
+
+
+def test_a_live_siglip_is_adopted_without_a_copy(pixels):
+    peer, state = paligemma_peer()
+    with torch.device("meta"):
+        model = VisionTower(PALIGEMMA)
+    model.load_state_dict(state, strict=True, assign=True)
+    theirs = {value.untyped_storage().data_ptr() for value in peer.parameters()}
+    assert {value.untyped_storage().data_ptr() for value in model.parameters()} <= theirs
+    assert gap(model(pixels), peer(pixel_values=pixels).last_hidden_state) < TOLERANCE
+
+
 def test_tap_is_a_block_index(pixels):
     peer, state = siglip_peer()
     out = tower(SIGLIP, state)(pixels)
@@ -220,7 +283,7 @@ def test_norm_epsilon_would_show(pixels):
     assert gap(out, features(peer, pixels, SIGLIP.tap, 0)) > 1e-8
 
 
-@pytest.mark.parametrize("config", [SIGLIP, DINO, replace(DINO, registers=0), replace(DINO, cls=False)])
+@pytest.mark.parametrize("config", [SIGLIP, DINO, replace(DINO, registers=0), replace(DINO, cls=False), PALIGEMMA])
 def test_flops_equal_what_torch_counts(config):
     model = VisionTower(config)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -259,6 +322,24 @@ def test_release_towers_are_the_published_ones():
     assert flops(replace(SIGLIP_SO400M_224, tap=26)) == pytest.approx(0.219e12, rel=0.005)
 
 
+def test_the_tower_of_pi0_is_the_published_one():
+    config = SIGLIP_SO400M_224_PALIGEMMA
+    assert (config.grid, config.prefix_tokens, config.gelu, config.eps) == ((16, 16), 0, "tanh", 1e-6)
+    with torch.device("meta"):
+        model = VisionTower(config)
+    block = {
+        "norm1": (1152,), "attn.q_proj": (1152, 1152), "attn.k_proj": (1152, 1152), "attn.v_proj": (1152, 1152),
+        "attn.proj": (1152, 1152), "norm2": (1152,), "mlp.fc1": (4304, 1152), "mlp.fc2": (1152, 4304),
+    }  # fmt: skip
+    layers = {"patch_embed.proj": (1152, 3, 14, 14), "norm": (1152,)}
+    layers |= {f"blocks.{n}.{part}": shape for n in range(27) for part, shape in block.items()}
+    shapes = {"pos_embed": (1, 256, 1152)}
+    for name, shape in layers.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    assert {name: tuple(value.shape) for name, value in model.state_dict().items()} == shapes
+    assert flops(config) == pytest.approx(0.219e12, rel=0.005)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -266,6 +347,8 @@ def test_release_towers_are_the_published_ones():
         ({"heads": 5}, "hidden_size 24 is not a multiple of heads 5"),
         ({"tap": 4}, "tap 4 is not a block; valid: 0 to 3"),
         ({"tap": -1}, "tap -1 is not a block"),
+        ({"final_norm": True}, "the final norm follows the last block; tap 2, valid: 3"),
+        ({"film": 0}, "film is 0; valid: a width of 1 or more, or None"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(change, message):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tokenprune.errors import CheckpointError
+from tokenprune_adapters.film import FiLM
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ class ViTConfig:
         gelu: `exact` (erf) for towers run under timm, `tanh` for SigLIP under PaliGemma.
         tap: Index of the block whose output is the feature; later blocks are neither built nor run.
         eps: Epsilon of every LayerNorm.
+        split_qkv: Whether queries, keys and values have a projection each (transformers) or share one (timm).
+        final_norm: Whether the feature is the last block's output after the tower's final norm.
+        film: Width of the language embeddings that modulate every block, None for a tower that hears no language.
 
     Raises:
         CheckpointError: If the sizes do not fit together.
@@ -46,6 +50,9 @@ class ViTConfig:
     gelu: Literal["exact", "tanh"]
     tap: int
     eps: float = 1e-6
+    split_qkv: bool = False
+    final_norm: bool = False
+    film: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse sizes that no tower can have."""
@@ -55,6 +62,11 @@ class ViTConfig:
                 raise CheckpointError(f"vision tower: {name} {whole} is not a multiple of {part} {unit}")
         if not 0 <= self.tap < self.depth:
             raise CheckpointError(f"vision tower: tap {self.tap} is not a block; valid: 0 to {self.depth - 1}")
+        if self.final_norm and self.tap != self.depth - 1:
+            last = self.depth - 1
+            raise CheckpointError(f"vision tower: the final norm follows the last block; tap {self.tap}, valid: {last}")
+        if self.film is not None and self.film < 1:
+            raise CheckpointError(f"vision tower: film is {self.film}; valid: a width of 1 or more, or None")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -77,6 +89,11 @@ SIGLIP_SO400M_224 = ViTConfig(
     image_size=224, patch_size=14, hidden_size=1152, depth=27, heads=16, mlp_size=4304,
     registers=0, cls=False, layer_scale=False, gelu="exact", tap=25,
 )  # fmt: skip
+# SigLIP in PaliGemma, and so in pi0 (upstream openpi): all blocks, then the final norm; no pooling head.
+SIGLIP_SO400M_224_PALIGEMMA = ViTConfig(
+    image_size=224, patch_size=14, hidden_size=1152, depth=27, heads=16, mlp_size=4304,
+    registers=0, cls=False, layer_scale=False, gelu="tanh", tap=26, split_qkv=True, final_norm=True,
+)  # fmt: skip
 
 
 class PatchEmbed(nn.Module):
@@ -92,17 +109,24 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Full self-attention with a fused projection in (q, k, v) order."""
+    """Full self-attention, its projections fused in (q, k, v) order or split."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        self.heads = config.heads
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        width = config.hidden_size
+        self.heads, self.split = config.heads, config.split_qkv
+        if config.split_qkv:
+            self.q_proj = nn.Linear(width, width)
+            self.k_proj = nn.Linear(width, width)
+            self.v_proj = nn.Linear(width, width)
+        else:
+            self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix tokens: `[B, N, D]` to `[B, N, D]`."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        parts = (self.q_proj(x), self.k_proj(x), self.v_proj(x)) if self.split else self.qkv(x).chunk(3, dim=-1)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
         mixed = functional.scaled_dot_product_attention(q, k, v)
         return cast(Tensor, self.proj(mixed.transpose(1, 2).flatten(2)))
 
@@ -133,11 +157,11 @@ class LayerScale(nn.Module):
         return x * self.scale_factor
 
 
-class Block(nn.Module):
-    """A pre-norm transformer block."""
+class Block(FiLM):
+    """A pre-norm transformer block, modulated by language where the configuration has FiLM."""
 
     def __init__(self, config: ViTConfig) -> None:
-        super().__init__()
+        super().__init__(config.film, config.hidden_size)
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.eps)
         self.attn = Attention(config)
         self.ls1 = LayerScale(config) if config.layer_scale else nn.Identity()
@@ -145,18 +169,20 @@ class Block(nn.Module):
         self.mlp = Mlp(config)
         self.ls2 = LayerScale(config) if config.layer_scale else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the residual stream after the block, `[B, N, D]`."""
-        x = x + self.ls1(self.attn(self.norm1(x)))
+    def forward(self, x: Tensor, language: Tensor | None) -> Tensor:
+        """Return the residual stream after the block, `[B, N, D]`, for language `[B, L]` or none."""
+        x = self.modulate(x + self.ls1(self.attn(self.norm1(x))), language)
         return cast(Tensor, x + self.ls2(self.mlp(self.norm2(x))))
 
 
 class VisionTower(nn.Module):
     """A vision transformer that stops at its tap, with timm's parameter names.
 
-    A checkpoint's tower loads without renaming once its blocks after the tap, its final norm and its pooling
-    head are left out. Random values come from torch's own layers; class, register and position parameters
-    start at zero.
+    A timm tower loads without renaming once its blocks after the tap, its pooling head and, where it is not asked for,
+    its final norm are left out. With split projections, `attn.qkv` is `attn.q_proj`, `attn.k_proj` and `attn.v_proj`,
+    so that each tensor of a `SiglipVisionModel` of transformers has its place and none need be copied. With FiLM, each
+    block also has `scale` and `shift`. Random values come from torch's own layers; class, register and position
+    parameters start at zero.
 
     Args:
         config: Shape of the tower.
@@ -172,7 +198,8 @@ class VisionTower(nn.Module):
             self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         if config.registers:
             self.reg_token = nn.Parameter(torch.zeros(1, config.registers, config.hidden_size))
-        self.blocks = nn.Sequential(*(Block(config) for _ in range(config.tap + 1)))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.tap + 1))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.eps) if config.final_norm else nn.Identity()
 
     def embed(self, pixels: Tensor) -> Tensor:
         """Return `[B, prefix + patches, D]`: positions are added to patches only, then the prefix goes in front."""
@@ -183,16 +210,27 @@ class VisionTower(nn.Module):
             tokens.insert(0, self.cls_token.expand(len(pixels), -1, -1))
         return torch.cat(tokens, dim=1)
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Encode normalised images (upstream OpenVLA: the tapped block's output, no final norm, no prefix).
+    def forward(self, pixels: Tensor, language: Tensor | None = None) -> Tensor:
+        """Encode normalised images: the tapped block's output without the prefix (upstream OpenVLA: not normed).
 
         Args:
             pixels: `[B, 3, S, S]`, normalised for this tower.
+            language: `[B, L]`, for a tower with FiLM only; a row per image, so repeated for each view of one query.
 
         Returns:
             `[B, rows * cols, D]` in raster order.
+
+        Raises:
+            ValueError: If a tower with FiLM gets no language or one of another shape, or a tower without gets any.
         """
-        return cast(Tensor, self.blocks(self.embed(pixels)))[:, self.config.prefix_tokens :]
+        wanted = None if self.config.film is None else (len(pixels), self.config.film)
+        given = None if language is None else tuple(language.shape)
+        if given != wanted:
+            raise ValueError(f"vision tower: language of shape {given}; valid: {wanted}")
+        x = self.embed(pixels)
+        for block in self.blocks:
+            x = block(x, language)
+        return cast(Tensor, self.norm(x))[:, self.config.prefix_tokens :]
 
 
 def flops(config: ViTConfig) -> int:
@@ -202,12 +240,13 @@ def flops(config: ViTConfig) -> int:
         config: Shape of the tower.
 
     Returns:
-        Operations of the convolution, the linear layers and the two attention products; norms, activations
-        and softmax are not counted.
+        Operations of the convolution, the linear layers (FiLM's included) and the two attention products; norms,
+        activations and softmax are not counted.
     """
     patches = config.grid[0] * config.grid[1]
     tokens, width = patches + config.prefix_tokens, config.hidden_size
     embed = patches * 3 * config.patch_size**2 * width
     attention = tokens * 4 * width * width + 2 * tokens * tokens * width
     mlp = 2 * tokens * width * config.mlp_size
-    return 2 * (embed + (config.tap + 1) * (attention + mlp))
+    film = 2 * width * (config.film or 0)
+    return 2 * (embed + (config.tap + 1) * (attention + mlp + film))
