@@ -22,6 +22,21 @@ class ProprioProjector(nn.Module):
         return cast(Tensor, self.fc2(self.act_fn1(self.fc1(state))))
 
 
+class NoisyActionProjector(nn.Module):
+    """Noisy actions to one token per number, which stands where the zero placeholder otherwise does."""
+
+    def __init__(self, width: int) -> None:
+        """Two linear layers with a GELU between them; the first reads a single number."""
+        super().__init__()
+        self.fc1 = nn.Linear(1, width)
+        self.act_fn1 = nn.GELU()
+        self.fc2 = nn.Linear(width, width)
+
+    def forward(self, actions: Tensor) -> Tensor:
+        """Project normalised actions `[B, horizon, dims]` to tokens `[B, horizon * dims, D]`."""
+        return cast(Tensor, self.fc2(self.act_fn1(self.fc1(actions.flatten(1)[..., None]))))
+
+
 class ResidualBlock(nn.Module):
     """`x + ReLU(Linear(LayerNorm(x)))`."""
 
@@ -70,11 +85,45 @@ class L1ActionHead(nn.Module):
         return cast(Tensor, self.model(states.unflatten(1, (self.horizon, -1)).flatten(2)))
 
 
+class NoisePredictor(nn.Module):
+    """Holder of the diffusion head's MLP under the checkpoint's prefix."""
+
+    def __init__(self, dims: int, width: int) -> None:
+        """The L1 head's MLP under another name."""
+        super().__init__()
+        self.mlp_resnet = ResidualMLP(dims * width, width, dims)
+
+
+class DiffusionActionHead(nn.Module):
+    """Noise in the current actions, from the hidden states of their tokens; the sampler is `diffusion.DDIM`."""
+
+    def __init__(self, horizon: int, dims: int, width: int) -> None:
+        """One residual MLP over the states of each action's tokens, side by side."""
+        super().__init__()
+        self.horizon = horizon
+        self.noise_predictor = NoisePredictor(dims, width)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Map token states `[B, horizon * dims, D]` to predicted noise `[B, horizon, dims]`."""
+        per_action = states.unflatten(1, (self.horizon, -1)).flatten(2)
+        return cast(Tensor, self.noise_predictor.mlp_resnet(per_action))
+
+
 def head_flops(horizon: int, dims: int, width: int) -> int:
-    """FLOPs of the action head, 2 per multiply-add."""
+    """FLOPs of the L1 head, or of the diffusion head per step; 2 per multiply-add."""
     return 2 * horizon * (dims * width * width + 2 * width * width + width * dims)
 
 
 def proprio_flops(state_size: int, width: int) -> int:
     """FLOPs of the proprio projector."""
     return 2 * (state_size * width + width * width)
+
+
+def noisy_action_flops(horizon: int, dims: int, width: int) -> int:
+    """FLOPs of the noisy-action projector per step."""
+    return 2 * horizon * dims * (width + width * width)
+
+
+def lm_head_flops(horizon: int, dims: int, width: int, vocab: int) -> int:
+    """FLOPs of the logits over the whole vocabulary at one row per number of the chunk."""
+    return 2 * horizon * dims * width * vocab
