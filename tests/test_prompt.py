@@ -23,8 +23,18 @@ printable = st.text(st.characters(exclude_categories=("Cc", "Cs")), min_size=1, 
 tokenizer = PromptTokenizer.bundled()
 
 
-def prompt_of(instruction: str) -> str:
-    return "In: What action should the robot take to " + instruction.strip().lower() + "?\nOut:"
+BEFORE = {
+    "pure": "In: What action should the robot take to ",
+    "vicuna": (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions. USER: What action should the robot take to "
+    ),
+}
+AFTER = {"pure": "?\nOut:", "vicuna": "? ASSISTANT:"}
+
+
+def prompt_of(instruction: str, style: str = "pure") -> str:
+    return BEFORE[style] + instruction.strip().lower() + AFTER[style]
 
 
 def llama_like(*, empty_id: int = 300, suffix: str = "", bos: bool = False) -> Tokenizer:
@@ -53,11 +63,11 @@ def bytes_of(piece: str) -> bytes:
     return piece.replace("▁", " ").encode()
 
 
-def expected_span(made: Tokenizer, ids: tuple[int, ...], instruction: str) -> list[int]:
+def expected_span(made: Tokenizer, ids: tuple[int, ...], instruction: str, style: str = "pure") -> list[int]:
     """Find the instruction's tokens by counting the bytes every piece stands for."""
     text = instruction.strip().lower()
     # Tokenizers of Llama's kind put one space in front of everything.
-    first = len(b" In: What action should the robot take to ")
+    first = len(b" " + BEFORE[style].encode())
     last = first + len(text.encode())
     span, at = [], 0
     for position, token in enumerate(ids):
@@ -68,18 +78,26 @@ def expected_span(made: Tokenizer, ids: tuple[int, ...], instruction: str) -> li
     return span
 
 
-@given(printable)
-def test_any_printable_text_comes_back(instruction):
-    ids = tokenizer.encode(instruction, max_tokens=1000).ids
+styles = st.sampled_from(["pure", "vicuna"])
+
+
+@given(printable, styles)
+def test_any_printable_text_comes_back(instruction, style):
+    ids = tokenizer.encode(instruction, max_tokens=1000, style=style).ids
     decoded = Tokenizer.from_file(str(ASSET)).decode(list(ids[:-1]), skip_special_tokens=False)
-    assert decoded == prompt_of(instruction).replace("▁", " ")
+    assert decoded == prompt_of(instruction, style).replace("▁", " ")
 
 
-@given(printable.filter(lambda text: "▁" not in text))
-def test_span_is_the_instruction(instruction):
+@given(printable.filter(lambda text: "▁" not in text), styles)
+def test_span_is_the_instruction(instruction, style):
     for made in (Tokenizer.from_file(str(ASSET)), llama_like()):
-        prompt = PromptTokenizer(made, "hand-made").encode(instruction, max_tokens=1000)
-        assert list(prompt.instruction) == expected_span(made, prompt.ids, instruction)
+        prompt = PromptTokenizer(made, "hand-made").encode(instruction, max_tokens=1000, style=style)
+        assert list(prompt.instruction) == expected_span(made, prompt.ids, instruction, style)
+        assert not prompt.state
+
+
+def test_pure_is_the_default_style():
+    assert tokenizer.encode("put it down") == tokenizer.encode("put it down", style="pure")
 
 
 def test_libero_spans_decode_to_the_instruction():
@@ -100,9 +118,9 @@ def test_text_that_grows_when_lowered_keeps_its_span():
     assert list(prompt.instruction) == expected_span(made, prompt.ids, "put İİ away")
 
 
-@given(printable)
-def test_prompt_ends_in_one_empty_token_and_has_no_bos(instruction):
-    ids = tokenizer.encode(instruction, max_tokens=1000).ids
+@given(printable, styles)
+def test_prompt_ends_in_one_empty_token_and_has_no_bos(instruction, style):
+    ids = tokenizer.encode(instruction, max_tokens=1000, style=style).ids
     assert ids[-1] == tokenizer.empty_id
     assert ids[-2] != tokenizer.empty_id
     assert not {0, tokenizer.bos_id, tokenizer.eos_id} & set(ids)

@@ -1,44 +1,112 @@
-"""Dataset statistics that map actions and robot state between the environment's units and [-1, 1]."""
+"""Dataset statistics that map actions and robot state between the environment's units and those of a policy."""
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from tokenprune.errors import CheckpointError, nearest
 
-# Upstream OpenVLA-OFT adds this to the range it divides and multiplies by.
-_EPSILON = 1e-8
+
+class Normaliser(Protocol):
+    """A map between the environment's units and those of a policy, each dimension by itself."""
+
+    def normalise(self, values: np.ndarray) -> np.ndarray:
+        """Map `[..., D]` in the environment's units to the policy's."""
+        ...
+
+    def unnormalise(self, values: np.ndarray) -> np.ndarray:
+        """Map `[..., D]` in the policy's units to the environment's."""
+        ...
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """Low and high values per dimension `[D]`; where `mask` is False a dimension is passed through."""
+    """Maps bounds to -1 and 1 (upstream OpenVLA, upstream OpenVLA-OFT).
+
+    Attributes:
+        low: `[D]`.
+        high: `[D]`.
+        mask: Where False a dimension is passed through, `[D]`.
+        epsilon: Added to the range. OpenVLA-OFT adds 1e-8, OpenVLA nothing.
+    """
 
     low: np.ndarray
     high: np.ndarray
     mask: np.ndarray
+    epsilon: float = 1e-8
 
     def normalise(self, values: np.ndarray) -> np.ndarray:
         """Map `[..., D]` in the environment's units to [-1, 1], clipped."""
-        scaled = np.clip(2 * (values - self.low) / (self.high - self.low + _EPSILON) - 1, -1, 1)
+        scaled = np.clip(2 * (values - self.low) / (self.high - self.low + self.epsilon) - 1, -1, 1)
         return np.where(self.mask, scaled, values)
 
     def unnormalise(self, values: np.ndarray) -> np.ndarray:
         """Map `[..., D]` in [-1, 1] to the environment's units."""
-        return np.where(self.mask, 0.5 * (values + 1) * (self.high - self.low + _EPSILON) + self.low, values)
+        return np.where(self.mask, 0.5 * (values + 1) * (self.high - self.low + self.epsilon) + self.low, values)
+
+
+@dataclass(frozen=True)
+class Standard:
+    """Maps mean and standard deviation to 0 and 1 (upstream openpi for pi0).
+
+    Attributes:
+        mean: `[D]`.
+        std: `[D]`.
+        epsilon: Added to the standard deviation.
+    """
+
+    mean: np.ndarray
+    std: np.ndarray
+    epsilon: float = 1e-6
+
+    def normalise(self, values: np.ndarray) -> np.ndarray:
+        """Map `[..., D]` in the environment's units to z-scores."""
+        scores: np.ndarray = (values - self.mean) / (self.std + self.epsilon)
+        return scores
+
+    def unnormalise(self, values: np.ndarray) -> np.ndarray:
+        """Map z-scores `[..., D]` to the environment's units."""
+        restored: np.ndarray = values * (self.std + self.epsilon) + self.mean
+        return restored
+
+
+@dataclass(frozen=True)
+class Quantiles:
+    """Maps two quantiles to -1 and 1; what lies outside stays outside (upstream openpi for pi0.5).
+
+    Attributes:
+        low: `[D]`.
+        high: `[D]`.
+        epsilon: Added to the range.
+    """
+
+    low: np.ndarray
+    high: np.ndarray
+    epsilon: float = 1e-6
+
+    def normalise(self, values: np.ndarray) -> np.ndarray:
+        """Map `[..., D]` in the environment's units so that most lie in [-1, 1]."""
+        scaled: np.ndarray = (values - self.low) / (self.high - self.low + self.epsilon) * 2 - 1
+        return scaled
+
+    def unnormalise(self, values: np.ndarray) -> np.ndarray:
+        """Map `[..., D]`, most of it in [-1, 1], to the environment's units."""
+        restored: np.ndarray = (values + 1) / 2 * (self.high - self.low + self.epsilon) + self.low
+        return restored
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Bounds of a dataset's actions and, where the policy reads it, its robot state."""
+    """How a dataset's actions are mapped and, where the policy reads it, its robot state."""
 
     key: str
-    action: Bounds
-    state: Bounds | None
+    action: Normaliser
+    state: Normaliser | None
 
     @classmethod
     def identity(cls, dims: int, state_size: int | None) -> Statistics:
@@ -51,16 +119,27 @@ class Statistics:
 
     @classmethod
     def read(
-        cls, data: Mapping[str, Any], key: str | None, dims: int, state_size: int | None, where: str
+        cls,
+        data: Mapping[str, Any],
+        key: str | None,
+        dims: int,
+        state_size: int | None,
+        where: str,
+        fields: tuple[str, str] = ("q01", "q99"),
+        epsilon: float = 1e-8,
     ) -> Statistics:
-        """Read one dataset's quantiles from a release's `dataset_statistics.json`.
+        """Read one dataset's bounds from an OpenVLA or OpenVLA-OFT release.
 
         Args:
-            data: The file's content: dataset key to `{"action": {"q01", "q99", "mask"}, "proprio": {...}}`.
+            data: `dataset_statistics.json`, or `norm_stats` of `config.json`: dataset key to
+                `{"action": {"q01", "q99", "min", "max", "mask"}, "proprio": {...}}`.
             key: Dataset; may be left out where the file has one only.
             dims: Numbers per action.
             state_size: Numbers of robot state, None where the policy reads none.
             where: The file, for errors.
+            fields: The two fields that are mapped to -1 and 1: quantiles, or `("min", "max")` for OpenVLA-OFT's
+                ALOHA releases.
+            epsilon: See `Bounds`.
 
         Raises:
             CheckpointError: If the key is unknown or not given, or its statistics are incomplete.
@@ -75,26 +154,72 @@ class Statistics:
             key = next(iter(data))
         if key not in data:
             raise CheckpointError(f"{where}: no statistics for '{key}'{nearest(key, data)}")
-        entry = data[key]
-        action = _bounds(entry, "action", dims, f"{where}: {key}")
-        state = None if state_size is None else _bounds(entry, "proprio", state_size, f"{where}: {key}")
-        return cls(key, action, state)
+
+        def bounds(part: str, size: int) -> Bounds:
+            at = f"{where}: {key}"
+            low, high = (numbers(block(data[key], part, at), name, size, f"{at}: {part}") for name in fields)
+            check_ascending(low, high, fields, f"{at}: {part}")
+            return Bounds(low, high, _mask(data[key][part], size, f"{at}: {part}"), epsilon)
+
+        return cls(key, bounds("action", dims), None if state_size is None else bounds("proprio", state_size))
 
 
-def _bounds(entry: object, part: str, size: int, where: str) -> Bounds:
-    block = entry.get(part) if isinstance(entry, Mapping) else None
-    if not isinstance(block, Mapping):
-        raise CheckpointError(f"{where}: '{part}' is missing")
-    arrays = []
-    for name in ("q01", "q99"):
-        if name not in block:
-            raise CheckpointError(f"{where}: '{part}.{name}' is missing")
-        values = np.asarray(block[name], dtype=np.float64)
-        if values.shape != (size,) or not np.isfinite(values).all():
-            raise CheckpointError(f"{where}: '{part}.{name}' must be {size} finite numbers, got shape {values.shape}")
-        arrays.append(values)
+def block(entry: object, part: str, where: str) -> Mapping[str, Any]:
+    """The object that `entry` holds under a name.
+
+    Raises:
+        CheckpointError: If there is none.
+    """
+    if not isinstance(entry, Mapping):
+        raise CheckpointError(f"{where}: holds a {type(entry).__name__}; valid: an object with '{part}'")
+    if part not in entry:
+        raise CheckpointError(f"{where}: '{part}' is missing{nearest(part, map(str, entry))}")
+    if not isinstance(entry[part], Mapping):
+        raise CheckpointError(f"{where}: '{part}' is a {type(entry[part]).__name__}; valid: an object")
+    found: Mapping[str, Any] = entry[part]
+    return found
+
+
+def numbers(entry: Mapping[str, Any], name: str, size: int, where: str, longer: bool = False) -> np.ndarray:
+    """One statistic, float64 `[size]`.
+
+    Args:
+        entry: The statistics of actions or of the state.
+        name: Which of them.
+        size: How many numbers it must have.
+        where: The file and what stands before the name in it, for errors.
+        longer: Allow more and keep the first, as in files whose statistics are padded.
+
+    Raises:
+        CheckpointError: If it is missing, or is not that many finite numbers.
+    """
+    if entry.get(name) is None:
+        raise CheckpointError(f"{where}.{name} is missing{nearest(name, map(str, entry))}")
+    try:
+        values = np.asarray(entry[name], dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{where}.{name} is malformed; valid: {size} finite numbers ({error})") from error
+    fits = values.ndim == 1 and (len(values) >= size if longer else len(values) == size)
+    if not fits or not np.isfinite(values).all():
+        least = "at least " if longer else ""
+        raise CheckpointError(f"{where}.{name} must be {least}{size} finite numbers, got shape {values.shape}")
+    return values[:size]
+
+
+def check_ascending(low: np.ndarray, high: np.ndarray, fields: tuple[str, str], where: str) -> None:
+    """Refuse bounds that would turn a dimension round.
+
+    Raises:
+        CheckpointError: If a low bound is above its high bound.
+    """
+    if (low > high).any():
+        at = np.flatnonzero(low > high).tolist()
+        raise CheckpointError(f"{where}: {fields[0]} is above {fields[1]} at {at}; valid: the other way round")
+
+
+def _mask(entry: Mapping[str, Any], size: int, where: str) -> np.ndarray:
     # A released file may leave the mask out; then every dimension is scaled.
-    mask = np.asarray(block.get("mask", [True] * size), dtype=bool)
-    if mask.shape != (size,):
-        raise CheckpointError(f"{where}: '{part}.mask' must be {size} booleans, got shape {mask.shape}")
-    return Bounds(arrays[0], arrays[1], mask)
+    mask = entry.get("mask", [True] * size)
+    if not isinstance(mask, list) or len(mask) != size or not all(isinstance(value, bool) for value in mask):
+        raise CheckpointError(f"{where}.mask is {reprlib.repr(mask)}; valid: {size} booleans")
+    return np.array(mask)
