@@ -113,7 +113,8 @@ class SimulatedOFT:
     def __init__(self, views: Sequence[str] = VIEWS[:2]) -> None:
         self.views = tuple(views)
         shape = DecoderShape(DEPTH, 1, HEADS, HEADS, WIDTH, 1, causal=False)
-        self.info = BackboneInfo("simulated", "test", True, shape, self.views, ACTION, capabilities=frozenset({"batch"}))
+        offers = frozenset({"action_rows", "batch"})
+        self.info = BackboneInfo("simulated", "test", True, shape, self.views, ACTION, capabilities=offers)
 
     def layout(self, instruction: str, state: object = None) -> TokenLayout:
         return layout_of(self.views, int(instruction))

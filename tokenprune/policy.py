@@ -16,7 +16,7 @@ from tokenprune.adapter import Backbone, Inputs, Observation
 from tokenprune.backbones import load_backbone
 from tokenprune.config import DENSE, PipelineConfig
 from tokenprune.context import ControlContext, ControlDecision, PastFrames
-from tokenprune.errors import ObservationError, StageError, TokenPruneError, nearest
+from tokenprune.errors import ObservationError, PluginError, StageError, TokenPruneError, nearest
 from tokenprune.frames import FrameBuffer
 from tokenprune.history import EpisodeStart, ExecutedAction, Slot
 from tokenprune.layout import TokenLayout
@@ -335,13 +335,16 @@ def from_module(
         **options: The adapter's options, and what the model itself does not hold, such as `tokenizer="PATH"`.
 
     Raises:
-        PluginError: If the backbone or a stage is unknown.
+        PluginError: If the backbone or a stage is unknown, or the backbone cannot adopt models.
         ConfigError: If the pipeline or an option is wrong.
         CheckpointError: If the model is not of this family.
     """
     registry = registry or Registry.discover()
     config = _configured(pipeline, registry, overrides)
-    return Policy(registry.backbone_factory(backbone).adopt(module, options), config, registry)
+    factory = registry.backbone_factory(backbone)
+    if not callable(getattr(factory, "adopt", None)):
+        raise PluginError(f"backbone '{backbone}' of {registry.backbone(backbone).owner} cannot adopt a live model")
+    return Policy(factory.adopt(module, options), config, registry)
 
 
 def _configured(

@@ -220,11 +220,15 @@ def _print_limits(facts: dict[str, Any]) -> None:
     if "unprunable" in facts:
         fixed = facts["unprunable"]
         said = (
-            f"{fixed['phase']} cannot be pruned: {fixed['passes']} passes over at most {fixed['most_tokens']} tokens, "
+            f"{fixed['phase']} cannot be pruned: {fixed['passes']} passes over {_tokens(fixed['most_tokens'])}, "
             f"{100 * fixed['share_of_dense_flops']:.1f} % of the dense FLOPs; each reads "
             f"{_count(fixed['weights_read_each'])} weights, and only its attention to the rest gets shorter"
         )
         print(textwrap.fill(said, WIDTH))
+
+
+def _tokens(most: int) -> str:
+    return "one token" if most == 1 else f"at most {most} tokens"
 
 
 def _count(n: int) -> str:

@@ -18,10 +18,10 @@ def compare_table(rows: tuple[Row, ...]) -> Table:
     """One line per pipeline; the legend below the table explains the columns."""
     groups = tuple(name for name in rows[0].error if name != "gripper")
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, header_style="bold", show_edge=False)
-    table.add_column("\npipeline", overflow="fold", min_width=12)
+    table.add_column("\npipeline", overflow="fold", min_width=_NAME)
     for heading in (
         "tokens\nmean", "\nlast", "FLOP\nG", "\nratio", "ms\np50", "\np95", "speed\nup", "\neff", "sel\n%",
-        *(f"{'' if i else 'L1'}\n{name[:5]}" for i, name in enumerate(groups)), "grip\nflip",
+        *(f"{'' if i else 'L1'}\n{name[:4]}" for i, name in enumerate(groups)), "grip\nflip",
     ):  # fmt: skip
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
