@@ -170,6 +170,20 @@ def sparse_ids(folder: Path) -> None:
     assert Tokenizer.from_file(str(path)).get_vocab_size() < 2048
 
 
+def openpi(folder: Path) -> None:
+    """A folder without config.json, with the statistics where openpi has them."""
+    (folder / CONFIG).unlink()
+    (folder / "assets").mkdir()
+
+
+def swapped(data: dict[str, Any]) -> None:
+    """Each tower under the other's name."""
+    names = {"featurizer": "fused_featurizer", "fused_featurizer": "featurizer"}
+    tensors = {".".join(names.get(part, part) for part in key.split(".")): value for key, value in data.items()}
+    data.clear()
+    data.update(tensors)
+
+
 # Name: how to make the folder wrong, then what the error must contain.
 Faults = dict[str, tuple[Plant | str, ...]]
 
@@ -178,6 +192,11 @@ JSON_FAULTS: Faults = {
     "config is no JSON": (write(CONFIG, b"{"), CONFIG, "not valid JSON"),
     "config is not text": (write(CONFIG, b"\xff\xfe\xff"), CONFIG, "not valid JSON"),
     "config is a list": (write(CONFIG, b"[1]"), CONFIG, "list"),
+    "pi0 of lerobot": (
+        write(CONFIG, b'{"type": "pi0"}'), CONFIG, "'type' is 'pi0'", "looks like a checkpoint of 'pi0'",
+    ),
+    "pi0 of transformers": (top(model_type="pi0"), CONFIG, "'model_type' is 'pi0'", "valid: 'openvla'"),
+    "pi0 of openpi": (openpi, CONFIG, "no such file", "looks like openpi's", "pi0"),
     "no towers": (drop(CONFIG, "timm_model_ids"), CONFIG, "timm_model_ids", "missing"),
     "other towers": (
         changed(CONFIG, lambda data: data["timm_model_ids"].reverse()),
@@ -257,9 +276,12 @@ WEIGHT_FAULTS: Faults = {
         put(WEIGHTS, "projector.fc2.weight", torch.zeros(160, 32)),
         WEIGHTS, "'projector.fc2.weight' has shape [160, 32]", "wants [32, 160]",
     ),
+    "swapped towers": (
+        changed(WEIGHTS, swapped), WEIGHTS, "no place for", f"'{SCALE.replace('.feat', '.fused_feat')}'",
+    ),
     "vocabulary": (text(vocab_size=2112), WEIGHTS, "embed_tokens.weight' has shape [2048, 32]", "[2112, 32]"),
     "quantised": (put(WEIGHTS, QUERY, torch.zeros(32, 32, dtype=torch.int8)), WEIGHTS, QUERY, "I8", "BF16"),
-    "no head": (remove(HEAD), "single", "action_head--*.pt", "L1 head"),
+    "no head": (remove(HEAD), "single", "action_head--*.pt", "L1 head", "looks like OpenVLA's"),
     "two heads": (copy(HEAD, "action_head--5_checkpoint.pt"), "several", HEAD, "action_head--5_checkpoint.pt"),
     "no projector": (remove(PROPRIO), "single", "proprio_projector--*.pt", "option proprio"),
     "truncated head": (cut(HEAD, 1), HEAD, "truncated"),

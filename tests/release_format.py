@@ -143,7 +143,12 @@ def tensors(backbone: OpenVLAOFT, dtype: torch.dtype) -> tuple[dict[str, Tensor]
 
 
 def write_release(
-    folder: Path, backbone: OpenVLAOFT, dtype: torch.dtype = torch.float32, shards: int = 0, prefix: str = "module."
+    folder: Path,
+    backbone: OpenVLAOFT,
+    dtype: torch.dtype = torch.float32,
+    shards: int = 0,
+    prefix: str = "module.",
+    config: dict[str, Any] = CONFIG,
 ) -> Path:
     """Write a backbone as a release: sharded unless `shards` is 0, `.pt` keys behind `prefix`."""
     folder.mkdir(parents=True)
@@ -162,7 +167,7 @@ def write_release(
     if proprio:
         file = folder / "proprio_projector--150000_checkpoint.pt"
         torch.save({prefix + key: value for key, value in proprio.items()}, file)
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "config.json").write_text(json.dumps(config))
     (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
     (folder / "dataset_statistics.json").write_text(json.dumps(statistics(backbone)))
     shutil.copy(TOKENIZER, folder / "tokenizer.json")

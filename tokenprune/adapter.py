@@ -36,8 +36,12 @@ class Backbone(Protocol):
     device: torch.device
     dtype: torch.dtype
 
-    def layout(self, instruction: str) -> TokenLayout:
+    def layout(self, instruction: str, state: object = None) -> TokenLayout:
         """Tokens of a query with this instruction.
+
+        Args:
+            instruction: What the robot should do.
+            state: The observation's robot state, which some prompts spell out; a neutral one when left out.
 
         Raises:
             ObservationError: If the instruction cannot be given to the policy.
@@ -84,6 +88,36 @@ class Description:
     pixels: Callable[[np.ndarray], Tensor]
 
 
+@dataclass(frozen=True)
+class Findings:
+    """What a checkpoint holds, and what of it does not fit the model; tensors as `file: key`.
+
+    Attributes:
+        files: Names of the files with tensors.
+        dtypes: Tensors per type they are stored in.
+        unused: Known ones that no query needs.
+        unmapped: Those that belong to nothing in the model.
+        missing: Parameters that are nowhere; a file is named where only that one could hold them.
+        misshapen: Those whose shape is not the model's, with both shapes.
+        statistics: Datasets whose statistics it holds.
+        state_size: Numbers of robot state that a query needs, None where the policy reads none.
+    """
+
+    files: tuple[str, ...]
+    dtypes: Mapping[str, int]
+    unused: tuple[str, ...]
+    unmapped: tuple[str, ...]
+    missing: tuple[str, ...]
+    misshapen: tuple[str, ...]
+    statistics: tuple[str, ...]
+    state_size: int | None
+
+    @property
+    def clean(self) -> bool:
+        """Whether every tensor has its place and every parameter its tensor."""
+        return not (self.unmapped or self.missing or self.misshapen)
+
+
 class BackboneFactory(Protocol):
     """What a `BackboneSpec.target` names: makes backbones of one family."""
 
@@ -102,4 +136,28 @@ class BackboneFactory(Protocol):
         seed: int,
     ) -> Backbone:
         """Make it: random weights for a preset, the checkpoint's otherwise."""
+        ...
+
+    @staticmethod
+    def adopt(module: torch.nn.Module, options: Mapping[str, Any]) -> Backbone:
+        """Take a live upstream model's weights by reference; its device and dtype are the policy's.
+
+        Args:
+            module: The model.
+            options: The backbone's options, and what the model itself does not hold.
+
+        Raises:
+            ConfigError: If an option is wrong or missing.
+            CheckpointError: If the model is not of this family.
+        """
+        ...
+
+    @staticmethod
+    def verify(checkpoint: Path, options: Mapping[str, Any]) -> Findings:
+        """What a checkpoint holds and what of it does not fit; no weights are read.
+
+        Raises:
+            ConfigError: If an option is wrong.
+            CheckpointError: If a file is missing, damaged or unsafe.
+        """
         ...

@@ -1,4 +1,4 @@
-"""Tensors in files, read without running anything a file contains: safetensors, and `.pt` for plain tensors only."""
+"""Tensors in files, read without running anything a file contains, and tensors of a model that is already loaded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pickle
 import re
 import reprlib
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,18 +26,20 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file.
+    """A tensor in a file, or in a model that is already loaded.
 
     Attributes:
-        file: The file.
+        file: The file; for a loaded model, what errors call it.
         key: Its name there.
         shape: Its shape.
-        fetch: Reads its values.
+        dtype: Its type there.
+        fetch: Reads its values; those of a loaded model are its own, not a copy.
     """
 
     file: Path
     key: str
     shape: tuple[int, ...]
+    dtype: torch.dtype
     fetch: Callable[[], Tensor]
 
     def read(self, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -122,10 +124,11 @@ def _headers(path: Path) -> dict[str, StoredTensor]:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 - not a mapping
                 part = file.get_slice(key)
-                if part.get_dtype() not in _DTYPES:
+                dtype = _DTYPES.get(part.get_dtype())
+                if dtype is None:
                     valid = ", ".join(_DTYPES)
                     raise CheckpointError(f"{path}: '{key}' is stored as {part.get_dtype()}; valid: {valid}")
-                found[key] = StoredTensor(path, key, tuple(part.get_shape()), partial(_fetch, path, key))
+                found[key] = StoredTensor(path, key, tuple(part.get_shape()), dtype, partial(_fetch, path, key))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: truncated, or not a safetensors file ({error})") from error
     return found
@@ -165,45 +168,32 @@ def stored_pt(path: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{path}: cannot be read ({error})") from error
     if not isinstance(state, dict) or not state:
         raise CheckpointError(f"{path}: holds {reprlib.repr(state)}; valid: a dict of tensors")
-    for key, value in state.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise CheckpointError(f"{path}: {key!r} is a {type(value).__name__}; valid: a tensor with a name")
-        if value.dtype not in _DTYPES.values() or value.layout != torch.strided or value.device.type != "cpu":
-            valid = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES.values())
-            found = f"{value.dtype}, {value.layout}, on {value.device}"
-            raise CheckpointError(f"{path}: '{key}' is {found}; valid: dense {valid}, with values")
-    parallel = all(key.startswith("module.") for key in state)
-    return {
-        key.removeprefix("module.") if parallel else key: StoredTensor(path, key, tuple(value.shape), value.detach)
-        for key, value in state.items()
-    }
+    found = stored_module(state, path)
+    parallel = all(key.startswith("module.") for key in found)
+    return {key.removeprefix("module.") if parallel else key: tensor for key, tensor in found.items()}
 
 
-def check_fit(wanted: Mapping[str, Tensor], stored: Mapping[str, StoredTensor], where: Path) -> None:
-    """Refuse a file that does not hold exactly the tensors a model has.
+def stored_module(state: Mapping[str, Tensor], where: str | Path) -> dict[str, StoredTensor]:
+    """Describe the tensors of a model that is already loaded; none is copied.
 
     Args:
-        wanted: The model's tensors by the file's names.
-        stored: What the file holds.
-        where: The file or folder, for errors.
+        state: Its `state_dict()`.
+        where: What to call it in errors.
+
+    Returns:
+        Key to tensor.
 
     Raises:
-        CheckpointError: If a tensor is left over, missing, or has another shape.
+        CheckpointError: If something has no name, is no dense tensor of floating-point numbers, or has no values.
     """
-    extra = [tensor for name, tensor in stored.items() if name not in wanted]
-    if extra:
-        keys = _listed(tensor.key for tensor in extra if tensor.file == extra[0].file)
-        raise CheckpointError(f"{extra[0].file}: the model has no place for {keys}")
-    missing = [name for name in wanted if name not in stored]
-    if missing:
-        raise CheckpointError(f"{where}: the model also needs {_listed(missing)}")
-    for name, tensor in stored.items():
-        if tensor.shape != wanted[name].shape:
-            found, shape = list(tensor.shape), list(wanted[name].shape)
-            raise CheckpointError(f"{tensor.file}: '{tensor.key}' has shape {found}; the model wants {shape}")
-
-
-def _listed(keys: Iterable[str], most: int = 5) -> str:
-    names = [f"'{key}'" for key in keys]
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise CheckpointError(f"{where}: {key!r} is a {type(value).__name__}; valid: a tensor with a name")
+        if value.dtype not in _DTYPES.values() or value.layout != torch.strided or value.is_meta:
+            valid = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES.values())
+            found = f"{value.dtype}, {value.layout}, on {value.device}"
+            raise CheckpointError(f"{where}: '{key}' is {found}; valid: dense {valid}, with values")
+    return {
+        key: StoredTensor(Path(where), key, tuple(value.shape), value.dtype, value.detach)
+        for key, value in state.items()
+    }
