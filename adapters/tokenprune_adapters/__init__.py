@@ -13,12 +13,46 @@ def tokenprune_register() -> Iterable[Spec]:
     """Backbones."""
     return (
         BackboneSpec(
+            name="openvla",
+            summary="OpenVLA: a causal prefill over one view, then six cached steps that spell the action",
+            target=f"{__name__}.backbones.openvla.factory:OpenVLAFactory",
+            presets={
+                "7b": "the release's dimensions, untrained",
+                "small": "the release's tokens, a small decoder, untrained",
+                "tiny": "milliseconds a query, for checks, untrained",
+            },
+            episode=f"{__name__}:episodes/libero_spatial.npz",
+        ),
+        BackboneSpec(
             name="openvla-oft",
             summary="OpenVLA-OFT with the L1 head: bidirectional, one pass, 1-3 views",
             target=f"{__name__}.backbones.openvla_oft.factory:OFTFactory",
             presets={
                 "7b": "the release's dimensions, untrained",
                 "small": "the release's tokens, a small decoder, untrained",
+                "tiny": "milliseconds a query, for checks, untrained",
+            },
+            episode=f"{__name__}:episodes/libero_spatial.npz",
+        ),
+        BackboneSpec(
+            name="pi0",
+            summary="pi0: a bidirectional prefix and ten flow steps of an action expert behind it, 1-3 views",
+            target=f"{__name__}.backbones.pi0.factory:PI0Factory",
+            presets={
+                "base": "the release's dimensions, untrained",
+                "small": "the release's tokens, small decoders, untrained",
+                "tiny": "milliseconds a query, for checks, untrained",
+            },
+            episode=f"{__name__}:episodes/libero_spatial.npz",
+        ),
+        BackboneSpec(
+            name="pi05",
+            summary="pi0.5: as pi0, with the robot state in the prompt and norms that depend on the flow's time",
+            target=f"{__name__}.backbones.pi0.factory:PI05Factory",
+            presets={
+                "base": "the release's dimensions, untrained",
+                "small": "the release's tokens, small decoders, untrained",
+                "tiny": "milliseconds a query, for checks, untrained",
             },
             episode=f"{__name__}:episodes/libero_spatial.npz",
         ),

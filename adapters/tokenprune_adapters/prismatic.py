@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from tokenprune.backbone import DecoderShape
+from tokenprune.backbone import ActionSpec, DecoderShape
 from tokenprune.decoder import Decoder
 from tokenprune_adapters.preprocess import ImageTransform
 from tokenprune_adapters.vision import VisionTower, ViTConfig
@@ -20,6 +20,36 @@ from tokenprune_adapters.vision import flops as tower_flops
 
 TOWERS = ("featurizer", "fused_featurizer")
 """Names of the towers in the checkpoint, in the order in which their features are concatenated: DINOv2, SigLIP."""
+
+# LIBERO's robots are driven by robosuite's OSC_POSE controller, which scales its inputs to 5 cm and 0.5 rad.
+LIBERO_ACTION = ActionSpec(
+    horizon=1,
+    groups={"translation": (0, 1, 2), "rotation": (3, 4, 5), "gripper": (6,)},
+    gripper=(6, 0.5),
+    metric={"translation": 0.05, "rotation": 0.5},
+)
+# The release's patches, from towers kept small beside a decoder that two CPU cores can run.
+SMALL_TOWERS = (
+    ViTConfig(
+        image_size=224, patch_size=14, hidden_size=192, depth=4, heads=3, mlp_size=768,
+        registers=4, cls=True, layer_scale=True, gelu="exact", tap=2,
+    ),
+    ViTConfig(
+        image_size=224, patch_size=14, hidden_size=192, depth=4, heads=3, mlp_size=768,
+        registers=0, cls=False, layer_scale=False, gelu="exact", tap=2,
+    ),
+)  # fmt: skip
+# 4 x 4 patches in no time.
+TINY_TOWERS = (
+    ViTConfig(
+        image_size=56, patch_size=14, hidden_size=24, depth=3, heads=3, mlp_size=48,
+        registers=4, cls=True, layer_scale=True, gelu="exact", tap=1,
+    ),
+    ViTConfig(
+        image_size=56, patch_size=14, hidden_size=16, depth=3, heads=2, mlp_size=32,
+        registers=0, cls=False, layer_scale=False, gelu="exact", tap=1,
+    ),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,10 +94,16 @@ class VisionBackbone(nn.Module):
         for name, config in zip(TOWERS, towers, strict=True):
             self.add_module(name, VisionTower(config))
 
-    def forward(self, pixels: Tensor, transform: ImageTransform, dtype: torch.dtype) -> Tensor:
-        """Features `[B, N, sum of widths]` of uint8 pixels `[B, 3, S, S]`, normalised for each tower by itself."""
+    def forward(
+        self, pixels: Tensor, transform: ImageTransform, dtype: torch.dtype, language: Tensor | None = None
+    ) -> Tensor:
+        """Features `[B, N, sum of widths]` of uint8 pixels `[B, 3, S, S]`, normalised for each tower by itself.
+
+        Towers with FiLM also take `language`, `[B, L]`; see `VisionTower.forward`.
+        """
         features = [
-            self.get_submodule(name)(transform.normalise(pixels, tower, dtype)) for tower, name in enumerate(TOWERS)
+            self.get_submodule(name)(transform.normalise(pixels, tower, dtype), language)
+            for tower, name in enumerate(TOWERS)
         ]
         return torch.cat(features, dim=-1)
 
@@ -91,8 +127,8 @@ class Projector(nn.Module):
 class LanguageModel(nn.Module):
     """Holder of transformers' Llama modules under the checkpoint's prefix; its `forward` is never called."""
 
-    def __init__(self, config: PrismaticConfig) -> None:
-        """Build the modules; the caller fills the weights."""
+    def __init__(self, config: PrismaticConfig, lm_head: bool = False) -> None:
+        """Build the modules, with an output layer over the vocabulary if asked for; the caller fills the weights."""
         # Here, because it takes seconds that `explain` and `validate` do not need; and not on the caller's meta device.
         with torch.device("cpu"):
             from transformers import LlamaConfig, LlamaModel
@@ -112,10 +148,16 @@ class LanguageModel(nn.Module):
                 max_position_embeddings=config.max_positions,
             )
         )
+        if lm_head:
+            self.lm_head = nn.Linear(shape.hidden, config.vocab, bias=False)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Embeddings `[..., D]` of token ids."""
         return nn.functional.embedding(ids, self.model.embed_tokens.weight)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores `[..., V]` of the next token, padding rows included, for hidden states `[..., D]`."""
+        return cast(Tensor, self.lm_head(hidden))
 
     def decoder(self, config: PrismaticConfig) -> Decoder:
         """The decoder loop over these modules."""

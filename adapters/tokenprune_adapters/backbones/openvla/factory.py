@@ -1,0 +1,98 @@
+"""Makes OpenVLA policies, from a preset, a checkpoint, or a model that is already loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tokenprune.adapter import Description, Findings
+from tokenprune.errors import ConfigError
+from tokenprune_adapters.backbones.openvla.backbone import OpenVLA, OpenVLAModel
+from tokenprune_adapters.backbones.openvla.config import PRESETS, OpenVLAConfig, preset, with_options
+from tokenprune_adapters.backbones.openvla.release import adopt_openvla, load_openvla, read_config, verify_openvla
+from tokenprune_adapters.prismatic import fill_untrained
+from tokenprune_adapters.prompt import PromptTokenizer
+from tokenprune_adapters.statistics import Statistics
+
+
+class OpenVLAFactory:
+    """Makes OpenVLA policies; implements `tokenprune.adapter.BackboneFactory`."""
+
+    @staticmethod
+    def describe(name: str | None, checkpoint: Path | None, options: Mapping[str, Any]) -> Description:
+        """What would be built; nothing is allocated."""
+        _one_source(name, checkpoint)
+        if checkpoint is not None:
+            config, tokenizer = read_config(Path(checkpoint), options)
+            info = config.info(str(checkpoint), untrained=False)
+        else:
+            config, tokenizer = _untrained_config(name, options), PromptTokenizer.bundled()
+            info = config.info(name or "", untrained=True)
+        return Description(
+            info,
+            lambda instruction: config.layout(tokenizer.encode(instruction, config.max_text, config.prompt)),
+            config.transform.cropped,
+        )
+
+    @staticmethod
+    def build(
+        name: str | None,
+        checkpoint: Path | None,
+        options: Mapping[str, Any],
+        device: torch.device,
+        dtype: torch.dtype,
+        seed: int,
+    ) -> OpenVLA:
+        """A policy from a checkpoint, or with untrained weights from a preset.
+
+        Raises:
+            ConfigError: If neither or both of preset and checkpoint are given, or an option is wrong.
+            CheckpointError: If the checkpoint cannot be used.
+        """
+        _one_source(name, checkpoint)
+        if checkpoint is not None:
+            return load_openvla(Path(checkpoint), options, device, dtype)
+        config = _untrained_config(name, options)
+        with torch.device("meta"):
+            model = OpenVLAModel(config)
+        fill_untrained(model, seed, device, dtype)
+        statistics = Statistics.identity(config.action.dims, None)
+        info = config.info(name or "", untrained=True)
+        return OpenVLA(config, model, PromptTokenizer.bundled(), statistics, info)
+
+    @staticmethod
+    def verify(checkpoint: Path, options: Mapping[str, Any]) -> Findings:
+        """What a checkpoint holds and what of it does not fit; no weights are read.
+
+        Raises:
+            ConfigError: If an option is wrong.
+            CheckpointError: If a file is missing, damaged or unsafe.
+        """
+        return verify_openvla(Path(checkpoint), options)
+
+    @staticmethod
+    def adopt(module: nn.Module, options: Mapping[str, Any]) -> OpenVLA:
+        """A policy that shares the weights of upstream's own model, which is already loaded; see `adopt_openvla`.
+
+        Raises:
+            ConfigError: If an option is wrong, or the tokenizer is not given.
+            CheckpointError: If the model is not OpenVLA's, or cannot be shared.
+        """
+        return adopt_openvla(module, options)
+
+
+def _one_source(name: str | None, checkpoint: Path | None) -> None:
+    if name is not None and checkpoint is not None:
+        raise ConfigError("give a preset or a checkpoint, not both")
+
+
+def _untrained_config(name: str | None, options: Mapping[str, Any]) -> OpenVLAConfig:
+    if name is None:
+        raise ConfigError(f"backbone 'openvla' needs a checkpoint, or a preset ({', '.join(PRESETS)}), untrained")
+    if "unnorm_key" in options:
+        raise ConfigError("unnorm_key names statistics of a checkpoint; a preset has none")
+    return with_options(preset(name), options)
