@@ -3,6 +3,8 @@
 TORCH ?= torch==2.13.0
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; do \
 	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then echo $$p; break; fi; done)
+LEROBOT := lerobot[pi]==0.6.1
+PEER_PYTHON ?= $(shell if python3.12 -c '' >/dev/null 2>&1; then echo python3.12; fi)
 BIN := .venv/bin
 STAMP := .venv/.setup-done
 
@@ -23,7 +25,7 @@ demo: setup
 		specprune.controller specprune --backbone openvla-oft --preset small
 
 test: lint docs
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .
@@ -36,5 +38,18 @@ lint: setup
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# Compares with lerobot, which wants Python 3.12 and an older transformers, and so an environment of its own.
+.PHONY: peer
+peer: .venv-peer/.setup-done
+	.venv-peer/bin/python -m pytest -m peer tests/peer
+
+.venv-peer/.setup-done: pyproject.toml
+	@test -x .venv-peer/bin/pip || test -n "$(PEER_PYTHON)" || { echo "make peer needs Python 3.12, and none is on PATH." \
+		"Install it, or name it: make peer PEER_PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@test -x .venv-peer/bin/pip || "$(PEER_PYTHON)" -m venv .venv-peer
+	@echo "installing torch, $(LEROBOT) and tokenprune into .venv-peer (5 GB the first time)"
+	@.venv-peer/bin/python -m pip install -qq --no-compile --disable-pip-version-check "$(LEROBOT)" hypothesis pytest -e .
+	@touch $@
+
 clean:
-	rm -rf .venv site dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-peer site dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

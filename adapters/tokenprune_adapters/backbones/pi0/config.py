@@ -1,0 +1,269 @@
+"""Configuration and token layout of pi0 and pi0.5; no weights, no model code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from tokenprune.backbone import ActionSpec, BackboneInfo, DecoderShape, FollowUp
+from tokenprune.errors import ConfigError, nearest
+from tokenprune.layout import Role, Segment, TokenLayout
+from tokenprune_adapters.gemma_prompt import PI0_MAX_TOKENS, PI05_MAX_TOKENS
+from tokenprune_adapters.prompt import Prompt
+from tokenprune_adapters.resize_pad import ResizePad
+from tokenprune_adapters.vision import SIGLIP_SO400M_224_PALIGEMMA, ViTConfig
+from tokenprune_adapters.vision import flops as tower_flops
+
+Variant = Literal["pi0", "pi05"]
+
+WIDTH = 32
+"""Numbers per action and of robot state inside every release; what a robot does not use of them is padding."""
+
+# LIBERO's robots are driven by robosuite's OSC_POSE controller, which scales its inputs to 5 cm and 0.5 rad; these
+# releases command the gripper as it does, between -1 and 1.
+_LIBERO = ActionSpec(
+    horizon=50,
+    groups={"translation": (0, 1, 2), "rotation": (3, 4, 5), "gripper": (6,)},
+    gripper=(6, 0.0),
+    metric={"translation": 0.05, "rotation": 0.5},
+)
+
+
+@dataclass(frozen=True)
+class PI0Config:
+    """A policy of pi0's family: a vision-language prefix, and an action expert that denoises a chunk behind it.
+
+    Attributes:
+        variant: `pi0` has a token for the robot state and concatenates actions and time; `pi05` conditions the
+            expert's norms on the time and spells the state in the prompt.
+        tower: The vision tower of every view.
+        decoder: The prefix decoder's shape.
+        expert: The action expert's, of the same depth and attention heads.
+        vocab: Rows of the embedding table.
+        action: Chunk length and what the dimensions move.
+        views: Cameras that are there, in the order of the release's slots; empty slots take no tokens.
+        state_size: Numbers of robot state that are read, None where the policy reads none (pi0.5 only).
+        prompt_state: Numbers of state that the prompt spells, `state_size` but for lerobot before 0.5.0, which filled
+            them up to `width` with zeros; 0 where it spells no state.
+        steps: Flow steps per query.
+        width: Numbers per action and of state inside the model.
+        eps: Epsilon of the decoders' norms.
+        rope_theta: Base of the rotary frequencies.
+    """
+
+    variant: Variant
+    tower: ViTConfig
+    decoder: DecoderShape
+    expert: DecoderShape
+    vocab: int
+    action: ActionSpec
+    views: tuple[str, ...]
+    state_size: int | None
+    prompt_state: int = 0
+    steps: int = 10
+    width: int = WIDTH
+    eps: float = 1e-6
+    rope_theta: float = 10000.0
+
+    @property
+    def transform(self) -> ResizePad:
+        """Image preprocessing."""
+        return ResizePad(self.tower.image_size)
+
+    @property
+    def has_state_token(self) -> bool:
+        """Whether a state token stands before the actions."""
+        return self.variant == "pi0"
+
+    @property
+    def max_text(self) -> int:
+        """Most prompt tokens the release was trained with."""
+        return PI0_MAX_TOKENS if self.variant == "pi0" else PI05_MAX_TOKENS
+
+    def spelled(self, state: np.ndarray | None) -> np.ndarray | None:
+        """Numbers for the prompt, of a normalised state `[S]` or a neutral one; None where it spells no state."""
+        if not self.prompt_state:
+            return None
+        numbers = np.zeros(self.prompt_state)
+        if state is not None:
+            numbers[: len(state)] = state
+        return numbers
+
+    def layout(self, prompt: Prompt) -> TokenLayout:
+        """Tokens of the prefix (upstream openpi): the patches of each view, then the prompt.
+
+        Upstream also lays out empty camera slots and pads the prompt, masks both, and lets neither advance the
+        positions; leaving them out changes nothing. No hidden state of the prefix is read: the expert attends to its
+        keys and values.
+        """
+        rows, cols = self.tower.grid
+        patches = [Segment(Role.VISION, 0, rows * cols, view, (rows, cols), prunable=True) for view in self.views]
+        first = rows * cols * len(self.views)
+
+        def placed(span: range) -> range:
+            return range(first + span.start, first + span.stop)
+
+        spans = {
+            "text": placed(range(len(prompt.ids))),
+            "instruction": placed(prompt.instruction),
+            "readout": range(0),
+        }
+        if self.prompt_state:
+            spans["state"] = placed(prompt.state)
+        return TokenLayout.build([*patches, Segment(Role.TEXT, 0, len(prompt.ids))], spans)
+
+    def info(self, source: str, untrained: bool) -> BackboneInfo:
+        """What the core needs to know."""
+        rows, cols = self.tower.grid
+        views, width, horizon = len(self.views), self.expert.hidden, self.action.horizon
+        numbers = 2 * 2 * horizon * self.width * width
+        if self.has_state_token:
+            time = 2 * horizon * 3 * width * width
+        else:
+            norms = 2 * self.expert.depth + 1
+            time = 2 * 2 * width * width + 2 * norms * width * 3 * width
+        other = {
+            "vision": views * tower_flops(self.tower),
+            "projector": views * 2 * rows * cols * self.tower.hidden_size * self.decoder.hidden,
+            "actions": self.steps * numbers,
+            "time": self.steps * time,
+        }
+        behind = 0
+        if self.has_state_token:
+            other["state"] = 2 * self.width * width
+            behind = 1
+        passes = ((1, 0),) * behind + ((horizon, behind),) * self.steps
+        return BackboneInfo(
+            name=self.variant,
+            source=source,
+            untrained=untrained,
+            decoder=self.decoder,
+            views=self.views,
+            action=self.action,
+            capabilities=frozenset({"batch"}),
+            other_flops=other,
+            follow_up=FollowUp("flow", self.expert, passes),
+        )
+
+
+def _gemma(depth: int, hidden: int, mlp: int, heads: int = 8, head_dim: int = 256) -> DecoderShape:
+    return DecoderShape(depth, hidden, heads, 1, head_dim, mlp, causal=False)
+
+
+BASE = PI0Config(
+    variant="pi0",
+    tower=SIGLIP_SO400M_224_PALIGEMMA,
+    decoder=_gemma(18, 2048, 16384),
+    expert=_gemma(18, 1024, 4096),
+    vocab=257152,
+    action=_LIBERO,
+    views=("primary", "wrist"),
+    state_size=8,
+)
+
+# The same tokens as the release at a size that two CPU cores run in about a second, in the release's proportions.
+SMALL = replace(
+    BASE,
+    tower=replace(SIGLIP_SO400M_224_PALIGEMMA, hidden_size=288, depth=13, heads=4, mlp_size=1076, tap=12),
+    decoder=_gemma(9, 512, 4096, head_dim=64),
+    expert=_gemma(9, 256, 1024, head_dim=64),
+    vocab=2048,
+)
+
+TINY = replace(
+    BASE,
+    tower=replace(SIGLIP_SO400M_224_PALIGEMMA, image_size=56, hidden_size=24, depth=2, heads=3, mlp_size=40, tap=1),
+    decoder=_gemma(3, 32, 64, heads=4, head_dim=8),
+    expert=_gemma(3, 16, 32, heads=4, head_dim=8),
+    vocab=2048,
+)
+
+PRESETS: Mapping[str, PI0Config] = {"base": BASE, "small": SMALL, "tiny": TINY}
+
+
+def preset(variant: Variant, name: str) -> PI0Config:
+    """A preset by name.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"backbone '{variant}' has no preset '{name}'{nearest(name, PRESETS)}")
+    config = PRESETS[name]
+    return config if variant == "pi0" else replace(config, variant=variant, prompt_state=8)
+
+
+def with_options(config: PI0Config, options: Mapping[str, Any]) -> PI0Config:
+    """Apply a user's options.
+
+    `views`: one to three camera names in slot order. `horizon`: actions per chunk. `steps`: flow steps. `state_size`:
+    numbers of robot state, or null for pi0.5 without any. `dims`: numbers per action. `unnorm_key`, the dataset whose
+    statistics a checkpoint uses, is checked only.
+
+    Raises:
+        ConfigError: If an option is unknown or has a value it cannot have.
+    """
+    for key, value in options.items():
+        if key not in _OPTIONS:
+            raise ConfigError(f"backbone '{config.variant}' has no option '{key}'{nearest(key, _OPTIONS)}")
+        config = _OPTIONS[key](config, value)
+    return config
+
+
+def _with_views(config: PI0Config, value: object) -> PI0Config:
+    names = tuple(value) if isinstance(value, list | tuple) else ()
+    distinct = len(set(names)) == len(names) and all(isinstance(name, str) and name for name in names)
+    if not 1 <= len(names) <= 3 or not distinct:
+        raise ConfigError(f"views must be one to three distinct camera names in slot order, got {value!r}")
+    return replace(config, views=names)
+
+
+def _with_horizon(config: PI0Config, value: object) -> PI0Config:
+    return replace(config, action=replace(config.action, horizon=_count("horizon", value)))
+
+
+def _with_steps(config: PI0Config, value: object) -> PI0Config:
+    return replace(config, steps=_count("steps", value))
+
+
+def _with_state_size(config: PI0Config, value: object) -> PI0Config:
+    if value is None and config.variant == "pi05":
+        return replace(config, state_size=None, prompt_state=0)
+    size = _count("state_size", value, config.width)
+    return replace(config, state_size=size, prompt_state=0 if config.variant == "pi0" else size)
+
+
+def _with_dims(config: PI0Config, value: object) -> PI0Config:
+    dims = _count("dims", value, config.width)
+    if dims == config.action.dims:
+        return config
+    if dims == _LIBERO.dims:
+        return replace(config, action=replace(_LIBERO, horizon=config.action.horizon))
+    groups = {"joints": tuple(range(dims))}
+    return replace(config, action=ActionSpec(horizon=config.action.horizon, groups=groups))
+
+
+def _checked_unnorm_key(config: PI0Config, value: object) -> PI0Config:
+    if not isinstance(value, str):
+        raise ConfigError(f"unnorm_key must be the name of a dataset, got {value!r}")
+    return config
+
+
+_OPTIONS: Mapping[str, Callable[[PI0Config, object], PI0Config]] = {
+    "views": _with_views,
+    "horizon": _with_horizon,
+    "steps": _with_steps,
+    "state_size": _with_state_size,
+    "dims": _with_dims,
+    "unnorm_key": _checked_unnorm_key,
+}
+
+
+def _count(key: str, value: object, most: int | None = None) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most is not None and value > most):
+        valid = "1 or more" if most is None else f"1 to {most}"
+        raise ConfigError(f"{key} must be a whole number, {valid}, got {value!r}")
+    return value

@@ -1,0 +1,236 @@
+"""Checkpoints of pi0 and pi0.5 as openpi, lerobot and transformers write them, and transformers' own loaded model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from tokenprune.adapter import Findings
+from tokenprune.errors import CheckpointError, ConfigError
+from tokenprune_adapters.backbones.pi0.backbone import PI0
+from tokenprune_adapters.backbones.pi0.config import PI0Config, Variant, with_options
+from tokenprune_adapters.backbones.pi0.formats import Format, Stated, find_format, read_stated, read_transformers
+from tokenprune_adapters.backbones.pi0.keys import inventory
+from tokenprune_adapters.backbones.pi0.model import PI0Model
+from tokenprune_adapters.gemma_prompt import GemmaTokenizer
+from tokenprune_adapters.prismatic_release import JSON_FILES, config_mapping, local_folder
+from tokenprune_adapters.prompt import read_tokenizer
+from tokenprune_adapters.statistics import Standard, Statistics
+from tokenprune_adapters.statistics_files import read_lerobot, read_openpi
+from tokenprune_adapters.tensors import stored_module, stored_safetensors
+from tokenprune_adapters.weights import adopt, fill
+
+# lerobot keeps its statistics in safetensors files.
+_DESCRIBING = (*JSON_FILES, "policy_*.safetensors")
+_FILES = (*JSON_FILES, "*.safetensors")
+_PREPROCESSOR = "policy_preprocessor.json"
+_OWN_OPTIONS = ("format", "statistics", "tokenizer", "prompt_state")
+
+
+@dataclass(frozen=True)
+class PI0Release:
+    """A checkpoint without its weights."""
+
+    config: PI0Config
+    tokenizer: GemmaTokenizer
+    statistics: Statistics
+
+
+def read_pi0(variant: Variant, folder: Path, options: Mapping[str, Any]) -> PI0Release:
+    """Read a checkpoint's configuration, tokenizer and statistics; no weights are read or downloaded.
+
+    Images are prepared as by openpi, whatever the format. What openpi's configurations do beyond the model, such as
+    adding the state to actions that are relative to it, is in no file and is not done here. Actions are in LIBERO's
+    units where the dataset's name says so; otherwise their units are not known.
+
+    Args:
+        variant: The policy that is asked for.
+        folder: A folder as openpi's conversion or training for PyTorch, lerobot or transformers writes it; or a hub id
+            `owner/name` of one of the latter two.
+        options: Those of `with_options`, which win over the files, and these:
+
+            - `format`: `openpi`, `lerobot` or `transformers`, where no file says so.
+            - `tokenizer`: PaliGemma's `tokenizer.json`, where the folder has none.
+            - `statistics`: a folder with openpi's `norm_stats.json`, instead of the checkpoint's own; `none` for states
+              and actions in the policy's own units. Must be given for transformers' format.
+            - `unnorm_key`: the dataset, where the statistics are of several.
+            - `prompt_state`: numbers of state in pi0.5's prompt, 32 for policies trained with lerobot before 0.5.0,
+              which filled them up with zeros; no file says so.
+
+            No file of openpi's or transformers' states `dims` and `state_size`, nor any of openpi's training `horizon`;
+            then they must be given. `state_size` is null for a pi0.5 that reads none, such as openpi's for LIBERO.
+
+    Raises:
+        CheckpointError: If a file is missing, malformed, of another policy, or asks for what is not supported.
+        ConfigError: If an option is wrong or missing.
+    """
+    return _read(variant, local_folder(folder, _DESCRIBING), options)
+
+
+def load_pi0(
+    variant: Variant, folder: Path, options: Mapping[str, Any], device: torch.device, dtype: torch.dtype
+) -> PI0:
+    """Load a checkpoint.
+
+    Every tensor of every file is accounted for before the first is read. Left out by name are only the expert's word
+    embeddings and output layer, and the prefix's output layer where its word embeddings are there too. Tensors are
+    read one by one into a model that holds no memory until then.
+
+    Args:
+        variant: See `read_pi0`.
+        folder: See `read_pi0`.
+        options: See `read_pi0`.
+        device: Where the weights go.
+        dtype: Their type, whatever the files hold.
+
+    Raises:
+        CheckpointError: If a file is missing, damaged or unsafe, or does not fit the configuration.
+        ConfigError: If an option is wrong or missing.
+    """
+    local = local_folder(folder, _FILES)
+    release = _read(variant, local, options)
+    model = _model(release.config)
+    fill(model, inventory(variant, model.state_dict(), stored_safetensors(local), local), device, dtype)
+    return _policy(release, model, str(folder))
+
+
+def verify_pi0(variant: Variant, folder: Path, options: Mapping[str, Any]) -> Findings:
+    """Say what a checkpoint holds and what of it does not fit; no weights are read.
+
+    Raises:
+        CheckpointError: If a file is missing, damaged or unsafe, or the checkpoint is of another policy.
+        ConfigError: If an option is wrong or missing.
+    """
+    local = local_folder(folder, _FILES)
+    release = _read(variant, local, options)
+    found = inventory(variant, _model(release.config).state_dict(), stored_safetensors(local), local)
+    return found.findings((release.statistics.key,), release.config.state_size)
+
+
+def adopt_pi0(variant: Variant, module: nn.Module, options: Mapping[str, Any]) -> PI0:
+    """Take the weights of a loaded `PI0ForConditionalGeneration` of transformers by reference; none is copied.
+
+    Args:
+        variant: `pi0`; transformers has no pi0.5.
+        module: The model, on its device and in its dtype.
+        options: Those of `read_pi0`; `tokenizer`, `statistics`, `dims` and `state_size` must be given.
+
+    Raises:
+        CheckpointError: If it is another model, or its weights are of several types or on several devices.
+        ConfigError: If an option is wrong or missing.
+    """
+    where = type(module).__name__
+    stated = read_transformers(variant, config_mapping(getattr(module, "config", None)), where)
+    release = _completed(stated, "transformers", None, options)
+    model = _model(release.config)
+    stored = stored_module(module.state_dict(), where)
+    types = {tensor.dtype: tensor.key for tensor in stored.values()}
+    if len(types) > 1:
+        found = ", ".join(f"'{key}' is {dtype}" for dtype, key in types.items())
+        raise CheckpointError(f"{where}: {found}; valid: one type")
+    adopt(model, inventory(variant, model.state_dict(), stored, Path(where)))
+    return _policy(release, model, where)
+
+
+def _read(variant: Variant, folder: Path, options: Mapping[str, Any]) -> PI0Release:
+    found = find_format(folder, options.get("format"))
+    return _completed(read_stated(variant, folder, found), found, folder, options)
+
+
+def _completed(stated: Stated, found: Format, folder: Path | None, options: Mapping[str, Any]) -> PI0Release:
+    """What the files state, with the user's options, the statistics and the tokenizer."""
+    config = _configured(stated, found, options)
+    statistics = _statistics(config, found, folder, options)
+    if "libero" not in statistics.key:
+        config = replace(config, action=replace(config.action, metric={}))
+    path = options.get("tokenizer")
+    if path is None:
+        if folder is None:
+            raise ConfigError("a loaded model has no tokenizer; give the option tokenizer, PaliGemma's tokenizer.json")
+        path = folder / "tokenizer.json"
+    if not isinstance(path, str | Path):
+        raise ConfigError(f"tokenizer must be the path of a tokenizer.json, got {path!r}")
+    return PI0Release(config, _tokenizer(Path(path), config.vocab), statistics)
+
+
+def _configured(stated: Stated, found: Format, options: Mapping[str, Any]) -> PI0Config:
+    given = {key: value for key, value in options.items() if key not in _OWN_OPTIONS}
+    chosen = {"views": stated.slots, **stated.options, **given}
+    config = with_options(stated.config, chosen)
+    lacking = [name for name in ("horizon", "dims", "state_size") if name not in chosen]
+    if lacking:
+        raise ConfigError(
+            f"no file of this checkpoint in {found}'s format states {', '.join(lacking)}; give each as an option"
+        )
+    if len(config.views) > len(stated.slots):
+        raise ConfigError(f"views has {len(config.views)} cameras; the checkpoint has {', '.join(stated.slots)}")
+    filled = options.get("prompt_state")
+    if filled is None:
+        return config
+    least, most = config.prompt_state, config.width
+    if not least:
+        raise ConfigError("prompt_state is for a pi0.5 whose prompt spells the state; this policy's does not")
+    if isinstance(filled, bool) or not isinstance(filled, int) or not least <= filled <= most:
+        raise ConfigError(f"prompt_state must be a whole number, {least} to {most}, got {filled!r}")
+    return replace(config, prompt_state=filled)
+
+
+def _statistics(config: PI0Config, found: Format, folder: Path | None, options: Mapping[str, Any]) -> Statistics:
+    source, key = options.get("statistics"), options.get("unnorm_key")
+    dims, size = config.action.dims, config.state_size
+    if source == "none":
+        plain = [Standard(np.zeros(count), np.ones(count), 0.0) for count in (dims, size or 1)]
+        return Statistics("(none)", plain[0], plain[1] if size else None)
+    if source is not None and not isinstance(source, str | Path):
+        raise ConfigError(f"statistics must be a folder with openpi's norm_stats.json, or none, got {source!r}")
+    quantiles = config.variant == "pi05"
+    if source is not None:
+        return read_openpi(Path(source), key, dims, size, quantiles=quantiles)
+    if folder is None or found == "transformers":
+        raise ConfigError(
+            "transformers' models carry no statistics; give the option statistics, a folder with openpi's "
+            "norm_stats.json, or none for states and actions in the policy's own units"
+        )
+    if found == "openpi":
+        return read_openpi(folder / "assets", key, dims, size, quantiles=quantiles)
+    if key is not None:
+        raise ConfigError(f"unnorm_key is '{key}'; lerobot's statistics are of one dataset, which no file names")
+    if not (folder / _PREPROCESSOR).exists():
+        raise CheckpointError(
+            f"{folder / _PREPROCESSOR}: no such file; for a checkpoint of lerobot before 0.4, which has its statistics "
+            "among the weights, lerobot.processor.migrate_policy_normalization writes it"
+        )
+    return read_lerobot(folder, dims, size)
+
+
+def _tokenizer(path: Path, vocab: int) -> GemmaTokenizer:
+    try:
+        tokenizer = GemmaTokenizer.from_file(path)
+    except CheckpointError as error:
+        if path.exists():
+            raise
+        raise CheckpointError(f"{error}, or give another's path as the option tokenizer") from error
+    # Special tokens are never made of a prompt; PaliGemma's for images lies behind the table.
+    raw = read_tokenizer(path)
+    special = {index for index, token in raw.get_added_tokens_decoder().items() if token.special}
+    largest = max(set(raw.get_vocab().values()) - special)
+    if largest >= vocab:
+        raise CheckpointError(f"{path}: has token {largest}; the embedding table has {vocab} rows")
+    return tokenizer
+
+
+def _model(config: PI0Config) -> PI0Model:
+    """The model without memory for its weights."""
+    with torch.device("meta"):
+        return PI0Model(config)
+
+
+def _policy(release: PI0Release, model: PI0Model, source: str) -> PI0:
+    info = release.config.info(source, untrained=False)
+    return PI0(release.config, model, release.tokenizer, release.statistics, info)

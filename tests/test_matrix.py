@@ -1,0 +1,57 @@
+"""Every shipped stage and pipeline on every backbone, by running them; and what happens to one that cannot run."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from typer.testing import CliRunner
+
+from tests.planting import REGISTRY
+from tokenprune.bench.matrix import Cell, alone, matrix
+from tokenprune.cli import app
+
+NEEDS_ACTION_ROWS = {"specprune.static_c3", "specprune-c3"}
+
+
+@cache
+def cells() -> list[Cell]:
+    return matrix(REGISTRY)
+
+
+def test_every_backbone_is_there() -> None:
+    assert {cell.backbone for cell in cells()} == set(REGISTRY.backbones)
+
+
+def test_everything_shipped_runs_or_is_refused_for_what_the_backbone_lacks() -> None:
+    shipped = [cell for cell in cells() if not cell.name.startswith("test.")]
+    assert shipped
+    for cell in shipped:
+        expected = "refused" if cell.name in NEEDS_ACTION_ROWS and cell.backbone != "openvla-oft" else "runs"
+        assert cell.verdict == expected, cell
+        assert (cell.why != "") == (expected == "refused"), cell
+        if expected == "refused":
+            assert "action_rows" in cell.why, cell
+
+
+def test_fastv_says_which_rows_it_reads() -> None:
+    said = {cell.backbone: " ".join(cell.notes) for cell in cells() if (cell.kind, cell.name) == ("stage", "fastv")}
+    assert "'last' rows, as in the released code" in said["openvla"]
+    for bidirectional in ("openvla-oft", "pi0", "pi05"):
+        assert "'text' rows in place of the last one" in said[bidirectional]
+
+
+def test_a_stage_that_raises_is_told_from_one_that_is_refused() -> None:
+    assert {cell.verdict for cell in cells() if cell.name == "test.broken"} == {"fails"}
+
+
+def test_a_stage_in_no_pipeline_runs_with_its_defaults() -> None:
+    config = alone("test.protector", REGISTRY)
+    assert [stage.use for stage in config.stages] == ["test.protector"]
+
+
+def test_the_table_fits_a_terminal() -> None:
+    shown = CliRunner().invoke(app, ["list", "uniform*", "--matrix"])
+    assert shown.exit_code == 0, shown.output
+    assert max(map(len, shown.output.splitlines())) <= 80
+    assert "uniform_grid" in shown.output
+    assert "runs" in shown.output
