@@ -45,7 +45,7 @@ def test_a_stage_that_raises_is_told_from_one_that_is_refused() -> None:
 
 
 def test_a_stage_in_no_pipeline_runs_with_its_defaults() -> None:
-    config = alone("test.protector", REGISTRY)
+    config = alone("test.protector", (), REGISTRY)
     assert [stage.use for stage in config.stages] == ["test.protector"]
 
 

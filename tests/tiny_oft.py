@@ -10,7 +10,7 @@ import torch
 
 from tokenprune.backbone import DecoderShape
 from tokenprune_adapters.backbones.openvla_oft.backbone import OFTModel, OpenVLAOFT
-from tokenprune_adapters.backbones.openvla_oft.config import SMALL, OFTConfig
+from tokenprune_adapters.backbones.openvla_oft.config import SMALL, OFTConfig, with_options
 from tokenprune_adapters.prismatic import PrismaticConfig, fill_untrained
 from tokenprune_adapters.prompt import PromptTokenizer
 from tokenprune_adapters.statistics import Bounds, Statistics
@@ -20,9 +20,13 @@ INSTRUCTION = "put the bowl on the plate"
 
 
 def tiny_config(
-    views: tuple[str, ...] = ("primary", "wrist"), proprio: bool = True, kv_heads: int = 2, depth: int = 3
+    views: tuple[str, ...] = ("primary", "wrist"),
+    proprio: bool = True,
+    kv_heads: int = 2,
+    depth: int = 3,
+    **options: Any,
 ) -> OFTConfig:
-    """Two towers of 4x4 patches, a decoder of width 32."""
+    """Two towers of 4x4 patches, a decoder of width 32; with `constants` among the options, the views are theirs."""
     dino = ViTConfig(
         image_size=56, patch_size=14, hidden_size=24, depth=3, heads=3, mlp_size=40,
         registers=4, cls=True, layer_scale=True, gelu="exact", tap=1,
@@ -35,19 +39,30 @@ def tiny_config(
         max_positions=512,
     )
     transform = replace(SMALL.transform, size=56)
-    return replace(SMALL, body=body, views=views, state_size=8 if proprio else None, transform=transform)
+    config = replace(SMALL, body=body, views=views, transform=transform)
+    return with_options(config, {"proprio": proprio, **options})
 
 
-def tiny_statistics(state: bool = True) -> Statistics:
-    """Bounds that differ per dimension; the gripper is passed through."""
-    mask = np.array([True] * 6 + [False])
-    action = Bounds(np.linspace(-0.9, -0.3, 7), np.linspace(0.4, 1.0, 7), mask)
-    proprio = Bounds(np.linspace(-1, -0.5, 8), np.linspace(0.5, 2, 8), np.ones(8, dtype=bool)) if state else None
-    return Statistics("tiny", action, proprio)
+def tiny_statistics(config: OFTConfig) -> Statistics:
+    """Bounds that differ per dimension; a gripper is passed through."""
+    dims, size = config.action.dims, config.state_size
+    mask = np.ones(dims, dtype=bool)
+    if config.action.gripper is not None:
+        mask[config.action.gripper[0]] = False
+    action = Bounds(np.linspace(-0.9, -0.3, dims), np.linspace(0.4, 1.0, dims), mask)
+    state = None
+    if size is not None:
+        state = Bounds(np.linspace(-1, -0.5, size), np.linspace(0.5, 2, size), np.ones(size, dtype=bool))
+    return Statistics("tiny", action, state)
 
 
-def tiny_policy_parts(config: OFTConfig, seed: int = 0, dtype: torch.dtype = torch.float64) -> OpenVLAOFT:
-    """The backbone, with biases and norms that are not their neutral values, so that a mix-up shows."""
+def tiny_policy_parts(
+    config: OFTConfig, seed: int = 0, dtype: torch.dtype = torch.float64, contrast: float = 1.0
+) -> OpenVLAOFT:
+    """The backbone, with biases and norms that are not their neutral values, so that a mix-up shows.
+
+    With more `contrast`, attention is further from uniform, and the rows of the chunk further from each other.
+    """
     with torch.device("meta"):
         model = OFTModel(config)
     fill_untrained(model, seed, torch.device("cpu"), dtype)
@@ -55,12 +70,14 @@ def tiny_policy_parts(config: OFTConfig, seed: int = 0, dtype: torch.dtype = tor
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(dtype))
+        for layer in model.language_model.model.layers:
+            layer.self_attn.q_proj.weight.mul_(contrast)
     info = config.info("tiny", untrained=True)
-    return OpenVLAOFT(config, model, PromptTokenizer.bundled(), tiny_statistics(config.state_size is not None), info)
+    return OpenVLAOFT(config, model, PromptTokenizer.bundled(), tiny_statistics(config), info)
 
 
 def observation(config: OFTConfig, seed: int = 0) -> dict[str, Any]:
     """Random images and state."""
     rng = np.random.default_rng(seed)
     images = {view: rng.integers(0, 256, (80, 80, 3), dtype=np.uint8) for view in config.views}
-    return {"images": images, "state": rng.normal(size=8)}
+    return {"images": images, "state": rng.normal(size=config.state_size or 8)}

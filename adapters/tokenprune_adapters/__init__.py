@@ -25,7 +25,7 @@ def tokenprune_register() -> Iterable[Spec]:
         ),
         BackboneSpec(
             name="openvla-oft",
-            summary="OpenVLA-OFT with the L1 head: bidirectional, one pass, 1-3 views",
+            summary="OpenVLA-OFT: bidirectional, one pass (diffusion head: one a step), 1-3 views",
             target=f"{__name__}.backbones.openvla_oft.factory:OFTFactory",
             presets={
                 "7b": "the release's dimensions, untrained",

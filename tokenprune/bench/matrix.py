@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,9 +48,10 @@ def matrix(registry: Registry) -> list[Cell]:
 
     Each gets a few queries of random pictures on the backbone's preset `tiny`, whose weights are untrained.
     """
+    shipped = {name: load_pipeline(name, registry).config for name in sorted(registry.pipelines)}
     subjects = [
-        *(("stage", name, alone(name, registry)) for name in sorted(registry.stages)),
-        *(("pipeline", name, load_pipeline(name, registry).config) for name in sorted(registry.pipelines)),
+        *(("stage", name, alone(name, shipped.values(), registry)) for name in sorted(registry.stages)),
+        *(("pipeline", name, config) for name, config in shipped.items()),
     ]
     return [
         _cell(kind, subject, name, backbone, config, registry)
@@ -65,13 +66,12 @@ def _backbones(registry: Registry) -> Iterator[tuple[str, Backbone]]:
             yield name, load_backbone(name, registry, None, PRESET, "cpu", "float32", 0, {})
 
 
-def alone(stage: str, registry: Registry) -> PipelineConfig:
+def alone(stage: str, shipped: Iterable[PipelineConfig], registry: Registry) -> PipelineConfig:
     """A pipeline of one stage, configured as in the first shipped pipeline that has it, else by its defaults."""
-    for name in sorted(registry.pipelines):
-        shipped = load_pipeline(name, registry).config
-        for config in shipped.stages:
+    for pipeline in shipped:
+        for config in pipeline.stages:
             if config.use == stage:
-                return PipelineConfig(version=1, name="alone", modes=shipped.modes, stages=(config,))
+                return PipelineConfig(version=1, name="alone", modes=pipeline.modes, stages=(config,))
     settings = {"use": stage, **({"keep": 0.5} if "keep" in registry.stage_class(stage).Config.model_fields else {})}
     return parse_pipeline({"version": 1, "name": "alone", "stages": [settings]}, registry, stage).config
 

@@ -38,6 +38,6 @@ def show_matrix(found: Registry, pattern: str, as_json: bool) -> None:
             for text in (*([cell.why] if cell.why else []), *(cell.notes if cell.kind == "stage" else ())):
                 said.setdefault(text, []).append(f"{cell.name} on {cell.backbone}")
         for text, where in said.items():
-            print(textwrap.fill(f"{', '.join(where)}: {text}", WIDTH, subsequent_indent="  "))
+            print(textwrap.fill(f"{', '.join(dict.fromkeys(where))}: {text}", WIDTH, subsequent_indent="  "))
     if any(cell.verdict == "fails" for cell in cells):
         raise typer.Exit(1)

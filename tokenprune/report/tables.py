@@ -72,8 +72,12 @@ def phase_table(rows: tuple[Row, ...], follow_up: str | None) -> Table:
 
 
 def _broken(name: str) -> str:
-    """A long name is broken after its dot rather than in a word."""
-    return name if len(name) <= _NAME else name.replace(".", ".\n", 1)
+    """A long name is broken between its parts rather than in a word."""
+    if len(name) <= _NAME:
+        return name
+    name, at, settings = name.partition("@")
+    short = name if len(name) <= _NAME else name.replace(".", ".\n", 1)
+    return "\n".join([short, *((at + settings).split(",") if at else ())])
 
 
 def milliseconds(value: float) -> str:

@@ -1,4 +1,4 @@
-"""OpenVLA-OFT (arXiv 2502.19645), native: one bidirectional pass, an L1 head, and hook points along the way."""
+"""OpenVLA-OFT (arXiv 2502.19645), native: bidirectional passes, one of three heads, and hook points along the way."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from tokenprune.adapter import Observation
 from tokenprune.backbone import BackboneInfo
-from tokenprune.errors import ObservationError, nearest
 from tokenprune.layout import TokenLayout
 from tokenprune.runtime import Query
-from tokenprune_adapters.backbones.openvla_oft.config import OFTConfig
-from tokenprune_adapters.heads import L1ActionHead, ProprioProjector
-from tokenprune_adapters.preprocess import check_image
+from tokenprune_adapters.backbones.openvla_oft.config import TRAIN_STEPS, OFTConfig
+from tokenprune_adapters.bins import ActionBins
+from tokenprune_adapters.diffusion import DDIM, timestep_encodings
+from tokenprune_adapters.heads import DiffusionActionHead, L1ActionHead, NoisyActionProjector, ProprioProjector
+from tokenprune_adapters.observations import check_observation
 from tokenprune_adapters.prismatic import LanguageModel, Projector, VisionBackbone
 from tokenprune_adapters.prompt import Prompt, PromptTokenizer
 from tokenprune_adapters.statistics import Statistics
@@ -29,10 +30,15 @@ class OFTModel(nn.Module):
         """Build the modules; build on the meta device to take no memory."""
         super().__init__()
         body, width = config.body, config.body.decoder.hidden
+        horizon, dims = config.action.horizon, config.action.dims
         self.vision_backbone = VisionBackbone(body.towers)
         self.projector = Projector(body.vision_width, width)
-        self.language_model = LanguageModel(body)
-        self.action_head = L1ActionHead(config.action.horizon, config.action.dims, width)
+        self.language_model = LanguageModel(body, lm_head=config.head == "discrete")
+        if config.head == "l1":
+            self.action_head: nn.Module = L1ActionHead(horizon, dims, width)
+        elif config.head == "diffusion":
+            self.action_head = DiffusionActionHead(horizon, dims, width)
+            self.noisy_action_projector = NoisyActionProjector(width)
         if config.state_size is not None:
             self.proprio_projector = ProprioProjector(config.state_size, width)
 
@@ -52,6 +58,25 @@ class OFTInputs:
     state: Tensor | None
 
 
+@dataclass(frozen=True)
+class OFTTokens:
+    """The embedded tokens that all passes of a query share.
+
+    Attributes:
+        context: BOS, the patches of each view and the proprio token `[B, C, D]`.
+        text: The prompt `[B, T, D]`.
+        stop: The stop token `[B, 1, D]`.
+    """
+
+    context: Tensor
+    text: Tensor
+    stop: Tensor
+
+    def around(self, chunk: Tensor, *timestep: Tensor) -> Tensor:
+        """All tokens `[B, N, D]` in the layout's order, with the chunk's `[B, C, D]` and perhaps a timestep's."""
+        return torch.cat([self.context, *timestep, self.text, chunk, self.stop], dim=1)
+
+
 class OpenVLAOFT:
     """A policy of the OpenVLA-OFT family; implements `tokenprune.adapter.Backbone`."""
 
@@ -67,6 +92,12 @@ class OpenVLAOFT:
         weight = model.projector.fc1.weight
         self.device, self.dtype = weight.device, weight.dtype
         self.decoder = model.language_model.decoder(config.body)
+        if config.head == "discrete":
+            self.bins = ActionBins(config.vocab, config.n_bins, self.device)
+        if config.head == "diffusion":
+            self.sampler = DDIM(TRAIN_STEPS, config.steps)
+            encodings = timestep_encodings(self.sampler.timesteps, config.body.decoder.hidden)
+            self.encodings = encodings.to(self.device, self.dtype)
 
     def prompt(self, instruction: str) -> Prompt:
         """The instruction as tokens."""
@@ -78,38 +109,7 @@ class OpenVLAOFT:
 
     def check(self, observation: Observation) -> None:
         """Refuse an observation with wrong views, images or state."""
-        if not isinstance(observation, Mapping) or not isinstance(observation.get("images"), Mapping):
-            raise ObservationError("an observation is {'images': {view: uint8 [H, W, 3]}, 'state': [S]}")
-        for key in observation:
-            if key not in ("images", "state"):
-                raise ObservationError(f"an observation has no '{key}'{nearest(str(key), ('images', 'state'))}")
-        images = observation["images"]
-        for view in self.config.views:
-            if view not in images:
-                looks, got = ", ".join(self.config.views), ", ".join(map(str, images)) or "none"
-                raise ObservationError(f"view '{view}' is missing; this policy looks at {looks}, got {got}")
-            check_image(view, images[view])
-        for view in images:
-            if view not in self.config.views:
-                raise ObservationError(f"this policy has no view '{view}'{nearest(str(view), self.config.views)}")
-        self._check_state(observation.get("state"))
-
-    def _check_state(self, state: object) -> None:
-        size = self.config.state_size
-        if size is None:
-            return
-        if state is None:
-            raise ObservationError(f"the state is missing; this policy reads {size} numbers of robot state")
-        try:
-            values = np.asarray(state, dtype=np.float64)
-        except (TypeError, ValueError) as error:
-            raise ObservationError(f"the state must be {size} numbers, got {type(state).__name__}") from error
-        if values.shape != (size,):
-            raise ObservationError(f"the state must be {size} numbers, got shape {list(values.shape)}")
-        if not np.isfinite(values).all():
-            raise ObservationError(
-                f"the state holds NaN or infinite numbers at {np.flatnonzero(~np.isfinite(values)).tolist()}"
-            )
+        check_observation(observation, self.config.views, self.config.state_size)
 
     def pixels(self, images: Sequence[Mapping[str, np.ndarray]]) -> Mapping[str, Tensor]:
         """Resize and crop the frames of each view, and upload them, uint8 `[B, 3, S, S]`."""
@@ -130,32 +130,67 @@ class OpenVLAOFT:
         return OFTInputs(images, text, state)
 
     def infer(self, inputs: OFTInputs, query: Query) -> Tensor:
-        """One pass: towers, projector, decoder with its cuts, head; normalised actions `[B, T, D]`."""
+        """Towers, projector, decoder with its cuts, head; normalised actions `[B, T, D]`."""
         with query.phase("vision"):
-            patches = self._patches(inputs, query)
-            embeddings = self.embed(inputs, patches)
-        states = query.decode(self.decoder, embeddings)
-        with query.phase("head"):
-            actions: Tensor = self.model.action_head(states)
-        return actions
-
-    def _patches(self, inputs: OFTInputs, query: Query) -> list[Tensor]:
-        pixels = torch.cat([inputs.images[view] for view in self.config.views])
-        features = self.model.vision_backbone(pixels, self.config.transform, self.dtype).chunk(len(self.config.views))
-        changed = [query.transform(view, part) for view, part in zip(self.config.views, features, strict=True)]
-        projected: Tensor = self.model.projector(torch.cat(changed))
-        return list(projected.chunk(len(self.config.views)))
-
-    def embed(self, inputs: OFTInputs, patches: Sequence[Tensor]) -> Tensor:
-        """All tokens `[B, N, D]` in the layout's order; action placeholders are zeros."""
-        language, batch = self.model.language_model, len(inputs.text)
-        ends = torch.full((batch, 2), self.tokenizer.bos_id, device=self.device)
-        ends[:, 1] = self.tokenizer.eos_id
-        bos, stop = language.embed(ends).split(1, dim=1)
-        proprio = [self.model.proprio_projector(inputs.state)[:, None]] if inputs.state is not None else []
+            tokens = self.embed(inputs, query)
+        if self.config.head == "diffusion":
+            return self._denoise(tokens, query)
         numbers = self.config.action.horizon * self.config.action.dims
-        blank = patches[0].new_zeros(batch, numbers, patches[0].shape[2])
-        return torch.cat([bos, *patches, *proprio, language.embed(inputs.text), blank, stop], dim=1)
+        blank = tokens.stop.new_zeros(len(inputs.text), numbers, tokens.stop.shape[2])
+        states = query.decode(self.decoder, tokens.around(blank))
+        with query.phase("head"):
+            if self.config.head == "discrete":
+                return self._spell(states)
+            actions: Tensor = self.model.action_head(states)
+            return actions
+
+    def embed(self, inputs: OFTInputs, query: Query) -> OFTTokens:
+        """Run the towers and embed everything but the chunk."""
+        language = self.model.language_model
+        ends = torch.full((len(inputs.text), 2), self.tokenizer.bos_id, device=self.device)
+        ends[:, 1] = self.tokenizer.eos_id
+        (bos, stop), text = language.embed(ends).split(1, dim=1), language.embed(inputs.text)
+        heard = torch.cat([bos, text, stop], dim=1).mean(1) if self.config.film else None
+        patches = self._patches(inputs, query, heard)
+        proprio = [self.model.proprio_projector(inputs.state)[:, None]] if inputs.state is not None else []
+        return OFTTokens(torch.cat([bos, *patches, *proprio], dim=1), text, stop)
+
+    def _patches(self, inputs: OFTInputs, query: Query, heard: Tensor | None) -> list[Tensor]:
+        views = self.config.views
+        pixels = torch.cat([inputs.images[view] for view in views])
+        if heard is not None:
+            heard = heard.repeat(len(views), 1)
+        features = self.model.vision_backbone(pixels, self.config.transform, self.dtype, heard).chunk(len(views))
+        changed = [query.transform(view, part) for view, part in zip(views, features, strict=True)]
+        projected: Tensor = self.model.projector(torch.cat(changed))
+        return list(projected.chunk(len(views)))
+
+    def _denoise(self, tokens: OFTTokens, query: Query) -> Tensor:
+        """Actions from noise, in one pass of the decoder per step (upstream OpenVLA-OFT).
+
+        Stages are asked once per query, in the first pass, where the chunk is noise; what they choose holds for all.
+        """
+        action, model = self.config.action, self.model
+        # Upstream samples in the model's type; rounding the sample to it at every step would add up.
+        wide = torch.promote_types(self.dtype, torch.float32)
+        sample = query.noise(action.horizon, action.dims).to(wide)
+        for step, encoding in enumerate(self.encodings):
+            with query.phase("head"):
+                chunk = model.noisy_action_projector(sample.to(self.dtype))
+                embeddings = tokens.around(chunk, encoding.expand(len(chunk), 1, -1))
+            states = (query.repeat if step else query.decode)(self.decoder, embeddings)
+            with query.phase("head"):
+                noise: Tensor = model.action_head(states)
+                sample = self.sampler.step(noise.to(wide), step, sample)
+        return sample
+
+    def _spell(self, states: Tensor) -> Tensor:
+        """Actions `[B, T, D]` of the token that each number's state `[B, T * D, W]` prefers."""
+        logits = self.model.language_model.logits(states.flatten(0, 1))
+        actions = self.bins.actions(self.bins.choose(logits, self.config.restrict))
+        # Of logits that are not finite one is still the largest, and its token would pass for an action.
+        sound = actions.where(logits.amax(-1).isfinite(), torch.nan)
+        return sound.view(len(states), self.config.action.horizon, -1)
 
     def unnormalise(self, actions: np.ndarray) -> np.ndarray:
         """Actions `[B, T, D]` in the environment's units."""

@@ -2,38 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 from tokenprune.backbone import ActionSpec, BackboneInfo, DecoderShape
 from tokenprune.errors import ConfigError, nearest
 from tokenprune.layout import Role, Segment, TokenLayout
-from tokenprune_adapters.heads import head_flops, proprio_flops
+from tokenprune_adapters.heads import head_flops, lm_head_flops, noisy_action_flops, proprio_flops
 from tokenprune_adapters.preprocess import ImageTransform
-from tokenprune_adapters.prismatic import PrismaticConfig
+from tokenprune_adapters.prismatic import LIBERO_ACTION, SMALL_TOWERS, TINY_TOWERS, PrismaticConfig
 from tokenprune_adapters.prompt import Prompt
-from tokenprune_adapters.vision import DINOV2_L_REG4_224, SIGLIP_SO400M_224, ViTConfig
+from tokenprune_adapters.vision import DINOV2_L_REG4_224, SIGLIP_SO400M_224
 
-# LIBERO's robots are driven by robosuite's OSC_POSE controller, which scales its inputs to 5 cm and 0.5 rad.
-LIBERO_ACTION = ActionSpec(
-    horizon=8,
-    groups={"translation": (0, 1, 2), "rotation": (3, 4, 5), "gripper": (6,)},
-    gripper=(6, 0.5),
-    metric={"translation": 0.05, "rotation": 0.5},
-)
+Head = Literal["l1", "diffusion", "discrete"]
+
+TRAIN_STEPS = 50
+"""Timesteps a diffusion head was trained with, and by default the steps it samples in (upstream OpenVLA-OFT)."""
+
+_CROP = 0.9
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What upstream OpenVLA-OFT keeps in its code and not in a checkpoint, and chooses by words on its command line.
+
+    Attributes:
+        action: Chunk length and what the dimensions move.
+        views: Cameras in sequence order.
+        state_size: Numbers of robot state.
+        bounds: The statistics that are mapped to -1 and 1.
+    """
+
+    action: ActionSpec
+    views: tuple[str, ...]
+    state_size: int
+    bounds: tuple[str, str]
+
+
+CONSTANTS: Mapping[str, Constants] = {
+    "libero": Constants(replace(LIBERO_ACTION, horizon=8), ("primary", "wrist"), 8, ("q01", "q99")),
+    "aloha": Constants(
+        ActionSpec(horizon=25, groups={"joints": tuple(range(14))}),
+        ("high", "left_wrist", "right_wrist"),
+        14,
+        ("min", "max"),
+    ),
+    # The robot and its controller are not LIBERO's, so what an action of 1.0 moves is not known.
+    "bridge": Constants(replace(LIBERO_ACTION, horizon=5, metric={}), ("primary",), 7, ("q01", "q99")),
+}
 
 
 @dataclass(frozen=True)
 class OFTConfig:
-    """An OpenVLA-OFT policy with the L1 head.
+    """An OpenVLA-OFT policy.
 
     Attributes:
-        body: Towers, projector and decoder.
+        body: Towers, projector and decoder; towers with FiLM hear the instruction.
         action: Chunk length and what the dimensions move.
         views: Cameras in sequence order, third-person first, one to three.
         state_size: Numbers of robot state in the proprio token, None without one.
         transform: Image preprocessing.
+        bounds: The statistics that are mapped to -1 and 1, for actions and state.
+        head: What makes actions of the decoder's states: an `l1` regression, a `diffusion` that denoises them in one
+            decoder pass per step, or `discrete` tokens of the vocabulary.
+        steps: Denoising steps per query of a diffusion head.
+        restrict: Choose discrete tokens among the ids that are actions. Upstream chooses among all, and what is no
+            action gives an extreme one.
+        padding: Rows of the embedding table that are no tokens; discrete actions stand at the end of those that are.
+        n_bins: Ids that are discrete actions.
     """
 
     body: PrismaticConfig
@@ -41,24 +78,44 @@ class OFTConfig:
     views: tuple[str, ...]
     state_size: int | None
     transform: ImageTransform
+    bounds: tuple[str, str] = ("q01", "q99")
+    head: Head = "l1"
+    steps: int = TRAIN_STEPS
+    restrict: bool = False
+    padding: int = 64
+    n_bins: int = 256
+
+    @property
+    def film(self) -> bool:
+        """Whether the towers hear the instruction."""
+        return self.body.towers[0].film is not None
+
+    @property
+    def vocab(self) -> int:
+        """Tokens of the vocabulary, without the padding rows."""
+        return self.body.vocab - self.padding
 
     def layout(self, prompt: Prompt) -> TokenLayout:
         """Tokens of a query (upstream OpenVLA-OFT).
 
-        BOS, the patches of each view, the proprio token, the prompt with its closing empty token, one zero
-        placeholder per number of the chunk, and a stop token. Action number i is read one place early: from the empty
-        token for the first, from placeholder i-1 after that.
+        BOS, the patches of each view, the proprio token, the prompt with its closing empty token, one placeholder per
+        number of the chunk, and a stop token. Action number i is read one place early: from the empty token for the
+        first, from placeholder i-1 after that.
+
+        A diffusion head's timestep token stands between proprio and prompt. Its role is `state`: it says where the
+        denoising stands, as a state token says where the robot does, and is no part of the prompt.
         """
         rows, cols = self.body.towers[0].grid
         patches = [Segment(Role.VISION, 0, rows * cols, view, (rows, cols), prunable=True) for view in self.views]
-        proprio = [Segment(Role.PROPRIO, 0, 1)] if self.state_size is not None else []
+        single = [Role.PROPRIO] if self.state_size is not None else []
+        single += [Role.STATE] if self.head == "diffusion" else []
         numbers = self.action.horizon * self.action.dims
-        text = 1 + sum(p.length for p in patches) + len(proprio)
+        text = 1 + sum(p.length for p in patches) + len(single)
         action = text + len(prompt.ids)
         segments = [
             Segment(Role.BOS, 0, 1),
             *patches,
-            *proprio,
+            *(Segment(role, 0, 1) for role in single),
             Segment(Role.TEXT, 0, len(prompt.ids)),
             Segment(Role.ACTION, 0, numbers),
             Segment(Role.STOP, 0, 1),
@@ -76,16 +133,23 @@ class OFTConfig:
     def max_text(self) -> int:
         """Prompt tokens that still fit beside the other tokens."""
         rows, cols = self.body.towers[0].grid
-        fixed = 2 + (self.state_size is not None) + self.action.horizon * self.action.dims
-        return self.body.max_positions - fixed - rows * cols * len(self.views)
+        single = 2 + (self.state_size is not None) + (self.head == "diffusion")
+        others = single + self.action.horizon * self.action.dims + rows * cols * len(self.views)
+        return self.body.max_positions - others
 
     def info(self, source: str, untrained: bool) -> BackboneInfo:
         """What the core needs to know."""
-        width = self.body.decoder.hidden
+        width, horizon, dims = self.body.decoder.hidden, self.action.horizon, self.action.dims
+        repeats = self.steps if self.head == "diffusion" else 1
         other = self.body.vision_flops(len(self.views))
         if self.state_size is not None:
             other["proprio"] = proprio_flops(self.state_size, width)
-        other["head"] = head_flops(self.action.horizon, self.action.dims, width)
+        if self.head == "discrete":
+            other["lm_head"] = lm_head_flops(horizon, dims, width, self.body.vocab)
+        else:
+            other["head"] = repeats * head_flops(horizon, dims, width)
+        if self.head == "diffusion":
+            other["noisy_actions"] = repeats * noisy_action_flops(horizon, dims, width)
         return BackboneInfo(
             name="openvla-oft",
             source=source,
@@ -96,11 +160,11 @@ class OFTConfig:
             state_size=self.state_size,
             capabilities=frozenset({"action_rows", "batch"}),
             other_flops=other,
+            repeats=repeats,
         )
 
 
-# LIBERO fine-tunes are trained with random crops, hence the centre crop.
-_LIBERO_TRANSFORM = ImageTransform(center_crop_area=0.9)
+_LIBERO = CONSTANTS["libero"]
 
 SEVEN_B = OFTConfig(
     body=PrismaticConfig(
@@ -108,10 +172,11 @@ SEVEN_B = OFTConfig(
         decoder=DecoderShape(depth=32, hidden=4096, heads=32, kv_heads=32, head_dim=128, mlp=11008, causal=False),
         vocab=32064,
     ),
-    action=LIBERO_ACTION,
-    views=("primary", "wrist"),
-    state_size=8,
-    transform=_LIBERO_TRANSFORM,
+    action=_LIBERO.action,
+    views=_LIBERO.views,
+    state_size=_LIBERO.state_size,
+    # Upstream trains all these policies with random crops, hence the centre crop.
+    transform=ImageTransform(center_crop_area=_CROP),
 )
 
 # The same tokens as the release through a decoder that two CPU cores run in half a second; the towers are kept
@@ -119,40 +184,22 @@ SEVEN_B = OFTConfig(
 SMALL = replace(
     SEVEN_B,
     body=PrismaticConfig(
-        towers=(
-            ViTConfig(
-                image_size=224, patch_size=14, hidden_size=192, depth=4, heads=3, mlp_size=768,
-                registers=4, cls=True, layer_scale=True, gelu="exact", tap=2,
-            ),
-            ViTConfig(
-                image_size=224, patch_size=14, hidden_size=192, depth=4, heads=3, mlp_size=768,
-                registers=0, cls=False, layer_scale=False, gelu="exact", tap=2,
-            ),
-        ),
+        towers=SMALL_TOWERS,
         decoder=DecoderShape(depth=8, hidden=1024, heads=16, kv_heads=16, head_dim=64, mlp=2560, causal=False),
         vocab=2048,
     ),
-)  # fmt: skip
+)
 
 # Milliseconds a query, for checks of what runs where.
 TINY = replace(
     SEVEN_B,
     body=PrismaticConfig(
-        towers=(
-            ViTConfig(
-                image_size=56, patch_size=14, hidden_size=24, depth=3, heads=3, mlp_size=48,
-                registers=4, cls=True, layer_scale=True, gelu="exact", tap=1,
-            ),
-            ViTConfig(
-                image_size=56, patch_size=14, hidden_size=16, depth=3, heads=2, mlp_size=32,
-                registers=0, cls=False, layer_scale=False, gelu="exact", tap=1,
-            ),
-        ),
+        towers=TINY_TOWERS,
         decoder=DecoderShape(depth=8, hidden=32, heads=4, kv_heads=4, head_dim=8, mlp=48, causal=False),
         vocab=2048,
     ),
-    transform=replace(_LIBERO_TRANSFORM, size=56),
-)  # fmt: skip
+    transform=replace(SEVEN_B.transform, size=56),
+)
 
 PRESETS: Mapping[str, OFTConfig] = {"7b": SEVEN_B, "small": SMALL, "tiny": TINY}
 
@@ -160,43 +207,123 @@ PRESETS: Mapping[str, OFTConfig] = {"7b": SEVEN_B, "small": SMALL, "tiny": TINY}
 def preset(name: str) -> OFTConfig:
     """A preset by name.
 
+    Discrete tokens are chosen among the ids that are actions: untrained weights would choose others nearly always, and
+    whatever the image, the action would be the extreme one.
+
     Raises:
         ConfigError: If there is none.
     """
     if name not in PRESETS:
         raise ConfigError(f"backbone 'openvla-oft' has no preset '{name}'{nearest(name, PRESETS)}")
-    return PRESETS[name]
+    return replace(PRESETS[name], restrict=True)
 
 
 def with_options(config: OFTConfig, options: Mapping[str, Any]) -> OFTConfig:
-    """Apply a user's options: `views` (names, one to three), `proprio` (bool), `center_crop` (bool).
+    """Apply a user's options; none of what they say is in a checkpoint's files.
 
-    `unnorm_key`, the dataset whose statistics a checkpoint uses, is checked only.
+    `constants`: `libero`, `aloha` or `bridge`; sets chunk, cameras, state and bounds, and the options below go on from
+    there. `horizon`: actions per chunk. `views`: one to three camera names in sequence order. `proprio` (bool): whether
+    the robot state is read. `center_crop` (bool). `film` (bool): whether the towers hear the instruction. `head`: `l1`,
+    `diffusion` or `discrete`. `steps`, with a diffusion head only: denoising steps. `restrict` (bool), with discrete
+    tokens only. `unnorm_key`, the dataset whose statistics a checkpoint uses, is checked only.
 
     Raises:
-        ConfigError: If an option is unknown or has a value it cannot have.
+        ConfigError: If an option is unknown, has a value it cannot have, or has no use with the head.
     """
-    known = ("views", "proprio", "center_crop", "unnorm_key")
-    for key, value in options.items():
-        if key == "views":
-            names = tuple(value) if isinstance(value, list | tuple) else ()
-            if (
-                not 1 <= len(names) <= 3
-                or len(set(names)) != len(names)
-                or not all(isinstance(n, str) and n for n in names)
-            ):
-                raise ConfigError(f"views must be one to three distinct camera names in sequence order, got {value!r}")
-            config = replace(config, views=names)
-        elif key in ("proprio", "center_crop"):
-            if not isinstance(value, bool):
-                raise ConfigError(f"{key} must be true or false, got {value!r}")
-            if key == "proprio":
-                config = replace(config, state_size=(config.state_size or 8) if value else None)
-            else:
-                config = replace(config, transform=replace(config.transform, center_crop_area=0.9 if value else None))
-        elif key == "unnorm_key":
-            if not isinstance(value, str):
-                raise ConfigError(f"unnorm_key must be the name of a dataset, got {value!r}")
-        else:
-            raise ConfigError(f"backbone 'openvla-oft' has no option '{key}'{nearest(key, known)}")
+    for key in sorted(options, key=lambda key: key != "constants"):
+        if key not in OPTIONS:
+            raise ConfigError(f"backbone 'openvla-oft' has no option '{key}'{nearest(key, OPTIONS)}")
+        config = OPTIONS[key](config, options[key])
+    for key, head in (("steps", "diffusion"), ("restrict", "discrete")):
+        if key in options and config.head != head:
+            raise ConfigError(f"{key} belongs to head={head}; the head is '{config.head}'")
+    if config.max_text < 1:
+        positions, chunk = config.body.max_positions, config.action.horizon * config.action.dims
+        raise ConfigError(
+            f"the decoder has {positions} positions; {len(config.views)} views and a chunk of {chunk} numbers leave "
+            "none of them to the prompt; valid: fewer views, or a smaller horizon"
+        )
     return config
+
+
+def _with_constants(config: OFTConfig, value: object) -> OFTConfig:
+    if not isinstance(value, str) or value not in CONSTANTS:
+        raise ConfigError(f"there are no constants {value!r}{nearest(str(value), CONSTANTS)}")
+    found = CONSTANTS[value]
+    return replace(config, action=found.action, views=found.views, state_size=found.state_size, bounds=found.bounds)
+
+
+def _with_horizon(config: OFTConfig, value: object) -> OFTConfig:
+    return replace(config, action=replace(config.action, horizon=_count("horizon", value)))
+
+
+def _with_views(config: OFTConfig, value: object) -> OFTConfig:
+    names = tuple(value) if isinstance(value, list | tuple) else ()
+    named = all(isinstance(name, str) and name for name in names)
+    if not 1 <= len(names) <= 3 or not named or len(set(names)) != len(names):
+        raise ConfigError(f"views must be one to three distinct camera names in sequence order, got {value!r}")
+    return replace(config, views=names)
+
+
+def _with_proprio(config: OFTConfig, value: object) -> OFTConfig:
+    return config if _flag("proprio", value) else replace(config, state_size=None)
+
+
+def _with_center_crop(config: OFTConfig, value: object) -> OFTConfig:
+    area = _CROP if _flag("center_crop", value) else None
+    return replace(config, transform=replace(config.transform, center_crop_area=area))
+
+
+def _with_film(config: OFTConfig, value: object) -> OFTConfig:
+    width = config.body.decoder.hidden if _flag("film", value) else None
+    towers = tuple(replace(tower, film=width) for tower in config.body.towers)
+    return replace(config, body=replace(config.body, towers=towers))
+
+
+def _with_head(config: OFTConfig, value: object) -> OFTConfig:
+    for head in get_args(Head):
+        if value == head:
+            return replace(config, head=head)
+    raise ConfigError(f"there is no head {value!r}{nearest(str(value), get_args(Head))}")
+
+
+def _with_steps(config: OFTConfig, value: object) -> OFTConfig:
+    return replace(config, steps=_count("steps", value, TRAIN_STEPS))
+
+
+def _with_restrict(config: OFTConfig, value: object) -> OFTConfig:
+    return replace(config, restrict=_flag("restrict", value))
+
+
+def _checked_unnorm_key(config: OFTConfig, value: object) -> OFTConfig:
+    if not isinstance(value, str):
+        raise ConfigError(f"unnorm_key must be the name of a dataset, got {value!r}")
+    return config
+
+
+OPTIONS: Mapping[str, Callable[[OFTConfig, object], OFTConfig]] = {
+    "constants": _with_constants,
+    "horizon": _with_horizon,
+    "views": _with_views,
+    "proprio": _with_proprio,
+    "center_crop": _with_center_crop,
+    "film": _with_film,
+    "head": _with_head,
+    "steps": _with_steps,
+    "restrict": _with_restrict,
+    "unnorm_key": _checked_unnorm_key,
+}
+"""What `with_options` accepts."""
+
+
+def _flag(key: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{key} must be true or false, got {value!r}")
+    return value
+
+
+def _count(key: str, value: object, most: int | None = None) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most is not None and value > most):
+        valid = "1 or more" if most is None else f"1 to {most}"
+        raise ConfigError(f"{key} must be a whole number, {valid}, got {value!r}")
+    return value

@@ -1,4 +1,4 @@
-"""Makes OpenVLA-OFT policies, from a preset or a checkpoint."""
+"""Makes OpenVLA-OFT policies, from a preset, a checkpoint, or a model that is already loaded."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from tokenprune.adapter import Description
+from tokenprune.adapter import Description, Findings
 from tokenprune.errors import CheckpointError, ConfigError
+from tokenprune_adapters.backbones.openvla_oft.adopted import adopt_oft
 from tokenprune_adapters.backbones.openvla_oft.backbone import OFTModel, OpenVLAOFT
-from tokenprune_adapters.backbones.openvla_oft.config import OFTConfig, preset, with_options
-from tokenprune_adapters.backbones.openvla_oft.release import load_oft, read_config
+from tokenprune_adapters.backbones.openvla_oft.config import PRESETS, OFTConfig, preset, with_options
+from tokenprune_adapters.backbones.openvla_oft.release import load_oft, read_config, verify_oft
 from tokenprune_adapters.prismatic import fill_untrained
 from tokenprune_adapters.prompt import PromptTokenizer
 from tokenprune_adapters.statistics import Statistics
@@ -66,6 +68,26 @@ class OFTFactory:
         statistics = Statistics.identity(config.action.dims, config.state_size)
         return OpenVLAOFT(config, model, tokenizer, statistics, config.info(name or "", untrained=True))
 
+    @staticmethod
+    def adopt(module: nn.Module, options: Mapping[str, Any]) -> OpenVLAOFT:
+        """A policy that shares the weights of upstream's own model, which is already loaded; see `adopt_oft`.
+
+        Raises:
+            ConfigError: If an option is wrong or missing.
+            CheckpointError: If the model is not OpenVLA-OFT's, or cannot be shared.
+        """
+        return adopt_oft(module, options)
+
+    @staticmethod
+    def verify(checkpoint: Path, options: Mapping[str, Any]) -> Findings:
+        """What a checkpoint holds and what of it does not fit; no weights are read.
+
+        Raises:
+            ConfigError: If an option is wrong.
+            CheckpointError: If a file is missing, damaged or unsafe.
+        """
+        return verify_oft(checkpoint, options)
+
 
 def _one_source(name: str | None, checkpoint: Path | None) -> None:
     if name is not None and checkpoint is not None:
@@ -74,7 +96,7 @@ def _one_source(name: str | None, checkpoint: Path | None) -> None:
 
 def _untrained_config(name: str | None, options: Mapping[str, Any]) -> OFTConfig:
     if name is None:
-        raise ConfigError("backbone 'openvla-oft' needs a checkpoint, or a preset (7b, small) for untrained weights")
+        raise ConfigError(f"backbone 'openvla-oft' needs a checkpoint, or a preset ({', '.join(PRESETS)}), untrained")
     if "unnorm_key" in options:
         raise ConfigError("unnorm_key names statistics of a checkpoint; a preset has none")
     return with_options(preset(name), options)

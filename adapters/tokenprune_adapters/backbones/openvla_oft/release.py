@@ -1,120 +1,72 @@
-"""OpenVLA-OFT checkpoints in the format of the release: a folder of JSON files, safetensors and two small `.pt` files.
-
-Nothing in a folder is run. `auto_map` in `config.json` names remote code and is never followed.
-"""
+"""OpenVLA-OFT checkpoints in the format of the release: OpenVLA's, and small `.pt` files beside it."""
 
 from __future__ import annotations
 
-import re
-import reprlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
-from tokenizers import Tokenizer
 
-from tokenprune.backbone import DecoderShape
-from tokenprune.errors import CheckpointError, nearest
+from tokenprune.adapter import Findings
+from tokenprune.errors import CheckpointError
 from tokenprune_adapters.backbones.openvla_oft.backbone import OFTModel, OpenVLAOFT
 from tokenprune_adapters.backbones.openvla_oft.config import SEVEN_B, OFTConfig, with_options
-from tokenprune_adapters.preprocess import MAX_SIDE, ImageTransform
-from tokenprune_adapters.prismatic import TOWERS, PrismaticConfig
+from tokenprune_adapters.lora import film_backbone
+from tokenprune_adapters.prismatic_release import (
+    JSON_FILES,
+    PrismaticRelease,
+    local_folder,
+    malformed,
+    read_release,
+    unused_keys,
+)
 from tokenprune_adapters.prompt import PromptTokenizer
 from tokenprune_adapters.statistics import Statistics
-from tokenprune_adapters.tensors import StoredTensor, check_fit, read_json, stored_pt, stored_safetensors
-from tokenprune_adapters.vision import ViTConfig
+from tokenprune_adapters.tensors import StoredTensor, read_json, stored_pt, stored_safetensors
+from tokenprune_adapters.weights import Inventory, fill, take_inventory
 
-_JSON = ("*.json",)
-# FiLM's file is fetched only to be noticed: its language-conditioned towers would otherwise run without the language.
-_ALL = (*_JSON, "*.safetensors", "action_head--*", "proprio_projector--*", "vision_backbone--*")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# Both towers of `dinosiglip-vit-so-224px` (upstream OpenVLA).
-_TIMM_IDS = ("vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224")
-# Beyond what any such model has, so that a wrong number is an error and not a model too large to be described.
-_Size = Annotated[int, Field(ge=1, le=2**20)]
-_Depth = Annotated[int, Field(ge=1, le=1024)]
-_Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
-
-
-class _Fields(BaseModel):
-    """JSON fields of exactly the type named; what is not named does not matter here."""
-
-    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
+_SMALL = ("action_head", "noisy_action_projector", "proprio_projector")
+TOWERS = "vision_backbone"
+"""The module that with FiLM is stored by itself."""
+_FILES = (*JSON_FILES, "*.safetensors", *(f"{part}--*" for part in (*_SMALL, TOWERS)))
+_LM_HEAD = r"language_model\.lm_head\.weight"
+# Keys by which a head's file tells which head it is.
+_HEADS = {"l1": "model.", "diffusion": "noise_predictor."}
+_HINTS = {
+    "action_head": "it holds the L1 head, or with head=diffusion the noise predictor; a checkpoint of discrete tokens "
+    "has none and takes the option head=discrete, but a folder without a head also looks like OpenVLA's",
+    "noisy_action_projector": "the option head=diffusion needs it",
+    "proprio_projector": "set the option proprio to false where the policy reads no robot state",
+    TOWERS: "the option film needs the towers that hear the instruction; set it to false where they do not",
+}
 
 
-class _Rope(_Fields):
-    """Rotary embeddings; only unscaled ones are supported."""
+@dataclass(frozen=True)
+class Parts:
+    """What a checkpoint holds.
 
-    model_config = ConfigDict(extra="forbid")
+    Attributes:
+        where: The folder, for errors.
+        body: Tensors of the body.
+        small: Those of the action head and the projectors, by the model's name of the module, with what errors call it.
+        film: Those of towers with FiLM, in place of the body's.
+    """
 
-    rope_type: Literal["default"] = Field("default", validation_alias=AliasChoices("rope_type", "type"))
-    rope_theta: PositiveFloat | None = None
-
-
-class _TextConfig(_Fields):
-    """The decoder's fields. The defaults are those of Llama-2-7B in transformers, on which the releases rely."""
-
-    model_type: Literal["llama"] = "llama"
-    hidden_size: _Size = 4096
-    num_hidden_layers: _Depth = 32
-    num_attention_heads: _Size = 32
-    num_key_value_heads: _Size | None = None
-    head_dim: _Size | None = None
-    intermediate_size: _Size = 11008
-    vocab_size: _Size = 32064
-    max_position_embeddings: _Size = 2048
-    rms_norm_eps: PositiveFloat = 1e-6
-    rope_theta: PositiveFloat = 10000.0
-    rope_scaling: _Rope | None = None
-    rope_parameters: _Rope | None = None
-    hidden_act: Literal["silu"] = "silu"
-    attention_bias: Literal[False] = False
-    mlp_bias: Literal[False] = False
-
-
-class _TowerArgs(_Fields):
-    """timm's arguments for one tower that differ from those of its id."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    embed_dim: _Size | None = None
-    depth: Annotated[_Depth, Field(ge=2)] | None = None
-    num_heads: _Size | None = None
-    mlp_ratio: Annotated[float, Field(gt=0, le=1024)] | None = None
-    patch_size: _Side | None = None
-    reg_tokens: Annotated[int, Field(ge=0, le=1024)] | None = None
-    img_size: _Side | None = None
-
-
-class _Config(_Fields):
-    """`config.json`."""
-
-    timm_model_ids: list[str]
-    image_sizes: Annotated[list[_Side], Field(min_length=2, max_length=2)]
-    use_fused_vision_backbone: Literal[True]
-    timm_override_act_layers: list[None] | None = None
-    timm_override_args: Annotated[list[_TowerArgs | None], Field(min_length=2, max_length=2)] | None = None
-    text_config: _TextConfig = _TextConfig()
-    norm_stats: dict[str, Any] | None = None
+    where: Path
+    body: Mapping[str, StoredTensor]
+    small: Mapping[str, tuple[Path, Mapping[str, StoredTensor]]] = field(default_factory=dict)
+    film: tuple[Path, Mapping[str, StoredTensor]] | None = None
 
 
 def read_config(folder: Path, options: Mapping[str, Any]) -> tuple[OFTConfig, PromptTokenizer]:
     """Read a release's configuration and tokenizer; no weights are read or downloaded.
 
-    A tower's shape cannot be told from its weights, since head counts leave no trace in them. It is timm's for the ids
-    in `timm_model_ids`, unless `config.json` has `timm_override_args`: a list with, for DINOv2 and then SigLIP, null or
-    an object with any of timm's `embed_dim`, `depth`, `num_heads`, `mlp_ratio`, `patch_size`, `reg_tokens`, `img_size`.
-    The releases have no such field. The chunk is LIBERO's, 8 actions of 7 numbers, and the robot state has 8 numbers;
-    no file states the chunk's length.
-
     Args:
-        folder: A folder in the release's format, or a hub id `owner/name`.
-        options: `views` (primary and wrist by default), `proprio` and `center_crop` (both true by default), and
-            `unnorm_key`, the dataset whose statistics are used.
+        folder: A folder in the release's format, or a hub id `owner/name`; see `read_release`.
+        options: See `with_options`; no file states what they say, and without them it is LIBERO's with the L1 head.
+            `unnorm_key` may be left out where the checkpoint has one dataset only.
 
     Returns:
         The configuration and the tokenizer.
@@ -123,16 +75,18 @@ def read_config(folder: Path, options: Mapping[str, Any]) -> tuple[OFTConfig, Pr
         CheckpointError: If a file is missing, malformed, or asks for something that is not supported.
         ConfigError: If an option is wrong.
     """
-    config, tokenizer, _ = _read(_local(folder, _JSON), options)
-    return config, tokenizer
+    release, config = _read(local_folder(folder, JSON_FILES), options)
+    read_statistics(release, config, options)
+    return config, release.tokenizer
 
 
 def load_oft(folder: Path, options: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> OpenVLAOFT:
     """Load a release.
 
     Every tensor of every file is accounted for before the first is read. Left out by name are only those that no
-    query needs: `lm_head`, the towers' blocks after the tap, their final norms and their pooling heads. Tensors are
-    read one by one into a model that holds no memory until then.
+    query needs: `lm_head` where a head replaces it, the towers' blocks after the tap, their final norms and their
+    pooling heads, and the plain towers where there are some with FiLM. Tensors are read one by one into a model that
+    holds no memory until then.
 
     Args:
         folder: See `read_config`.
@@ -147,197 +101,151 @@ def load_oft(folder: Path, options: Mapping[str, Any], device: torch.device, dty
         CheckpointError: If a file is missing, damaged or unsafe, or does not fit the configuration.
         ConfigError: If an option is wrong.
     """
-    local = _local(folder, _ALL)
-    config, tokenizer, statistics = _read(local, options)
+    local = local_folder(folder, _FILES)
+    release, config = _read(local, options)
+    statistics = read_statistics(release, config, options)
+    model = empty_model(config)
+    fill(model, account(config, model, _parts(local, config)), device, dtype)
+    return OpenVLAOFT(config, model, release.tokenizer, statistics, config.info(str(folder), untrained=False))
+
+
+def verify_oft(folder: Path, options: Mapping[str, Any]) -> Findings:
+    """Say what a release holds and what of it does not fit; no weights are read.
+
+    Raises:
+        CheckpointError: If a file is missing, damaged or unsafe.
+        ConfigError: If an option is wrong.
+    """
+    local = local_folder(folder, _FILES)
+    release, config = _read(local, options)
+    found = account(config, empty_model(config), _parts(local, config))
+    return found.findings(release.statistics, config.state_size)
+
+
+def configured(release: PrismaticRelease, raw: Mapping[str, Any], options: Mapping[str, Any], where: str) -> OFTConfig:
+    """The configuration of a release with these options.
+
+    Args:
+        release: The release.
+        raw: The fields of its `config.json`, in which discrete actions are described.
+        options: See `with_options`.
+        where: The file, or what to call the model, for errors.
+
+    Raises:
+        CheckpointError: If the vocabulary has no room for discrete actions.
+        ConfigError: If an option is wrong.
+    """
+    # Fine-tunes are trained with random crops; no file says so.
+    transform = replace(release.transform, center_crop_area=SEVEN_B.transform.center_crop_area)
+    config = with_options(replace(SEVEN_B, body=release.body, transform=transform), options)
+    if config.head != "discrete":
+        return config
+    # The defaults are those of upstream's configuration class.
+    padding, n_bins = raw.get("pad_to_multiple_of", 64), raw.get("n_action_bins", 256)
+    whole = all(isinstance(count, int) and not isinstance(count, bool) for count in (padding, n_bins))
+    vocab = config.body.vocab
+    if not whole or padding < 0 or not 2 <= n_bins <= vocab - padding:
+        found = f"n_action_bins {n_bins!r}, pad_to_multiple_of {padding!r} and text_config.vocab_size {vocab}"
+        raise CheckpointError(f"{where}: has {found}; valid: from 2 bins to as many as there are tokens before padding")
+    return replace(config, padding=padding, n_bins=n_bins)
+
+
+def read_statistics(release: PrismaticRelease, config: OFTConfig, options: Mapping[str, Any]) -> Statistics:
+    """Statistics of the dataset that is meant, with the bounds that the configuration names.
+
+    Raises:
+        CheckpointError: If the dataset is unknown or not given, or its statistics are incomplete.
+    """
+    where = str(release.statistics_file)
+    with malformed(where):
+        return Statistics.read(
+            release.statistics,
+            options.get("unnorm_key"),
+            config.action.dims,
+            config.state_size,
+            where,
+            fields=config.bounds,
+        )
+
+
+def empty_model(config: OFTConfig) -> OFTModel:
+    """The model without memory for its weights."""
     with torch.device("meta"):
         model = OFTModel(config)
     # The decoder loop computes rotary angles itself; this module's buffers are in no file.
     del model.language_model.model.rotary_emb
-    stored = _stored(local, config, model)
-    state = {name: tensor.read(device, dtype) for name, tensor in stored.items()}
-    model.load_state_dict(state, assign=True)
-    return OpenVLAOFT(config, model, tokenizer, statistics, config.info(str(folder), untrained=False))
+    return model
 
 
-def _local(checkpoint: Path, patterns: Sequence[str]) -> Path:
-    """The folder itself, or the one a hub id was downloaded to."""
-    if checkpoint.is_dir():
-        return checkpoint
-    name = checkpoint.as_posix()
-    if checkpoint.exists() or _HUB_ID.fullmatch(name) is None:
-        raise CheckpointError(f"{name}: no such folder; valid: one in the release's format, or a hub id 'owner/name'")
-    from huggingface_hub import snapshot_download
+def account(config: OFTConfig, model: OFTModel, parts: Parts) -> Inventory:
+    """Set a checkpoint against the model.
 
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=["*/*"]))
-    except Exception as error:  # the hub's errors and those of its HTTP library have no narrower base
-        raise CheckpointError(f"'{name}' is no folder here, and the hub did not give it: {error}") from error
+    Raises:
+        CheckpointError: If two tensors are one parameter.
+    """
+    own_file = {*parts.small, *([TOWERS] if parts.film else [])}
+    body = {name: values for name, values in model.state_dict().items() if name.partition(".")[0] not in own_file}
+    # Unused where the model has no place for them.
+    more = [_LM_HEAD, rf"{TOWERS}\.(fused_)?featurizer\..+"] if parts.film else [_LM_HEAD]
+    found = take_inventory(body, parts.body, parts.where, unused=unused_keys(config.body.towers, *more))
+    for part, (where, stored) in parts.small.items():
+        found += take_inventory(model.get_submodule(part).state_dict(), stored, where).under(f"{part}.")
+    if parts.film:
+        where, stored = parts.film
+        towers = {name: values for name, values in model.state_dict().items() if name.partition(".")[0] == TOWERS}
+        found += take_inventory(towers, film_backbone(stored), where, unused=unused_keys(config.body.towers))
+    return found
 
 
-def _read(folder: Path, options: Mapping[str, Any]) -> tuple[OFTConfig, PromptTokenizer, Statistics]:
-    film = sorted(path.name for path in folder.glob("vision_backbone--*"))
-    if film:
-        raise CheckpointError(f"{folder / film[0]}: the checkpoint uses FiLM, which this adapter does not support")
+def small_parts(config: OFTConfig) -> tuple[str, ...]:
+    """The modules beside the body, each with a file of its own."""
+    needed = {
+        "action_head": config.head != "discrete",
+        "noisy_action_projector": config.head == "diffusion",
+        "proprio_projector": config.state_size is not None,
+    }
+    return tuple(part for part in _SMALL if needed[part])
+
+
+def check_head(config: OFTConfig, part: str, where: Path, stored: Mapping[str, StoredTensor]) -> None:
+    """Refuse the action head of another kind of policy; anything else that does not fit is found by the inventory.
+
+    Raises:
+        CheckpointError: Naming the option that fits.
+    """
+    for other, prefix in _HEADS.items():
+        if part == "action_head" and other != config.head and all(key.startswith(prefix) for key in stored):
+            raise CheckpointError(f"{where}: holds another head; head is '{config.head}', the option head={other} fits")
+
+
+def _read(folder: Path, options: Mapping[str, Any]) -> tuple[PrismaticRelease, OFTConfig]:
+    release = read_release(folder, causal=False)
     path = folder / "config.json"
-    raw = read_json(path)
-    parsed = _parsed(raw, path)
-    towers = _towers(parsed, path)
-    body = _body(parsed.text_config, towers, path)
-    transform = _transform(folder / "preprocessor_config.json", raw, towers)
-    config = with_options(replace(SEVEN_B, body=body, transform=transform), options)
-    tokenizer = _tokenizer(folder / "tokenizer.json", body.vocab)
-    return config, tokenizer, _statistics(folder, parsed, config, options.get("unnorm_key"))
+    config = configured(release, read_json(path), options, str(path))
+    film = sorted(folder.glob(f"{TOWERS}--*"))
+    if film and not config.film:
+        raise CheckpointError(f"{film[0]}: the checkpoint's towers use FiLM; set the option film to true")
+    return release, config
 
 
-def _parsed(raw: Mapping[str, Any], path: Path) -> _Config:
-    try:
-        config = _Config.model_validate(raw)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "missing":
-            raise CheckpointError(f"{path}: '{field}' is missing") from error
-        if first["type"] == "extra_forbidden":
-            known = _TowerArgs if first["loc"][0] == "timm_override_args" else _Rope
-            raise CheckpointError(
-                f"{path}: '{field}' is not supported{nearest(str(first['loc'][-1]), known.model_fields)}"
-            ) from error
-        raise CheckpointError(f"{path}: '{field}' is {reprlib.repr(first['input'])}; {first['msg']}") from error
-    if tuple(config.timm_model_ids) != _TIMM_IDS:
-        raise CheckpointError(f"{path}: 'timm_model_ids' is {config.timm_model_ids}; valid: {list(_TIMM_IDS)}")
-    return config
+def _parts(folder: Path, config: OFTConfig) -> Parts:
+    heads = sorted(folder.glob("action_head--*"))
+    if heads and config.head == "discrete":
+        raise CheckpointError(f"{heads[0]}: the checkpoint has an action head; head=discrete is for those without one")
+    small = {}
+    for part in small_parts(config):
+        path = _only(folder, part)
+        small[part] = path, stored_pt(path)
+        check_head(config, part, *small[part])
+    film = _only(folder, TOWERS) if config.film else None
+    return Parts(folder, stored_safetensors(folder), small, (film, stored_pt(film)) if film else None)
 
 
-def _towers(config: _Config, path: Path) -> tuple[ViTConfig, ...]:
-    given = config.timm_override_args or [None, None]
-    towers = []
-    for index, (base, size) in enumerate(zip(SEVEN_B.body.towers, config.image_sizes, strict=True)):
-        args = given[index] or _TowerArgs()
-        width, depth = args.embed_dim or base.hidden_size, args.depth or base.depth
-        mlp = int(width * args.mlp_ratio) if args.mlp_ratio else width * base.mlp_size // base.hidden_size
-        try:
-            tower = replace(
-                base,
-                image_size=args.img_size or size,
-                patch_size=args.patch_size or base.patch_size,
-                hidden_size=width,
-                depth=depth,
-                heads=args.num_heads or base.heads,
-                mlp_size=mlp,
-                registers=base.registers if args.reg_tokens is None else args.reg_tokens,
-                tap=depth - 2,
-            )
-        except CheckpointError as error:
-            raise CheckpointError(f"{path}: image_sizes or timm_override_args, entry {index}: {error}") from error
-        towers.append(tower)
-    if towers[0].grid != towers[1].grid:
-        grids = " and ".join(f"{rows}x{cols}" for rows, cols in (tower.grid for tower in towers))
-        raise CheckpointError(f"{path}: image_sizes give the towers {grids} patches; valid: as many for both")
-    return tuple(towers)
-
-
-def _transform(path: Path, config: Mapping[str, Any], towers: Sequence[ViTConfig]) -> ImageTransform:
-    with _malformed(path):
-        # Fine-tunes for LIBERO are trained with random crops of this area; no file says so.
-        transform = ImageTransform.from_release(read_json(path), config, center_crop_area=0.9)
-    if len(transform.means) != len(towers):
-        found = len(transform.means)
-        raise CheckpointError(f"{path}: tvf_normalize_params has entries for {found} towers; valid: {len(towers)}")
-    sizes = [tower.image_size for tower in towers]
-    if any(size != transform.size for size in sizes):
-        raise CheckpointError(f"{path}: makes images of side {transform.size}; config.json has image_sizes {sizes}")
-    return transform
-
-
-def _body(text: _TextConfig, towers: tuple[ViTConfig, ...], path: Path) -> PrismaticConfig:
-    heads = text.num_attention_heads
-    kv_heads = text.num_key_value_heads or heads
-    if heads % kv_heads or (text.head_dim is None and text.hidden_size % heads):
-        shape = f"hidden_size {text.hidden_size}, num_attention_heads {heads}, num_key_value_heads {kv_heads}"
-        raise CheckpointError(f"{path}: text_config has {shape}; valid: each a multiple of the next")
-    head_dim = text.head_dim or text.hidden_size // heads
-    if head_dim % 2:
-        raise CheckpointError(f"{path}: text_config has heads of width {head_dim}; valid: an even width")
-    rope = text.rope_parameters or _Rope()
-    return PrismaticConfig(
-        towers=towers,
-        decoder=DecoderShape(
-            depth=text.num_hidden_layers,
-            hidden=text.hidden_size,
-            heads=heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            mlp=text.intermediate_size,
-            causal=False,
-        ),
-        vocab=text.vocab_size,
-        max_positions=text.max_position_embeddings,
-        eps=text.rms_norm_eps,
-        rope_theta=rope.rope_theta or text.rope_theta,
-    )
-
-
-def _tokenizer(path: Path, vocab: int) -> PromptTokenizer:
-    tokenizer = PromptTokenizer.from_file(path)
-    largest = max(Tokenizer.from_file(str(path)).get_vocab().values())
-    if largest >= vocab:
-        raise CheckpointError(f"{path}: has token {largest}; config.json has 'text_config.vocab_size' {vocab}")
-    return tokenizer
-
-
-def _statistics(folder: Path, parsed: _Config, config: OFTConfig, key: str | None) -> Statistics:
-    path, data = folder / "dataset_statistics.json", parsed.norm_stats
-    if path.exists():
-        data = read_json(path)
-    elif data is None:
-        raise CheckpointError(f"{path}: no such file, and config.json has no 'norm_stats' either")
-    else:
-        path = folder / "config.json"
-    with _malformed(path):
-        return Statistics.read(data, key, config.action.dims, config.state_size, str(path))
-
-
-@contextmanager
-def _malformed(path: Path) -> Iterator[None]:
-    """Blame the file where a value is of a kind its reader did not expect."""
-    try:
-        yield
-    except (TypeError, ValueError, LookupError, AttributeError) as error:
-        raise CheckpointError(f"{path}: malformed ({error})") from error
-
-
-def _stored(folder: Path, config: OFTConfig, model: OFTModel) -> dict[str, StoredTensor]:
-    """The model's tensors in their files, checked one by one."""
-    small = {"action_head": _only(folder, "action_head", "this adapter runs checkpoints with the L1 head")}
-    if config.state_size is not None:
-        hint = "set the option proprio to false where the policy reads no robot state"
-        small["proprio_projector"] = _only(folder, "proprio_projector", hint)
-    wanted = model.state_dict()
-    unused = _unused(config)
-    body = {key: tensor for key, tensor in stored_safetensors(folder).items() if unused.fullmatch(key) is None}
-    check_fit({key: t for key, t in wanted.items() if key.split(".")[0] not in small}, body, folder)
-    for part, path in small.items():
-        tensors = stored_pt(path)
-        prefix = f"{part}."
-        check_fit({k.removeprefix(prefix): t for k, t in wanted.items() if k.startswith(prefix)}, tensors, path)
-        body |= {prefix + key: tensor for key, tensor in tensors.items()}
-    return body
-
-
-def _only(folder: Path, part: str, hint: str) -> Path:
+def _only(folder: Path, part: str) -> Path:
     found = sorted(folder.glob(f"{part}--*.pt"))
     if not found:
-        raise CheckpointError(f"{folder}: there is no {part}--*.pt; {hint}")
+        raise CheckpointError(f"{folder}: there is no {part}--*.pt; {_HINTS[part]}")
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
         raise CheckpointError(f"{folder}: there are several {part}--*.pt; keep the one that is meant of {names}")
     return found[0]
-
-
-def _unused(config: OFTConfig) -> re.Pattern[str]:
-    """Keys of the release that no query needs."""
-    patterns = [r"language_model\.lm_head\.weight"]
-    for name, tower in zip(TOWERS, config.body.towers, strict=True):
-        later = "|".join(str(block) for block in range(tower.tap + 1, tower.depth))
-        patterns.append(rf"vision_backbone\.{name}\.(blocks\.({later})|norm|attn_pool)\..+")
-    return re.compile("|".join(patterns))

@@ -143,6 +143,7 @@ class PI0Config:
             decoder=self.decoder,
             views=self.views,
             action=self.action,
+            state_size=self.state_size,
             capabilities=frozenset({"batch"}),
             other_flops=other,
             follow_up=FollowUp("flow", self.expert, passes),
