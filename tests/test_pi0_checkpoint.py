@@ -261,7 +261,7 @@ def test_what_cannot_be_adopted(native):
         PI0Factory.adopt(torch.nn.Linear(2, 2), given)
     mixed = PI0ForConditionalGeneration(native.config)
     mixed.action_out_proj.to(BFLOAT)
-    with pytest.raises(CheckpointError, match=r"is torch.float32, 'action_out_proj.bias' is torch.bfloat16"):
+    with pytest.raises(CheckpointError, match=r"is torch.float32, 'action_out_proj.weight' is torch.bfloat16"):
         adopt_pi0("pi0", mixed, given)
     for name in ("tokenizer", "statistics", "dims", "state_size"):
         with pytest.raises(ConfigError, match=name):

@@ -148,6 +148,8 @@ class LanguageModel(nn.Module):
                 max_position_embeddings=config.max_positions,
             )
         )
+        # The decoder loop computes rotary angles itself; this module's buffers are in no file.
+        del self.model.rotary_emb
         if lm_head:
             self.lm_head = nn.Linear(shape.hidden, config.vocab, bias=False)
 

@@ -119,14 +119,36 @@ class PrismaticRelease:
     statistics: Mapping[str, Any]
     statistics_file: Path
 
-    def read_statistics(self, key: str | None, dims: int, state_size: int | None) -> Statistics:
+    def read_statistics(
+        self, key: str | None, dims: int, state_size: int | None, fields: tuple[str, str], epsilon: float
+    ) -> Statistics:
         """Statistics of one dataset; see `Statistics.read`.
 
         Raises:
             CheckpointError: If the dataset is unknown or not given, or its statistics are incomplete.
         """
-        with malformed(self.statistics_file):
-            return Statistics.read(self.statistics, key, dims, state_size, str(self.statistics_file))
+        where = str(self.statistics_file)
+        with malformed(where):
+            return Statistics.read(self.statistics, key, dims, state_size, where, fields=fields, epsilon=epsilon)
+
+
+def read_bins(raw: Mapping[str, Any], vocab: int, where: str) -> tuple[int, int]:
+    """Rows of the vocabulary that are padding, and bins of an action token.
+
+    Args:
+        raw: The fields of `config.json`; what it leaves out is as in upstream's configuration class.
+        vocab: Rows of the embedding table.
+        where: The file, or what to call the model, for errors.
+
+    Raises:
+        CheckpointError: If the vocabulary has no room for the bins.
+    """
+    padding, n_bins = raw.get("pad_to_multiple_of", 64), raw.get("n_action_bins", 256)
+    whole = all(isinstance(count, int) and not isinstance(count, bool) for count in (padding, n_bins))
+    if not whole or padding < 0 or not 2 <= n_bins <= vocab - padding:
+        found = f"n_action_bins {n_bins!r}, pad_to_multiple_of {padding!r} and text_config.vocab_size {vocab}"
+        raise CheckpointError(f"{where}: has {found}; valid: from 2 bins to as many as there are tokens before padding")
+    return padding, n_bins
 
 
 def local_folder(checkpoint: Path, patterns: Sequence[str]) -> Path:

@@ -200,16 +200,21 @@ def adopt(model: nn.Module, inventory: Inventory) -> None:
         inventory: Its tensors, from `stored_module`.
 
     Raises:
-        CheckpointError: If the inventory does not fit, or its tensors are spread over several devices.
+        CheckpointError: If the inventory does not fit, or its tensors are spread over several devices or types.
     """
     inventory.check()
     state = {name: tensor.fetch() for name, tensor in inventory.tensors.items()}
     homes: dict[torch.device, StoredTensor] = {}
+    dtypes: dict[torch.dtype, StoredTensor] = {}
     for name, values in state.items():
         homes.setdefault(values.device, inventory.tensors[name])
+        dtypes.setdefault(values.dtype, inventory.tensors[name])
     if len(homes) > 1:
         (one, first), (other, second), *_ = homes.items()
         raise CheckpointError(f"{first.file}: '{first.key}' is on {one}, '{second.key}' on {other}; valid: one device")
+    if len(dtypes) > 1:
+        found = ", ".join(f"'{tensor.key}' is {dtype}" for dtype, tensor in dtypes.items())
+        raise CheckpointError(f"{next(iter(dtypes.values())).file}: {found}; valid: one type")
     model.load_state_dict(state, assign=True)
 
 

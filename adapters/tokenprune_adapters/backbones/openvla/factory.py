@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from tokenprune.adapter import Description, Findings
-from tokenprune.errors import ConfigError
 from tokenprune_adapters.backbones.openvla.backbone import OpenVLA, OpenVLAModel
 from tokenprune_adapters.backbones.openvla.config import PRESETS, OpenVLAConfig, preset, with_options
 from tokenprune_adapters.backbones.openvla.release import adopt_openvla, load_openvla, read_config, verify_openvla
 from tokenprune_adapters.prismatic import fill_untrained
 from tokenprune_adapters.prompt import PromptTokenizer
+from tokenprune_adapters.sources import one_source, preset_of
 from tokenprune_adapters.statistics import Statistics
 
 
@@ -25,7 +25,7 @@ class OpenVLAFactory:
     @staticmethod
     def describe(name: str | None, checkpoint: Path | None, options: Mapping[str, Any]) -> Description:
         """What would be built; nothing is allocated."""
-        _one_source(name, checkpoint)
+        one_source(name, checkpoint)
         if checkpoint is not None:
             config, tokenizer = read_config(Path(checkpoint), options)
             info = config.info(str(checkpoint), untrained=False)
@@ -53,7 +53,7 @@ class OpenVLAFactory:
             ConfigError: If neither or both of preset and checkpoint are given, or an option is wrong.
             CheckpointError: If the checkpoint cannot be used.
         """
-        _one_source(name, checkpoint)
+        one_source(name, checkpoint)
         if checkpoint is not None:
             return load_openvla(Path(checkpoint), options, device, dtype)
         config = _untrained_config(name, options)
@@ -85,14 +85,5 @@ class OpenVLAFactory:
         return adopt_openvla(module, options)
 
 
-def _one_source(name: str | None, checkpoint: Path | None) -> None:
-    if name is not None and checkpoint is not None:
-        raise ConfigError("give a preset or a checkpoint, not both")
-
-
 def _untrained_config(name: str | None, options: Mapping[str, Any]) -> OpenVLAConfig:
-    if name is None:
-        raise ConfigError(f"backbone 'openvla' needs a checkpoint, or a preset ({', '.join(PRESETS)}), untrained")
-    if "unnorm_key" in options:
-        raise ConfigError("unnorm_key names statistics of a checkpoint; a preset has none")
-    return with_options(preset(name), options)
+    return with_options(preset(preset_of("openvla", name, PRESETS, options)), options)

@@ -21,7 +21,7 @@ from tokenprune_adapters.prismatic_release import (
     PrismaticRelease,
     config_mapping,
     local_folder,
-    malformed,
+    read_bins,
     read_release,
     unused_keys,
 )
@@ -128,10 +128,6 @@ def adopt_openvla(module: nn.Module, options: Mapping[str, Any]) -> OpenVLA:
     config, statistics = _configured(release, config_mapping(module.config), where, own)
     model = _model(config)
     adopt(model, _inventory(config.body, model, stored_module(module.state_dict(), where), Path(where)))
-    dtypes = {value.dtype: name for name, value in model.named_parameters()}
-    if len(dtypes) > 1:
-        found = ", ".join(f"'{name}' is {dtype}" for dtype, name in dtypes.items())
-        raise CheckpointError(f"{where}: {found}; valid: one type")
     return OpenVLA(config, model, release.tokenizer, statistics, config.info(where, untrained=False))
 
 
@@ -152,19 +148,9 @@ def _configured(
     release: PrismaticRelease, raw: Mapping[str, Any], where: str, options: Mapping[str, Any]
 ) -> tuple[OpenVLAConfig, Statistics]:
     """The configuration and the statistics of a release with these options; `raw` are the fields of `config.json`."""
-    source, action, transform = str(release.statistics_file), SEVEN_B.action, release.transform
-    with malformed(source):
-        key = options.get("unnorm_key")
-        statistics = Statistics.read(release.statistics, key, action.dims, None, source, epsilon=0.0)
-    # The defaults are those of upstream's configuration class.
-    padding, n_bins = raw.get("pad_to_multiple_of", 64), raw.get("n_action_bins", 256)
-    whole = all(isinstance(count, int) and not isinstance(count, bool) for count in (padding, n_bins))
-    if not whole or padding < 0 or not 2 <= n_bins <= release.body.vocab - padding:
-        found = f"pad_to_multiple_of {padding!r} and text_config.vocab_size {release.body.vocab}"
-        raise CheckpointError(
-            f"{where}: has n_action_bins {n_bins!r}, {found}; valid: from 2 bins to as many as there are tokens before "
-            "padding"
-        )
+    action, transform = SEVEN_B.action, release.transform
+    statistics = release.read_statistics(options.get("unnorm_key"), action.dims, None, ("q01", "q99"), epsilon=0.0)
+    padding, n_bins = read_bins(raw, release.body.vocab, where)
     if statistics.key.startswith(_LIBERO):
         transform = replace(transform, center_crop_area=CROP)
     else:
@@ -177,8 +163,6 @@ def _model(config: OpenVLAConfig) -> OpenVLAModel:
     """The model without memory for its weights."""
     with torch.device("meta"):
         model = OpenVLAModel(config)
-    # The decoder loop computes rotary angles itself; this module's buffers are in no file.
-    del model.language_model.model.rotary_emb
     return model
 
 

@@ -60,10 +60,6 @@ def adopt_oft(module: nn.Module, options: Mapping[str, Any]) -> OpenVLAOFT:
     statistics = read_statistics(release, config, own)
     model = empty_model(config)
     adopt(model, account(config, model, _parts(config, _stored(module), modules, Path(where))))
-    dtypes = {value.dtype: name for name, value in model.named_parameters()}
-    if len(dtypes) > 1:
-        found = ", ".join(f"'{name}' is {dtype}" for dtype, name in dtypes.items())
-        raise CheckpointError(f"{where}: {found}; valid: one type")
     return OpenVLAOFT(config, model, release.tokenizer, statistics, config.info(where, untrained=False))
 
 

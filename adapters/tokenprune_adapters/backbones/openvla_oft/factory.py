@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from tokenprune.adapter import Description, Findings
-from tokenprune.errors import CheckpointError, ConfigError
+from tokenprune.errors import CheckpointError
 from tokenprune_adapters.backbones.openvla_oft.adopted import adopt_oft
 from tokenprune_adapters.backbones.openvla_oft.backbone import OFTModel, OpenVLAOFT
 from tokenprune_adapters.backbones.openvla_oft.config import PRESETS, OFTConfig, preset, with_options
 from tokenprune_adapters.backbones.openvla_oft.release import load_oft, read_config, verify_oft
 from tokenprune_adapters.prismatic import fill_untrained
 from tokenprune_adapters.prompt import PromptTokenizer
+from tokenprune_adapters.sources import one_source, preset_of
 from tokenprune_adapters.statistics import Statistics
 
 
@@ -26,7 +27,7 @@ class OFTFactory:
     @staticmethod
     def describe(name: str | None, checkpoint: Path | None, options: Mapping[str, Any]) -> Description:
         """What would be built; nothing is allocated."""
-        _one_source(name, checkpoint)
+        one_source(name, checkpoint)
         if checkpoint is not None:
             config, tokenizer = read_config(Path(checkpoint), options)
             info = config.info(str(checkpoint), untrained=False)
@@ -54,7 +55,7 @@ class OFTFactory:
             ConfigError: If neither or both of preset and checkpoint are given, or an option is wrong.
             CheckpointError: If the checkpoint cannot be used.
         """
-        _one_source(name, checkpoint)
+        one_source(name, checkpoint)
         if checkpoint is not None:
             return load_oft(Path(checkpoint), options, device, dtype)
         config, tokenizer = _untrained_config(name, options), PromptTokenizer.bundled()
@@ -89,14 +90,5 @@ class OFTFactory:
         return verify_oft(checkpoint, options)
 
 
-def _one_source(name: str | None, checkpoint: Path | None) -> None:
-    if name is not None and checkpoint is not None:
-        raise ConfigError("give a preset or a checkpoint, not both")
-
-
 def _untrained_config(name: str | None, options: Mapping[str, Any]) -> OFTConfig:
-    if name is None:
-        raise ConfigError(f"backbone 'openvla-oft' needs a checkpoint, or a preset ({', '.join(PRESETS)}), untrained")
-    if "unnorm_key" in options:
-        raise ConfigError("unnorm_key names statistics of a checkpoint; a preset has none")
-    return with_options(preset(name), options)
+    return with_options(preset(preset_of("openvla-oft", name, PRESETS, options)), options)

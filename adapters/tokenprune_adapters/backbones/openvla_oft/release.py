@@ -18,7 +18,7 @@ from tokenprune_adapters.prismatic_release import (
     JSON_FILES,
     PrismaticRelease,
     local_folder,
-    malformed,
+    read_bins,
     read_release,
     unused_keys,
 )
@@ -140,13 +140,7 @@ def configured(release: PrismaticRelease, raw: Mapping[str, Any], options: Mappi
     config = with_options(replace(SEVEN_B, body=release.body, transform=transform), options)
     if config.head != "discrete":
         return config
-    # The defaults are those of upstream's configuration class.
-    padding, n_bins = raw.get("pad_to_multiple_of", 64), raw.get("n_action_bins", 256)
-    whole = all(isinstance(count, int) and not isinstance(count, bool) for count in (padding, n_bins))
-    vocab = config.body.vocab
-    if not whole or padding < 0 or not 2 <= n_bins <= vocab - padding:
-        found = f"n_action_bins {n_bins!r}, pad_to_multiple_of {padding!r} and text_config.vocab_size {vocab}"
-        raise CheckpointError(f"{where}: has {found}; valid: from 2 bins to as many as there are tokens before padding")
+    padding, n_bins = read_bins(raw, config.body.vocab, where)
     return replace(config, padding=padding, n_bins=n_bins)
 
 
@@ -156,24 +150,14 @@ def read_statistics(release: PrismaticRelease, config: OFTConfig, options: Mappi
     Raises:
         CheckpointError: If the dataset is unknown or not given, or its statistics are incomplete.
     """
-    where = str(release.statistics_file)
-    with malformed(where):
-        return Statistics.read(
-            release.statistics,
-            options.get("unnorm_key"),
-            config.action.dims,
-            config.state_size,
-            where,
-            fields=config.bounds,
-        )
+    size, key = config.state_size, options.get("unnorm_key")
+    return release.read_statistics(key, config.action.dims, size, config.bounds, epsilon=1e-8)
 
 
 def empty_model(config: OFTConfig) -> OFTModel:
     """The model without memory for its weights."""
     with torch.device("meta"):
         model = OFTModel(config)
-    # The decoder loop computes rotary angles itself; this module's buffers are in no file.
-    del model.language_model.model.rotary_emb
     return model
 
 

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from tokenprune.adapter import Description, Findings
-from tokenprune.errors import CheckpointError, ConfigError
+from tokenprune.errors import CheckpointError
 from tokenprune_adapters.backbones.pi0.backbone import PI0
 from tokenprune_adapters.backbones.pi0.config import PRESETS, PI0Config, Variant, preset, with_options
 from tokenprune_adapters.backbones.pi0.model import PI0Model
 from tokenprune_adapters.backbones.pi0.release import adopt_pi0, load_pi0, read_pi0, verify_pi0
 from tokenprune_adapters.gemma_prompt import GemmaTokenizer
 from tokenprune_adapters.prismatic import fill_untrained
+from tokenprune_adapters.sources import one_source, preset_of
 from tokenprune_adapters.statistics import Normaliser, Quantiles, Standard, Statistics
 
 
@@ -29,7 +30,7 @@ class PI0Factory:
     @classmethod
     def describe(cls, name: str | None, checkpoint: Path | None, options: Mapping[str, Any]) -> Description:
         """What would be built; nothing is allocated."""
-        _one_source(name, checkpoint)
+        one_source(name, checkpoint)
         if checkpoint is not None:
             release = read_pi0(cls.variant, Path(checkpoint), options)
             config, tokenizer = release.config, release.tokenizer
@@ -59,7 +60,7 @@ class PI0Factory:
             ConfigError: If neither or both of preset and checkpoint are given, or an option is wrong.
             CheckpointError: If the checkpoint cannot be used.
         """
-        _one_source(name, checkpoint)
+        one_source(name, checkpoint)
         if checkpoint is not None:
             return load_pi0(cls.variant, Path(checkpoint), options, device, dtype)
         config, tokenizer = _untrained_config(cls.variant, name, options), GemmaTokenizer.bundled()
@@ -100,18 +101,8 @@ class PI05Factory(PI0Factory):
     variant: ClassVar[Variant] = "pi05"
 
 
-def _one_source(name: str | None, checkpoint: Path | None) -> None:
-    if name is not None and checkpoint is not None:
-        raise ConfigError("give a preset or a checkpoint, not both")
-
-
 def _untrained_config(variant: Variant, name: str | None, options: Mapping[str, Any]) -> PI0Config:
-    if name is None:
-        sizes = ", ".join(PRESETS)
-        raise ConfigError(f"backbone '{variant}' needs a checkpoint, or a preset ({sizes}) for untrained weights")
-    if "unnorm_key" in options:
-        raise ConfigError("unnorm_key names statistics of a checkpoint; a preset has none")
-    return with_options(preset(variant, name), options)
+    return with_options(preset(variant, preset_of(variant, name, PRESETS, options)), options)
 
 
 def _identity(config: PI0Config) -> Statistics:

@@ -130,10 +130,6 @@ def adopt_pi0(variant: Variant, module: nn.Module, options: Mapping[str, Any]) -
     release = _completed(stated, "transformers", None, options)
     model = _model(release.config)
     stored = stored_module(module.state_dict(), where)
-    types = {tensor.dtype: tensor.key for tensor in stored.values()}
-    if len(types) > 1:
-        found = ", ".join(f"'{key}' is {dtype}" for dtype, key in types.items())
-        raise CheckpointError(f"{where}: {found}; valid: one type")
     adopt(model, inventory(variant, model.state_dict(), stored, Path(where)))
     return _policy(release, model, where)
 
