@@ -32,7 +32,7 @@ def show_matrix(found: Registry, pattern: str, as_json: bool) -> None:
         for kind, name in dict.fromkeys((cell.kind, cell.name) for cell in cells):
             table.add_row(kind, name, *(verdicts[kind, name, backbone] for backbone in backbones))
         Console(width=WIDTH, highlight=False).print(table)
-        print(f"Found by running {QUERIES} queries of noise on each backbone's preset '{PRESET}' (untrained).")
+        print(f"Found by running {QUERIES} queries of noise on each untrained preset '{PRESET}'.")
         said: dict[str, list[str]] = {}
         for cell in cells:
             for text in (*([cell.why] if cell.why else []), *(cell.notes if cell.kind == "stage" else ())):
