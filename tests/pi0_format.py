@@ -323,8 +323,8 @@ def write_transformers(folder: Path, backbone: PI0, *, precision: str = "float32
 
 
 # What no file of the formats states.
-OPENPI = {"horizon": HORIZON, "dims": DIMS, "state_size": STATE, "steps": STEPS, "views": list(SLOTS[:2])}
-TRANSFORMERS = {"dims": DIMS, "state_size": STATE, "views": list(SLOTS[:2])}
+TRANSFORMERS = {"dims": DIMS, "state_size": STATE, "relative": 0, "views": list(SLOTS[:2])}
+OPENPI = {**TRANSFORMERS, "horizon": HORIZON, "steps": STEPS}
 
 
 def write_every(root: Path) -> dict[tuple[Variant, str], Path]:

@@ -138,7 +138,7 @@ class SimulatedOFT:
         query.decode(SimulatedDecoder(inputs.attentions), embeddings)
         return torch.zeros(len(inputs.attentions), ACTION.horizon, ACTION.dims, dtype=self.dtype)
 
-    def unnormalise(self, actions: np.ndarray) -> np.ndarray:
+    def unnormalise(self, actions: np.ndarray, observations: object) -> np.ndarray:
         return actions
 
 

@@ -17,11 +17,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.naive_openvla import Answer, Spec, naive_query
 from tests.tiny_openvla import INSTRUCTION, act, keeping, observation, registry, tiny_config, tiny_openvla, watched
+from tokenprune.backbones import load_backbone
 from tokenprune.config import DENSE
 from tokenprune.errors import ConfigError, ObservationError, TokenPruneError
 from tokenprune.flops import query_flops
 from tokenprune.layout import Role
-from tokenprune.policy import Policy, load, load_backbone
+from tokenprune.policy import Policy, load
 from tokenprune.runtime import Query
 from tokenprune_adapters.backbones.openvla.backbone import OpenVLA
 from tokenprune_adapters.backbones.openvla.config import PRESETS, SEVEN_B, preset

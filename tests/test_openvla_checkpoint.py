@@ -137,8 +137,9 @@ def test_bounds_are_scaled_without_an_epsilon(single: Path) -> None:
     backbone = loaded(single)
     low, high = backbone.statistics.action.low, backbone.statistics.action.high
     ends = np.array([[[-1.0] * 7], [[1.0] * 7]])
-    np.testing.assert_array_equal(backbone.unnormalise(ends)[:, 0, :6], [low[:6], 0.5 * 2 * (high - low)[:6] + low[:6]])
-    np.testing.assert_array_equal(backbone.unnormalise(ends)[:, 0, 6], [-1, 1])
+    actions = backbone.unnormalise(ends, [])
+    np.testing.assert_array_equal(actions[:, 0, :6], [low[:6], 0.5 * 2 * (high - low)[:6] + low[:6]])
+    np.testing.assert_array_equal(actions[:, 0, 6], [-1, 1])
 
 
 def test_the_dataset_decides_crop_and_units(single: Path) -> None:

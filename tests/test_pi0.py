@@ -23,12 +23,13 @@ from tests.tiny_pi0 import (
     tiny_backbone,
     tiny_config,
 )
+from tokenprune.backbones import load_backbone
 from tokenprune.config import DENSE
 from tokenprune.errors import ConfigError, ObservationError
 from tokenprune.flops import QueryFlops, query_flops
 from tokenprune.layout import Role
 from tokenprune.pipeline import bind
-from tokenprune.policy import Policy, load_backbone
+from tokenprune.policy import Policy
 from tokenprune.registry import Registry
 from tokenprune_adapters.backbones.pi0.backbone import PI0
 from tokenprune_adapters.backbones.pi0.config import BASE, PI0Config, Variant, preset, with_options
@@ -292,6 +293,23 @@ def test_options(variant: Variant) -> None:
         policy.act({**obs, "state": np.zeros(8)})
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_relative_actions_are_added_to_the_state_they_were_asked_in(variant: Variant) -> None:
+    config = tiny_config(variant)
+    absolute, relative = (tiny_backbone(replace(config, relative=n)) for n in (0, 6))
+    observations = [observation(config, seed) for seed in (0, 1)]
+    chunks = []
+    for backbone in (absolute, relative):
+        policy = Policy(backbone, DENSE, Registry())
+        for slot in (0, 1):
+            policy.reset(INSTRUCTION, slot=slot)
+        chunks.append(policy.act_batch(dict(enumerate(observations))))
+    for slot, obs in enumerate(observations):
+        moved = chunks[1][slot].actions - chunks[0][slot].actions
+        np.testing.assert_allclose(moved, np.tile([*obs["state"][:6], 0], (len(moved), 1)), atol=1e-12)
+        np.testing.assert_array_equal(chunks[1][slot].normalised, chunks[0][slot].normalised)
+
+
 def test_the_prompt_spells_the_whole_state() -> None:
     assert with_options(tiny_config("pi05"), {"state_size": 14}).prompt_state == 14
     assert with_options(tiny_config("pi0"), {"state_size": 14}).prompt_state == 0
@@ -310,6 +328,8 @@ def test_the_prompt_spells_the_whole_state() -> None:
         ({"views": []}, "views must be one to three"),
         ({"views": "primary"}, "views must be one to three"),
         ({"unnorm_key": "libero"}, "unnorm_key names statistics of a checkpoint"),
+        ({"relative": True}, "relative must be a whole number, 0 or more, got True"),
+        ({"relative": 7, "state_size": 6}, "relative is 7; this policy's actions and state share 6 numbers"),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, object], message: str) -> None:

@@ -263,7 +263,7 @@ def test_what_cannot_be_adopted(native):
     mixed.action_out_proj.to(BFLOAT)
     with pytest.raises(CheckpointError, match=r"is torch.float32, 'action_out_proj.weight' is torch.bfloat16"):
         adopt_pi0("pi0", mixed, given)
-    for name in ("tokenizer", "statistics", "dims", "state_size"):
+    for name in ("tokenizer", "statistics", "dims", "state_size", "relative"):
         with pytest.raises(ConfigError, match=name):
             adopt_pi0("pi0", native, {key: value for key, value in given.items() if key != name})
 

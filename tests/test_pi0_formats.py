@@ -69,7 +69,7 @@ def copied(written, tmp_path):
 
 def test_openpi_states_little(copied):
     folder = copied("pi0", "openpi")
-    for lacking in ("horizon", "dims", "state_size"):
+    for lacking in ("horizon", "dims", "state_size", "relative"):
         given = {key: value for key, value in OPENPI.items() if key != lacking}
         with pytest.raises(ConfigError, match=f"no file of this checkpoint in openpi's format states {lacking}; give"):
             loaded("pi0", folder, **given)

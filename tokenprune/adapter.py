@@ -68,8 +68,8 @@ class Backbone(Protocol):
         """Run the model through the query's hook points; returns normalised actions `[B, T, D]` on the device."""
         ...
 
-    def unnormalise(self, actions: np.ndarray) -> np.ndarray:
-        """Normalised actions `[B, T, D]` in the environment's units."""
+    def unnormalise(self, actions: np.ndarray, observations: Sequence[Observation]) -> np.ndarray:
+        """Normalised actions `[B, T, D]` in the environment's units; some are relative to the state observed."""
         ...
 
 

@@ -224,7 +224,7 @@ class Policy:
                 raise
             query, normalised = self._run(self._dense, self._dense.plan(layout), inputs, slots, {}, clock)
             query.trace = replace(query.trace, pipeline=self.pipeline.config.name, fallback=str(error))
-        actions = self.backbone.unnormalise(normalised)
+        actions = self.backbone.unnormalise(normalised, observations)
         clock.enter("history")
         for row, slot in enumerate(slots):
             slot.queries += 1

@@ -128,6 +128,6 @@ class OpenVLA:
         # Of logits that are not finite one is still the largest, and its token would pass for an action.
         return self.bins.choose(logits, self.config.restrict), logits.amax(-1).isfinite()
 
-    def unnormalise(self, actions: np.ndarray) -> np.ndarray:
+    def unnormalise(self, actions: np.ndarray, observations: Sequence[Observation]) -> np.ndarray:
         """Actions `[B, 1, D]` in the environment's units."""
         return self.statistics.action.unnormalise(actions)

@@ -192,6 +192,6 @@ class OpenVLAOFT:
         sound = actions.where(logits.amax(-1).isfinite(), torch.nan)
         return sound.view(len(states), self.config.action.horizon, -1)
 
-    def unnormalise(self, actions: np.ndarray) -> np.ndarray:
+    def unnormalise(self, actions: np.ndarray, observations: Sequence[Observation]) -> np.ndarray:
         """Actions `[B, T, D]` in the environment's units."""
         return self.statistics.action.unnormalise(actions)

@@ -139,6 +139,10 @@ class PI0:
         """All tokens of the prefix `[B, N, D]` in the layout's order."""
         return torch.cat([*patches, self.model.language.embed(inputs.text)], dim=1)
 
-    def unnormalise(self, actions: np.ndarray) -> np.ndarray:
-        """Actions `[B, T, D]` in the environment's units."""
-        return self.statistics.action.unnormalise(actions)
+    def unnormalise(self, actions: np.ndarray, observations: Sequence[Observation]) -> np.ndarray:
+        """Actions `[B, T, D]` in the environment's units, the relative ones added to the state of the observation."""
+        values, relative = self.statistics.action.unnormalise(actions), self.config.relative
+        if relative:
+            states = np.stack([np.asarray(o["state"], dtype=np.float64)[:relative] for o in observations])
+            values[..., :relative] += states[:, None]
+        return values

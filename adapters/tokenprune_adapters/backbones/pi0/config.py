@@ -48,6 +48,7 @@ class PI0Config:
         state_size: Numbers of robot state that are read, None where the policy reads none (pi0.5 only).
         prompt_state: Numbers of state that the prompt spells, `state_size` but for lerobot before 0.5.0, which filled
             them up to `width` with zeros; 0 where it spells no state.
+        relative: Leading numbers of each action that are relative to those of the state it was asked in.
         steps: Flow steps per query.
         width: Numbers per action and of state inside the model.
         eps: Epsilon of the decoders' norms.
@@ -63,6 +64,7 @@ class PI0Config:
     views: tuple[str, ...]
     state_size: int | None
     prompt_state: int = 0
+    relative: int = 0
     steps: int = 10
     width: int = WIDTH
     eps: float = 1e-6
@@ -201,7 +203,8 @@ def with_options(config: PI0Config, options: Mapping[str, Any]) -> PI0Config:
     """Apply a user's options.
 
     `views`: one to three camera names in slot order. `horizon`: actions per chunk. `steps`: flow steps. `state_size`:
-    numbers of robot state, or null for pi0.5 without any. `dims`: numbers per action. `unnorm_key`, the dataset whose
+    numbers of robot state, or null for pi0.5 without any. `dims`: numbers per action. `relative`: how many of them,
+    from the first, are relative to the state, as openpi's delta transforms make them. `unnorm_key`, the dataset whose
     statistics a checkpoint uses, is checked only.
 
     Raises:
@@ -211,6 +214,9 @@ def with_options(config: PI0Config, options: Mapping[str, Any]) -> PI0Config:
         if key not in _OPTIONS:
             raise ConfigError(f"backbone '{config.variant}' has no option '{key}'{nearest(key, _OPTIONS)}")
         config = _OPTIONS[key](config, value)
+    most = min(config.action.dims, config.state_size or 0)
+    if config.relative > most:
+        raise ConfigError(f"relative is {config.relative}; this policy's actions and state share {most} numbers")
     return config
 
 
@@ -247,6 +253,12 @@ def _with_dims(config: PI0Config, value: object) -> PI0Config:
     return replace(config, action=ActionSpec(horizon=config.action.horizon, groups=groups))
 
 
+def _with_relative(config: PI0Config, value: object) -> PI0Config:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ConfigError(f"relative must be a whole number, 0 or more, got {value!r}")
+    return replace(config, relative=value)
+
+
 def _checked_unnorm_key(config: PI0Config, value: object) -> PI0Config:
     if not isinstance(value, str):
         raise ConfigError(f"unnorm_key must be the name of a dataset, got {value!r}")
@@ -259,6 +271,7 @@ _OPTIONS: Mapping[str, Callable[[PI0Config, object], PI0Config]] = {
     "steps": _with_steps,
     "state_size": _with_state_size,
     "dims": _with_dims,
+    "relative": _with_relative,
     "unnorm_key": _checked_unnorm_key,
 }
 

@@ -63,8 +63,9 @@ def read_pi0(variant: Variant, folder: Path, options: Mapping[str, Any]) -> PI0R
             - `prompt_state`: numbers of state in pi0.5's prompt, 32 for policies trained with lerobot before 0.5.0,
               which filled them up with zeros; no file says so.
 
-            No file of openpi's or transformers' states `dims` and `state_size`, nor any of openpi's training `horizon`;
-            then they must be given. `state_size` is null for a pi0.5 that reads none, such as openpi's for LIBERO.
+            No file of openpi's or transformers' states `dims`, `state_size` and `relative`, nor any of openpi's
+            training `horizon`; then they must be given. `state_size` is null for a pi0.5 that reads none, such as
+            openpi's for LIBERO; `relative` is 6 for openpi's pi0 for LIBERO, whose training adds a delta transform.
 
     Raises:
         CheckpointError: If a file is missing, malformed, of another policy, or asks for what is not supported.
@@ -119,7 +120,7 @@ def adopt_pi0(variant: Variant, module: nn.Module, options: Mapping[str, Any]) -
     Args:
         variant: `pi0`; transformers has no pi0.5.
         module: The model, on its device and in its dtype.
-        options: Those of `read_pi0`; `tokenizer`, `statistics`, `dims` and `state_size` must be given.
+        options: Those of `read_pi0`; `tokenizer`, `statistics`, `dims`, `state_size` and `relative` must be given.
 
     Raises:
         CheckpointError: If it is another model, or its weights are of several types or on several devices.
@@ -159,7 +160,8 @@ def _configured(stated: Stated, found: Format, options: Mapping[str, Any]) -> PI
     given = {key: value for key, value in options.items() if key not in _OWN_OPTIONS}
     chosen = {"views": stated.slots, **stated.options, **given}
     config = with_options(stated.config, chosen)
-    lacking = [name for name in ("horizon", "dims", "state_size") if name not in chosen]
+    needed = ("horizon", "dims", "state_size", *(() if found == "lerobot" else ("relative",)))
+    lacking = [name for name in needed if name not in chosen]
     if lacking:
         raise ConfigError(
             f"no file of this checkpoint in {found}'s format states {', '.join(lacking)}; give each as an option"
