@@ -212,8 +212,7 @@ def test_nothing_is_read_or_assigned_where_something_is_wrong():
 
 
 def test_adopted_weights_are_the_loaded_models_own():
-    source = small_model("cpu")
-    source["b"].half()
+    source = small_model("cpu").half()
     model = small_model()
     adopt(model, take_inventory(model.state_dict(), module(source.state_dict()), FOLDER))
     model.requires_grad_(False)
@@ -233,6 +232,16 @@ def test_parameters_may_be_given_in_place_of_a_state_dict():
     adopt(model, take_inventory(model.state_dict(), module(dict(source.named_parameters())), FOLDER))
     model.requires_grad_(False)
     assert all(value.requires_grad for value in source.parameters())
+
+
+def test_a_model_of_several_types_is_refused():
+    source, model = small_model("cpu"), small_model()
+    source["b"].half()
+    with pytest.raises(
+        CheckpointError, match=r"'a\.weight' is torch.float32, 'b\.weight' is torch.float16; valid: one"
+    ):
+        adopt(model, take_inventory(model.state_dict(), module(source.state_dict()), FOLDER))
+    assert model["a"].weight.is_meta
 
 
 def test_a_model_spread_over_devices_is_refused():
