@@ -217,8 +217,11 @@ class Query:
         return self._asked(layer)
 
     def _asked(self, layer: int) -> bool:
-        watched = layer in self._watch.layers and "action" in self._tables.rows
-        return watched or layer in self._scorers or layer in self._plan.cut_after
+        return self._watches(layer) or layer in self._scorers or layer in self._plan.cut_after
+
+    def _watches(self, layer: int) -> bool:
+        """Whether the action tokens' attention is to be recorded here; those behind the layout are watched later."""
+        return layer in self._watch.layers and "action" in self._tables.rows
 
     def after_layer(
         self, layer: int, hidden: Tensor, tokens: TokenSelection, q: Tensor, seen: LayerKV
@@ -237,7 +240,7 @@ class Query:
             for index, hook in self._scorers.get(layer, ()):
                 own = at_layer(context, layer, q, k, self._probed(self._pipeline.names[index], layer), computed)
                 proposals += self._ask("score_layer", f"after layer {layer}", [(index, hook)], own)
-            if layer in self._watch.layers and "action" in self._tables.rows:
+            if self._watches(layer):
                 own = at_layer(context, layer, q, k, self._probed("observe", layer), computed)
                 self._watch.note(layer, 0, own.attention_rows("action"), context.prunable)
             cut = self._plan.cut_after.get(layer)

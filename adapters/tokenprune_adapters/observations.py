@@ -1,13 +1,25 @@
-"""Observations, checked before anything runs."""
+"""Observations, checked before anything runs, and their frames on the device."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from tokenprune.errors import ObservationError, nearest
 from tokenprune_adapters.preprocess import check_image
+
+
+class Cropping(Protocol):
+    """An image transform."""
+
+    def cropped(self, image: np.ndarray) -> Tensor:
+        """A camera frame `[H, W, 3]` as the policy crops it, uint8 `[3, S, S]`."""
+        ...
+
 
 _KEYS = ("images", "state")
 
@@ -53,3 +65,10 @@ def _check_state(state: object, size: int) -> None:
     if not np.isfinite(values).all():
         bad = np.flatnonzero(~np.isfinite(values)).tolist()
         raise ObservationError(f"the state holds NaN or infinite numbers at {bad}")
+
+
+def upload_frames(
+    frames: Sequence[Mapping[str, np.ndarray]], views: Sequence[str], transform: Cropping, device: torch.device
+) -> dict[str, Tensor]:
+    """Crop frames `{view: uint8 [H, W, 3]}` of several environments; per view uint8 `[B, 3, S, S]` on the device."""
+    return {view: torch.stack([transform.cropped(frame[view]) for frame in frames]).to(device) for view in views}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tokenprune.backbone import ActionSpec, DecoderShape
 from tokenprune.decoder import Decoder
 from tokenprune_adapters.preprocess import ImageTransform
-from tokenprune_adapters.vision import VisionTower, ViTConfig
+from tokenprune_adapters.vision import DINOV2_L_REG4_224, SIGLIP_SO400M_224, VisionTower, ViTConfig
 from tokenprune_adapters.vision import flops as tower_flops
 
 TOWERS = ("featurizer", "fused_featurizer")
@@ -83,6 +83,21 @@ class PrismaticConfig:
         wide, width = 4 * self.vision_width, self.decoder.hidden
         projector = 2 * rows * cols * (self.vision_width * wide + wide * width + width * width)
         return {"vision": views * sum(tower_flops(tower) for tower in self.towers), "projector": views * projector}
+
+
+def body_of(size: Literal["7b", "small", "tiny"], causal: bool) -> PrismaticConfig:
+    """The body of a preset: the release's; its tokens through a small decoder; or one for checks of what runs where.
+
+    Two CPU cores run `small` in about a second; its towers are small beside its decoder, as in the release.
+    """
+    if size == "7b":
+        shape = DecoderShape(depth=32, hidden=4096, heads=32, kv_heads=32, head_dim=128, mlp=11008, causal=causal)
+        return PrismaticConfig((DINOV2_L_REG4_224, SIGLIP_SO400M_224), shape, vocab=32064)
+    if size == "small":
+        shape = DecoderShape(depth=8, hidden=1024, heads=16, kv_heads=16, head_dim=64, mlp=2560, causal=causal)
+        return PrismaticConfig(SMALL_TOWERS, shape, vocab=2048)
+    shape = DecoderShape(depth=8, hidden=32, heads=4, kv_heads=4, head_dim=8, mlp=48, causal=causal)
+    return PrismaticConfig(TINY_TOWERS, shape, vocab=2048)
 
 
 class VisionBackbone(nn.Module):

@@ -16,7 +16,7 @@ from tokenprune.layout import TokenLayout
 from tokenprune.runtime import Query
 from tokenprune_adapters.backbones.openvla.config import OpenVLAConfig
 from tokenprune_adapters.bins import ActionBins
-from tokenprune_adapters.observations import check_observation
+from tokenprune_adapters.observations import check_observation, upload_frames
 from tokenprune_adapters.prismatic import LanguageModel, Projector, VisionBackbone
 from tokenprune_adapters.prompt import Prompt, PromptTokenizer
 from tokenprune_adapters.statistics import Statistics
@@ -83,10 +83,7 @@ class OpenVLA:
 
     def pixels(self, images: Sequence[Mapping[str, np.ndarray]]) -> Mapping[str, Tensor]:
         """Resize and crop the frames, and upload them, uint8 `[B, 3, S, S]`."""
-        return {
-            view: torch.stack([self.config.transform.cropped(frames[view]) for frames in images]).to(self.device)
-            for view in self.config.views
-        }
+        return upload_frames(images, self.config.views, self.config.transform, self.device)
 
     def prepare(self, observations: Sequence[Observation], instructions: Sequence[str]) -> OpenVLAInputs:
         """Resize and crop images, tokenise, and upload."""

@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
-from tokenprune.backbone import ActionSpec, BackboneInfo, DecoderShape, FollowUp
+from tokenprune.backbone import ActionSpec, BackboneInfo, FollowUp
 from tokenprune.errors import ConfigError, nearest
 from tokenprune.layout import Role, Segment, TokenLayout
 from tokenprune_adapters.heads import lm_head_flops
 from tokenprune_adapters.preprocess import ImageTransform
-from tokenprune_adapters.prismatic import LIBERO_ACTION, SMALL_TOWERS, TINY_TOWERS, PrismaticConfig
+from tokenprune_adapters.prismatic import LIBERO_ACTION, PrismaticConfig, body_of
 from tokenprune_adapters.prompt import Prompt, PromptStyle
-from tokenprune_adapters.vision import DINOV2_L_REG4_224, SIGLIP_SO400M_224
 
 OPTIONS = ("views", "center_crop", "unnorm_key", "prompt", "restrict")
 CROP = 0.9
@@ -95,34 +94,16 @@ class OpenVLAConfig:
 
 
 SEVEN_B = OpenVLAConfig(
-    body=PrismaticConfig(
-        towers=(DINOV2_L_REG4_224, SIGLIP_SO400M_224),
-        decoder=DecoderShape(depth=32, hidden=4096, heads=32, kv_heads=32, head_dim=128, mlp=11008, causal=True),
-        vocab=32064,
-    ),
+    body=body_of("7b", causal=True),
     action=LIBERO_ACTION,
     views=("primary",),
     transform=ImageTransform(center_crop_area=CROP),
 )
 
-# The same tokens as the release through a decoder that two CPU cores run in a fraction of a second.
-SMALL = replace(
-    SEVEN_B,
-    body=PrismaticConfig(
-        towers=SMALL_TOWERS,
-        decoder=DecoderShape(depth=8, hidden=1024, heads=16, kv_heads=16, head_dim=64, mlp=2560, causal=True),
-        vocab=2048,
-    ),
-)
-
-# Milliseconds a query, for checks of what runs where.
+SMALL = replace(SEVEN_B, body=body_of("small", causal=True))
 TINY = replace(
     SEVEN_B,
-    body=PrismaticConfig(
-        towers=TINY_TOWERS,
-        decoder=DecoderShape(depth=8, hidden=32, heads=4, kv_heads=4, head_dim=8, mlp=48, causal=True),
-        vocab=2048,
-    ),
+    body=body_of("tiny", causal=True),
     transform=ImageTransform(size=56, center_crop_area=CROP),
 )
 

@@ -17,7 +17,7 @@ from tokenprune_adapters.backbones.openvla_oft.config import TRAIN_STEPS, OFTCon
 from tokenprune_adapters.bins import ActionBins
 from tokenprune_adapters.diffusion import DDIM, timestep_encodings
 from tokenprune_adapters.heads import DiffusionActionHead, L1ActionHead, NoisyActionProjector, ProprioProjector
-from tokenprune_adapters.observations import check_observation
+from tokenprune_adapters.observations import check_observation, upload_frames
 from tokenprune_adapters.prismatic import LanguageModel, Projector, VisionBackbone
 from tokenprune_adapters.prompt import Prompt, PromptTokenizer
 from tokenprune_adapters.statistics import Statistics
@@ -113,10 +113,7 @@ class OpenVLAOFT:
 
     def pixels(self, images: Sequence[Mapping[str, np.ndarray]]) -> Mapping[str, Tensor]:
         """Resize and crop the frames of each view, and upload them, uint8 `[B, 3, S, S]`."""
-        return {
-            view: torch.stack([self.config.transform.cropped(frames[view]) for frames in images]).to(self.device)
-            for view in self.config.views
-        }
+        return upload_frames(images, self.config.views, self.config.transform, self.device)
 
     def prepare(self, observations: Sequence[Observation], instructions: Sequence[str]) -> OFTInputs:
         """Resize and crop images, tokenise, normalise the state, and upload."""

@@ -6,14 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from tokenprune.backbone import ActionSpec, BackboneInfo, DecoderShape
+from tokenprune.backbone import ActionSpec, BackboneInfo
 from tokenprune.errors import ConfigError, nearest
 from tokenprune.layout import Role, Segment, TokenLayout
 from tokenprune_adapters.heads import head_flops, lm_head_flops, noisy_action_flops, proprio_flops
 from tokenprune_adapters.preprocess import ImageTransform
-from tokenprune_adapters.prismatic import LIBERO_ACTION, SMALL_TOWERS, TINY_TOWERS, PrismaticConfig
+from tokenprune_adapters.prismatic import LIBERO_ACTION, PrismaticConfig, body_of
 from tokenprune_adapters.prompt import Prompt
-from tokenprune_adapters.vision import DINOV2_L_REG4_224, SIGLIP_SO400M_224
 
 Head = Literal["l1", "diffusion", "discrete"]
 
@@ -167,11 +166,7 @@ class OFTConfig:
 _LIBERO = CONSTANTS["libero"]
 
 SEVEN_B = OFTConfig(
-    body=PrismaticConfig(
-        towers=(DINOV2_L_REG4_224, SIGLIP_SO400M_224),
-        decoder=DecoderShape(depth=32, hidden=4096, heads=32, kv_heads=32, head_dim=128, mlp=11008, causal=False),
-        vocab=32064,
-    ),
+    body=body_of("7b", causal=False),
     action=_LIBERO.action,
     views=_LIBERO.views,
     state_size=_LIBERO.state_size,
@@ -179,25 +174,10 @@ SEVEN_B = OFTConfig(
     transform=ImageTransform(center_crop_area=_CROP),
 )
 
-# The same tokens as the release through a decoder that two CPU cores run in half a second; the towers are kept
-# small beside it, as they are in the release.
-SMALL = replace(
-    SEVEN_B,
-    body=PrismaticConfig(
-        towers=SMALL_TOWERS,
-        decoder=DecoderShape(depth=8, hidden=1024, heads=16, kv_heads=16, head_dim=64, mlp=2560, causal=False),
-        vocab=2048,
-    ),
-)
-
-# Milliseconds a query, for checks of what runs where.
+SMALL = replace(SEVEN_B, body=body_of("small", causal=False))
 TINY = replace(
     SEVEN_B,
-    body=PrismaticConfig(
-        towers=TINY_TOWERS,
-        decoder=DecoderShape(depth=8, hidden=32, heads=4, kv_heads=4, head_dim=8, mlp=48, causal=False),
-        vocab=2048,
-    ),
+    body=body_of("tiny", causal=False),
     transform=replace(SEVEN_B.transform, size=56),
 )
 

@@ -17,7 +17,7 @@ from tokenprune.runtime import Query
 from tokenprune_adapters.backbones.pi0.config import PI0Config
 from tokenprune_adapters.backbones.pi0.model import PI0Model, time_embeddings
 from tokenprune_adapters.gemma_prompt import GemmaTokenizer
-from tokenprune_adapters.observations import check_observation
+from tokenprune_adapters.observations import check_observation, upload_frames
 from tokenprune_adapters.prompt import Prompt
 from tokenprune_adapters.statistics import Statistics
 
@@ -74,10 +74,7 @@ class PI0:
 
     def pixels(self, images: Sequence[Mapping[str, np.ndarray]]) -> Mapping[str, Tensor]:
         """Scale and pad the frames of each view, and upload them, uint8 `[B, 3, S, S]`."""
-        return {
-            view: torch.stack([self.config.transform.cropped(frames[view]) for frames in images]).to(self.device)
-            for view in self.config.views
-        }
+        return upload_frames(images, self.config.views, self.config.transform, self.device)
 
     def prepare(self, observations: Sequence[Observation], instructions: Sequence[str]) -> PI0Inputs:
         """Scale and pad images, tokenise, normalise the state, and upload."""
