@@ -18,7 +18,7 @@ from tokenprune.registry import Owner, Registry
 
 HEAD = """
 from tokenprune.hookspecs import hookimpl
-from tokenprune.specs import BackboneSpec, PipelineSpec, StageSpec
+from tokenprune.specs import BackboneSpec, EnvironmentSpec, PipelineSpec, StageSpec
 """
 _numbers = itertools.count()
 
@@ -42,8 +42,8 @@ def pipeline(name):
     return f"PipelineSpec({name!r}, 'a pipeline', 'package', 'file.yaml')"
 
 
-def backbone(name, target="m:F"):
-    return f"BackboneSpec({name!r}, 'a backbone', {target!r})"
+def backbone(name, target="m:F", kind="Backbone"):
+    return f"{kind}Spec({name!r}, 'made by a factory', {target!r})"
 
 
 def hooked(body, signature="tokenprune_register()", options=""):
@@ -92,14 +92,16 @@ def plugin_file(install, tmp_path):
 
 
 def test_specs_of_every_kind_are_registered_with_their_owner(install):
-    source = registering(stage("a.b_c-1", "my.module:Class"), stage("x"), pipeline("x"), backbone("x"))
-    (entry,) = install(("mine", "my-plugins", source))
+    others = stage("x"), pipeline("x"), backbone("x"), backbone("x", kind="Environment")
+    source = registering(stage("a.b_c-1", "my.module:Class"), *others)
+    entry, _ = install(("a", "my-plugins", source), ("b", "others", registering(backbone("y", kind="Environment"))))
     found = Registry.discover()
     assert found.quarantined == ()
-    assert (set(found.stages), set(found.pipelines), set(found.backbones)) == ({"a.b_c-1", "x"}, {"x"}, {"x"})
+    assert (set(found.stages), set(found.pipelines)) == ({"a.b_c-1", "x"}, {"x"})
+    assert (set(found.backbones), set(found.environments)) == ({"x"}, {"x", "y"})
     assert found.stage("a.b_c-1").spec.target == "my.module:Class"
     assert found.stage("a.b_c-1").owner == Owner("my-plugins", "1.2", entry.value)
-    assert found.pipeline("x").owner == found.backbone("x").owner == found.stage("x").owner
+    assert found.environment("x").owner == found.backbone("x").owner == found.pipeline("x").owner
 
 
 BROKEN = {
@@ -146,8 +148,7 @@ def test_a_broken_plugin_is_quarantined_as_a_whole_and_others_go_on(install, sou
     )
     found = Registry.discover()
     assert set(found.stages) == {"first", "last"}
-    assert not found.pipelines
-    assert not found.backbones
+    assert not found.pipelines | found.backbones | found.environments
     (quarantined,) = found.quarantined
     assert quarantined.name == "broken"
     assert quarantined.owner == Owner("bad", "1.2", bad.value)
@@ -241,18 +242,17 @@ def test_a_distribution_without_a_version_is_no_obstacle(install, monkeypatch):
 
 
 def test_an_unknown_name_names_the_nearest(install):
-    install(("mine", "mine", registering(stage("fastv"), pipeline("p"), backbone("b"))))
+    specs = stage("fastv"), pipeline("p"), backbone("b"), backbone("goal", kind="Environment")
+    install(("mine", "mine", registering(*specs)))
     found = Registry.discover()
-    with pytest.raises(PluginError, match=r"^no stage is called 'fastw'; did you mean 'fastv'\? valid: fastv$"):
-        found.stage("fastw")
-    with pytest.raises(PluginError, match=r"^no pipeline is called 'dens'; did you mean 'dense'\? valid: dense, p$"):
-        found.pipeline("dens")
-    with pytest.raises(PluginError, match=r"^no backbone is called 'x'; valid: b$"):
-        found.backbone("x")
-    with pytest.raises(PluginError, match="no stage is called 'fastw'; did you mean 'fastv'"):
-        found.stage_class("fastw")
-    with pytest.raises(PluginError, match="no backbone is called 'x'"):
-        found.backbone_factory("x")
+    for ask, name, message in (
+        (found.stage_class, "fastw", r"^no stage is called 'fastw'; did you mean 'fastv'\? valid: fastv$"),
+        (found.pipeline, "dens", r"^no pipeline is called 'dens'; did you mean 'dense'\? valid: dense, p$"),
+        (found.backbone_factory, "x", r"^no backbone is called 'x'; valid: b$"),
+        (found.environment_factory, "gaol", r"^no environment is called 'gaol'; did you mean 'goal'\? valid: goal$"),
+    ):
+        with pytest.raises(PluginError, match=message):
+            ask(name)
 
 
 def test_an_unknown_name_mentions_plugins_that_are_not_loaded(install):
@@ -264,7 +264,7 @@ def test_an_unknown_name_mentions_plugins_that_are_not_loaded(install):
 def test_nothing_installed_still_lists_dense(install):
     install()
     found = Registry.discover()
-    assert (found.stages, found.pipelines, found.backbones, found.quarantined) == ({}, {}, {}, ())
+    assert not [*found.stages, *found.pipelines, *found.backbones, *found.environments, *found.quarantined]
     with pytest.raises(PluginError, match="valid: dense"):
         found.pipeline("fastv")
 
@@ -370,22 +370,23 @@ def test_a_stage_whose_module_cannot_be_imported_names_owner_and_target(install,
         found.stage_class("a")
 
 
-def test_a_backbone_factory_must_describe_and_build(install, tmp_path):
-    (tmp_path / "factories.py").write_text(
+@pytest.mark.parametrize("kind", ["backbone", "environment"])
+def test_a_factory_must_describe_and_build(install, tmp_path, kind):
+    (tmp_path / f"{kind}_factories.py").write_text(
         "class Good:\n    @staticmethod\n    def describe(): ...\n    @staticmethod\n    def build(): ...\n"
         "class Half:\n    @staticmethod\n    def describe(): ...\n"
     )
-    install(("m", "m", registering(backbone("g", "factories:Good"), backbone("h", "factories:Half"))))
-    found = Registry.discover()
-    assert found.backbone_factory("g").__name__ == "Good"
-    with pytest.raises(PluginError, match=r"^backbone 'h' of m 1\.2, factories:Half: .*'build'"):
-        found.backbone_factory("h")
+    specs = (backbone(name, f"{kind}_factories:{name.title()}", kind.title()) for name in ("good", "half"))
+    install(("m", "m", registering(*specs)))
+    factory = getattr(Registry.discover(), f"{kind}_factory")
+    assert factory("good").__name__ == "Good"
+    with pytest.raises(PluginError, match=rf"^{kind} 'half' of m 1\.2, {kind}_factories:Half: .*'build'"):
+        factory("half")
 
 
 def test_a_plugin_file_that_is_no_file_is_refused(plugin_file, tmp_path):
-    text = plugin_file("x = 1", "plugin.txt")
     with pytest.raises(PluginError, match=r"plugin\.txt: .*ends in \.py"):
-        Registry.discover(plugin_files=[text])
+        Registry.discover(plugin_files=[plugin_file("x = 1", "plugin.txt")])
     with pytest.raises(PluginError, match=r"nowhere\.py: there is no such file"):
         Registry.discover(plugin_files=[tmp_path / "nowhere.py"])
 

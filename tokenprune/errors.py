@@ -50,6 +50,14 @@ class EpisodeError(TokenPruneError):
     """A recorded episode cannot be read."""
 
 
+class SimulatorError(TokenPruneError):
+    """A simulated environment cannot be used, or its simulator failed."""
+
+
+class RolloutError(TokenPruneError):
+    """An evaluation in simulated environments cannot go on: its engine, its workers, or who writes its results."""
+
+
 class ResultError(TokenPruneError):
     """A result file cannot be read or drawn, or has no such pipeline or query."""
 

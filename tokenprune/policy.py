@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,9 @@ from tokenprune.record import QueryRecord
 from tokenprune.registry import Registry
 from tokenprune.runtime import Query
 from tokenprune.trace import Clock, QueryTrace
+
+_DRAWING = "drawing"
+"""Phase of a query in which the host draws past frames; no part of the query's time."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,11 @@ class Policy:
         self.pipeline = bind(config, backbone.info, registry)
         self._dense = bind(DENSE, backbone.info, registry)
         self._slots: dict[int, Slot] = {}
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether any stage compares frames with past ones; a host need not give frames where none does."""
+        return self.pipeline.frames > 0
 
     def reset(self, instruction: str, slot: int = 0) -> None:
         """Begin an episode or a new task in one environment; everything remembered there is forgotten.
@@ -120,6 +128,7 @@ class Policy:
         time: float | None = None,
         observation: Observation | None = None,
         slot: int = 0,
+        frames: Callable[[], Mapping[str, np.ndarray]] | None = None,
     ) -> bool:
         """Tell the policy that the robot executed an action; controllers and observers read it.
 
@@ -130,15 +139,19 @@ class Policy:
             observation: What the robot sees after it. Stages that compare frames look back at these; without them,
                 only the frames of queries are there to look back at.
             slot: The environment.
+            frames: Instead of the observation, a function that draws its images, as simulators do more slowly than they
+                step; called at most once, in a later query in which a stage looks back at this step.
 
         Returns:
             Whether a controller asks for a new query before the rest of the chunk is executed. The host may ignore it.
 
         Raises:
-            ObservationError: If the slot has no episode, the action has the wrong shape or is not finite, or the
-                observation is not what the policy was made for.
+            ObservationError: If the slot has no episode, the action has the wrong shape or is not finite, the
+                observation is not what the policy was made for, or both it and `frames` are given.
         """
         episode = self._begun(slot)
+        if observation is not None and frames is not None:
+            raise ObservationError("an executed action comes with an observation or with frames to draw, not with both")
         # Copied, because hosts fill the same array again.
         action = np.array(action, dtype=np.float64)
         if action.shape != (self.backbone.info.action.dims,) or not np.isfinite(action).all():
@@ -149,8 +162,9 @@ class Policy:
             self.backbone.check(observation)
         record = ExecutedAction(slot, action, None if pose is None else np.array(pose), time)
         episode.executed.append(record)
-        if observation is not None:
-            episode.past.add(len(episode.executed), observation["images"])
+        images = frames if observation is None else observation["images"]
+        if images is not None:
+            episode.past.add(len(episode.executed), images)
         for index, hook in self.pipeline.hooks["observe"]:
             self.pipeline.call(index, "observe", hook, record)
         decision = self._decide(episode, "executed")
@@ -183,7 +197,9 @@ class Policy:
             return decision
         return None
 
-    def _look_back(self, slots: list[Slot], images: Mapping[str, Tensor]) -> dict[int, PastFrames]:
+    def _look_back(
+        self, slots: list[Slot], observations: Sequence[Observation], images: Mapping[str, Tensor], clock: Clock
+    ) -> dict[int, PastFrames]:
         """What each stage compares the current frames `images` with, cropped and uploaded."""
         past = {}
         for index, hook in self.pipeline.hooks["look_back"]:
@@ -194,18 +210,24 @@ class Policy:
                 now = len(slot.executed)
                 found = None if back is None else now if back == 0 else slot.past.find(now, back)
                 steps.append(None if found is None else now - found)
-                seen = self._pixels(slot, found) if found != now else {v: pixels[row] for v, pixels in images.items()}
+                seen: Mapping[str, Tensor] = {view: pixels[row] for view, pixels in images.items()}
+                if found != now:
+                    seen = self._pixels(slot, found, observations[row], clock)
                 for view, pixels in images.items():
                     rows[view].append(seen.get(view, torch.zeros_like(pixels[row])))
             past[index] = PastFrames(tuple(steps), {view: torch.stack(found) for view, found in rows.items()})
         return past
 
-    def _pixels(self, slot: Slot, step: int | None) -> Mapping[str, Tensor]:
+    def _pixels(self, slot: Slot, step: int | None, observation: Observation, clock: Clock) -> Mapping[str, Tensor]:
         if step is None:
             return {}
         if step == slot.asked_at:
             return slot.frames
-        return {view: pixels[0] for view, pixels in self.backbone.pixels([slot.past.images(step)]).items()}
+        phase = clock.enter(_DRAWING)
+        # The current state was checked before; only the images can be wrong.
+        drawn = slot.past.images(step, lambda images: self.backbone.check({**observation, "images": images}))
+        clock.enter(phase)
+        return {view: pixels[0] for view, pixels in self.backbone.pixels([drawn]).items()}
 
     def _query(
         self, layout: TokenLayout, mode: str, slots: list[Slot], observations: Sequence[Observation], started: float
@@ -215,7 +237,7 @@ class Policy:
         inputs = self.backbone.prepare(observations, [slot.instruction for slot in slots])
         try:
             clock.enter("selection")
-            past = self._look_back(slots, inputs.images)
+            past = self._look_back(slots, observations, inputs.images, clock)
             clock.enter("preprocess")
             plan = self.pipeline.plan(layout, mode)
             query, normalised = self._run(self.pipeline, plan, inputs, slots, past, clock)
@@ -236,7 +258,8 @@ class Policy:
             torch.cuda.synchronize(self.backbone.device)
         trace = query.trace
         trace.phases = clock.milliseconds()
-        trace.milliseconds = (time.perf_counter() - started) * 1e3
+        # A camera would have delivered by then what a simulator draws only when it is asked.
+        trace.milliseconds = (time.perf_counter() - started) * 1e3 - trace.phases.pop(_DRAWING, 0.0)
         return {slot.index: ActionChunk(actions[row], normalised[row], trace) for row, slot in enumerate(slots)}
 
     def _run(

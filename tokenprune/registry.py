@@ -25,7 +25,7 @@ import pluggy
 
 from tokenprune.errors import PluginError, nearest
 from tokenprune.hookspecs import PROJECT, PluginHooks, StageHooks
-from tokenprune.specs import CAPABILITIES, BackboneSpec, PipelineSpec, Spec, StageKind, StageSpec
+from tokenprune.specs import CAPABILITIES, BackboneSpec, EnvironmentSpec, PipelineSpec, Spec, StageKind, StageSpec
 
 if TYPE_CHECKING:
     from tokenprune.stage import Stage
@@ -84,12 +84,13 @@ class Quarantined:
 
 
 class Registry:
-    """Stages, pipelines and backbones by name; made by `discover`.
+    """Stages, pipelines, backbones and environments by name; made by `discover`.
 
     Attributes:
         stages: Stages by name.
         pipelines: Shipped pipeline files by name, without `dense`.
         backbones: Backbones by name.
+        environments: Simulated environments by name.
         quarantined: Broken plugins.
         disabled: Entry points that were left out before import.
         unknown_disabled: Names that were to be left out and match nothing.
@@ -99,6 +100,7 @@ class Registry:
         self.stages: dict[str, Registered[StageSpec]] = {}
         self.pipelines: dict[str, Registered[PipelineSpec]] = {}
         self.backbones: dict[str, Registered[BackboneSpec]] = {}
+        self.environments: dict[str, Registered[EnvironmentSpec]] = {}
         self.quarantined: tuple[Quarantined, ...] = ()
         self.disabled: tuple[str, ...] = ()
         self.unknown_disabled: tuple[str, ...] = ()
@@ -165,6 +167,14 @@ class Registry:
         """
         return self._get("backbone", self.backbones, name)
 
+    def environment(self, name: str) -> Registered[EnvironmentSpec]:
+        """The simulated environment of this name.
+
+        Raises:
+            PluginError: If there is none.
+        """
+        return self._get("environment", self.environments, name)
+
     def stage_class(self, name: str) -> type[Stage[Any]]:
         """Import a stage's class.
 
@@ -182,13 +192,15 @@ class Registry:
         Raises:
             PluginError: If there is no such backbone, it cannot be imported, or it cannot describe and build.
         """
-        registered = self.backbone(name)
-        owned = f"backbone '{name}' of {registered.owner}, {registered.spec.target}"
-        factory = _import_target(registered, owned)
-        for method in ("describe", "build"):
-            if not callable(getattr(factory, method, None)):
-                raise PluginError(f"{owned}: a backbone factory has a method '{method}'")
-        return factory
+        return _factory("backbone", self.backbone(name))
+
+    def environment_factory(self, name: str) -> Any:  # noqa: ANN401 - an EnvironmentFactory, whose module needs torch
+        """Import an environment's factory.
+
+        Raises:
+            PluginError: If there is no such environment, it cannot be imported, or it cannot describe and build.
+        """
+        return _factory("environment", self.environment(name))
 
     def _get(self, kind: str, table: Mapping[str, Registered[SpecT]], name: str) -> Registered[SpecT]:
         if name in table:
@@ -211,6 +223,7 @@ class Registry:
             StageSpec: dict(self.stages),
             PipelineSpec: dict(self.pipelines),
             BackboneSpec: dict(self.backbones),
+            EnvironmentSpec: dict(self.environments),
         }
         specs = implementation.function()
         if not isinstance(specs, Iterable):
@@ -222,7 +235,7 @@ class Registry:
                 kind = type(spec).__name__.removesuffix("Spec").lower()
                 raise PluginError(f"{kind} '{spec.name}' of {owner} is already registered by {table[spec.name].owner}")
             table[spec.name] = Registered(spec, owner)
-        self.stages, self.pipelines, self.backbones = tables.values()
+        self.stages, self.pipelines, self.backbones, self.environments = tables.values()
 
 
 def _entry_order(entry: importlib.metadata.EntryPoint) -> tuple[bool, str, str]:
@@ -299,6 +312,15 @@ def _import_target(registered: Registered[Any], owned: str) -> Any:  # noqa: ANN
             raise PluginError(f"{owned}: there is no '{part}'{nearest(part, public)}")
         found = getattr(found, part)
     return found
+
+
+def _factory(kind: str, registered: Registered[Any]) -> Any:  # noqa: ANN401 - whatever the plugin names
+    owned = f"{kind} '{registered.spec.name}' of {registered.owner}, {registered.spec.target}"
+    factory = _import_target(registered, owned)
+    for method in ("describe", "build"):
+        if not callable(getattr(factory, method, None)):
+            raise PluginError(f"{owned}: a factory has a method '{method}'")
+    return factory
 
 
 def _checked_stage(stage: Any, owned: str) -> type[Stage[Any]]:  # noqa: ANN401 - whatever the plugin names

@@ -79,4 +79,19 @@ class BackboneSpec:
     episode: str = ""
 
 
-Spec = StageSpec | PipelineSpec | BackboneSpec
+@dataclass(frozen=True, slots=True)
+class EnvironmentSpec:
+    """A simulated environment an adapter offers.
+
+    Attributes:
+        name: What `--env` accepts.
+        summary: One line.
+        target: `"module:Class"` of its `EnvironmentFactory`, imported only when used; several names may share one.
+    """
+
+    name: str
+    summary: str
+    target: str
+
+
+Spec = StageSpec | PipelineSpec | BackboneSpec | EnvironmentSpec

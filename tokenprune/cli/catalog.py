@@ -19,7 +19,7 @@ from tokenprune.cli.options import (
     Plugins,
     Preset,
     Sets,
-    backbone_options,
+    key_values,
     print_json,
     registry,
 )
@@ -157,7 +157,7 @@ def validate(
         try:
             config = load_pipeline(file, found, sets or ()).config
             if backbone is not None:
-                described = describe_backbone(found, backbone, preset, checkpoint, backbone_options(options))
+                described = describe_backbone(found, backbone, preset, checkpoint, key_values("--option", options))
                 bound = bind(config, described.info, found)
                 for mode in config.modes:
                     bound.plan(described.layout("put the bowl on the plate"), mode)

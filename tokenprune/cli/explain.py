@@ -21,8 +21,8 @@ from tokenprune.cli.options import (
     Plugins,
     Preset,
     Sets,
-    backbone_options,
     bundled_episode,
+    key_values,
     print_json,
     registry,
     source,
@@ -71,7 +71,7 @@ def explain(
 
     found = registry(plugins)
     loaded = load_pipeline(pipeline, found, sets or ())
-    described = describe_backbone(found, backbone, preset, checkpoint, backbone_options(options))
+    described = describe_backbone(found, backbone, preset, checkpoint, key_values("--option", options))
     info = described.info
     if depth is not None:
         info = replace(info, decoder=replace(info.decoder, depth=depth))

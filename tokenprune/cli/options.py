@@ -43,8 +43,8 @@ def print_json(data: object) -> None:
     sys.stdout.write("\n")
 
 
-def backbone_options(given: Sequence[str] | None) -> dict[str, Any]:
-    """`key=value` pairs, values read as YAML.
+def key_values(option: str, given: Sequence[str] | None) -> dict[str, Any]:
+    """`key=value` pairs of an option that may be repeated, values read as YAML.
 
     Raises:
         ConfigError: If a pair has no `=` or its value is not YAML.
@@ -55,10 +55,10 @@ def backbone_options(given: Sequence[str] | None) -> dict[str, Any]:
     for pair in given or ():
         key, equals, value = pair.partition("=")
         if not equals or not key:
-            raise ConfigError(f"--option {pair}: write key=value, such as views=[primary]")
-        document = Document.parse(value, f"--option {pair}")
+            raise ConfigError(f"{option} {pair}: write key=value, such as views=[primary]")
+        document = Document.parse(value, f"{option} {pair}")
         if document.problems:
-            raise ConfigError(f"--option {pair}: {'; '.join(problem.text for problem in document.problems)}")
+            raise ConfigError(f"{option} {pair}: {'; '.join(problem.text for problem in document.problems)}")
         parsed[key.strip()] = document.data
     return parsed
 

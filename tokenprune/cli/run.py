@@ -24,8 +24,8 @@ from tokenprune.cli.options import (
     Plugins,
     Preset,
     Sets,
-    backbone_options,
     bundled_episode,
+    key_values,
     print_json,
     registry,
     source,
@@ -184,7 +184,7 @@ def _open(
 
     preset, checkpoint = source(preset, checkpoint)
     recorded = load_episode(episode or bundled_episode(found, backbone))
-    chosen = backbone_options(options)
+    chosen = key_values("--option", options)
     settings = {
         "preset": preset,
         "checkpoint": checkpoint,

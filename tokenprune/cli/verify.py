@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokenprune.cli.options import BackboneName, Json, Options, Plugins, backbone_options, print_json, registry
+from tokenprune.cli.options import BackboneName, Json, Options, Plugins, key_values, print_json, registry
 from tokenprune.cli.run import Device, Dtype
 from tokenprune.errors import PluginError
 from tokenprune.report.tables import WIDTH
@@ -52,7 +52,7 @@ def verify(
     factory = found.backbone_factory(backbone)
     if not callable(getattr(factory, "verify", None)):
         raise PluginError(f"backbone '{backbone}' of {found.backbone(backbone).owner} cannot verify checkpoints")
-    chosen = backbone_options(options)
+    chosen = key_values("--option", options)
     findings: Findings = factory.verify(Path(checkpoint), chosen)
     if not as_json:
         print(textwrap.fill(f"{checkpoint} as {backbone}", WIDTH, break_on_hyphens=False))
