@@ -202,7 +202,18 @@ JSON_FAULTS: Faults = {
         changed(CONFIG, lambda data: data["timm_model_ids"].reverse()),
         CONFIG, "timm_model_ids", "valid: ['vit_large_patch14_reg4_dinov2.lvd142m', 'vit_so400m_patch14_siglip_224']",
     ),
-    "one tower": (top(use_fused_vision_backbone=False), CONFIG, "use_fused_vision_backbone", "True"),
+    "not fused": (
+        top(use_fused_vision_backbone=False),
+        CONFIG, "timm_model_ids", "['vit_so400m_patch14_siglip_224'], since 'use_fused_vision_backbone' is False",
+    ),
+    "fused by half": (top(use_fused_vision_backbone=0.5), CONFIG, "use_fused_vision_backbone", "0.5", "boolean"),
+    "one id": (
+        top(timm_model_ids=["vit_so400m_patch14_siglip_224"]), CONFIG, "timm_model_ids", "is True",
+    ),
+    "one activation": (
+        top(timm_override_act_layers=[None]), CONFIG, "timm_override_act_layers", "1 entries", "valid: 2",
+    ),
+    "no arguments": (top(timm_override_args=[]), CONFIG, "timm_override_args", "0 entries", "valid: 2"),
     "a tower's activation": (
         top(timm_override_act_layers=[None, "quick_gelu"]), CONFIG, "timm_override_act_layers.1", "quick_gelu",
     ),

@@ -82,14 +82,15 @@ def naive_actions(
     for view in config.views:
         pixels = config.transform.cropped(obs["images"][view])[None]
         features = []
-        for number, name in enumerate(("featurizer", "fused_featurizer")):
+        for number, name in enumerate(("featurizer", "fused_featurizer")[: len(config.body.towers)]):
             image = config.transform.normalise(pixels, number, torch.float64)[0]
             tower = f"vision_backbone.{name}"
             features.append(naive_tower(weights, tower, config.body.towers[number], image, heard, spec))
         x = torch.cat(features if spec.dino_first else features[::-1], dim=-1)
-        for fc in ("fc1", "fc2"):
-            x = naive_gelu(naive_linear(weights, f"projector.{fc}", x))
-        patches += list(naive_linear(weights, "projector.fc3", x))
+        x = naive_linear(weights, "projector.fc2", naive_gelu(naive_linear(weights, "projector.fc1", x)))
+        if len(features) == 2:
+            x = naive_linear(weights, "projector.fc3", naive_gelu(x))
+        patches += list(x)
 
     proprio = []
     if config.state_size is not None:

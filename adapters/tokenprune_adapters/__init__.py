@@ -1,16 +1,27 @@
-"""Adapters to the outside world: backbones, their preprocessing and checkpoints, recordings. Imports no torch."""
+"""Adapters to the outside world: backbones with their checkpoints, environments, recordings. Imports no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from tokenprune.hookspecs import hookimpl
-from tokenprune.specs import BackboneSpec, Spec
+from tokenprune.specs import BackboneSpec, EnvironmentSpec, Spec
+
+OFT_TRAINED: Mapping[str, str] = {}
+"""Presets of OpenVLA-OFT that come with their weights, in folders of `checkpoints`, name to one line each."""
+
+_LIBERO = {
+    "libero_spatial": "LIBERO-Spatial: ten tasks, one bowl of two told by where it stands",
+    "libero_object": "LIBERO-Object: ten tasks, one object of many into the basket",
+    "libero_goal": "LIBERO-Goal: ten tasks in one scene",
+    "libero_10": "LIBERO-10 (Long): ten tasks of two parts",
+    "libero_90": "LIBERO-90: ninety short tasks",
+}
 
 
 @hookimpl
 def tokenprune_register() -> Iterable[Spec]:
-    """Backbones."""
+    """Backbones and environments."""
     return (
         BackboneSpec(
             name="openvla",
@@ -28,6 +39,7 @@ def tokenprune_register() -> Iterable[Spec]:
             summary="OpenVLA-OFT: bidirectional, one pass (diffusion head: one a step), 1-3 views",
             target=f"{__name__}.backbones.openvla_oft.factory:OFTFactory",
             presets={
+                **OFT_TRAINED,
                 "7b": "the release's dimensions, untrained",
                 "small": "the release's tokens, a small decoder, untrained",
                 "tiny": "milliseconds a query, for checks, untrained",
@@ -55,5 +67,9 @@ def tokenprune_register() -> Iterable[Spec]:
                 "tiny": "milliseconds a query, for checks, untrained",
             },
             episode=f"{__name__}:episodes/libero_spatial.npz",
+        ),
+        *(
+            EnvironmentSpec(name, summary, f"{__name__}.environments.libero.environment:LiberoFactory")
+            for name, summary in _LIBERO.items()
         ),
     )

@@ -1,4 +1,4 @@
-"""The Prismatic body that OpenVLA and OpenVLA-OFT share: fused towers, projector and a Llama decoder.
+"""The Prismatic body that OpenVLA and OpenVLA-OFT share: one or two towers, projector and a Llama decoder.
 
 Parameter names are those of the released checkpoints, so a state dict loads without a key map.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, cast
 
 import torch
@@ -19,7 +20,10 @@ from tokenprune_adapters.vision import DINOV2_L_REG4_224, SIGLIP_SO400M_224, Vis
 from tokenprune_adapters.vision import flops as tower_flops
 
 TOWERS = ("featurizer", "fused_featurizer")
-"""Names of the towers in the checkpoint, in the order in which their features are concatenated: DINOv2, SigLIP."""
+"""Names of the towers in the checkpoint, in the order in which their features are concatenated: DINOv2, SigLIP.
+
+A tower alone has the first name, whichever it is.
+"""
 
 # LIBERO's robots are driven by robosuite's OSC_POSE controller, which scales its inputs to 5 cm and 0.5 rad.
 LIBERO_ACTION = ActionSpec(
@@ -57,7 +61,7 @@ class PrismaticConfig:
     """Dimensions of the body.
 
     Attributes:
-        towers: DINOv2's first, then SigLIP's.
+        towers: DINOv2's first, then SigLIP's; or one of them.
         decoder: The decoder's shape.
         vocab: Rows of the embedding table.
         max_positions: Longest sequence the decoder was made for.
@@ -74,14 +78,19 @@ class PrismaticConfig:
 
     @property
     def vision_width(self) -> int:
-        """Channels of the fused features."""
+        """Channels of the features of all towers."""
         return sum(tower.hidden_size for tower in self.towers)
+
+    @property
+    def projector_widths(self) -> tuple[int, ...]:
+        """Channels before, between and behind the projector's linear layers: three for fused towers, two for one."""
+        vision, width = self.vision_width, self.decoder.hidden
+        return (vision, 4 * vision, width, width) if len(self.towers) > 1 else (vision, width, width)
 
     def vision_flops(self, views: int) -> dict[str, int]:
         """FLOPs of towers and projector per query."""
         rows, cols = self.towers[0].grid
-        wide, width = 4 * self.vision_width, self.decoder.hidden
-        projector = 2 * rows * cols * (self.vision_width * wide + wide * width + width * width)
+        projector = 2 * rows * cols * sum(before * behind for before, behind in pairwise(self.projector_widths))
         return {"vision": views * sum(tower_flops(tower) for tower in self.towers), "projector": views * projector}
 
 
@@ -101,12 +110,12 @@ def body_of(size: Literal["7b", "small", "tiny"], causal: bool) -> PrismaticConf
 
 
 class VisionBackbone(nn.Module):
-    """The fused towers."""
+    """The towers, side by side."""
 
     def __init__(self, towers: Sequence[ViTConfig]) -> None:
         """Make one tower per configuration, under the checkpoint's names."""
         super().__init__()
-        for name, config in zip(TOWERS, towers, strict=True):
+        for name, config in zip(TOWERS, towers, strict=False):
             self.add_module(name, VisionTower(config))
 
     def forward(
@@ -117,26 +126,26 @@ class VisionBackbone(nn.Module):
         Towers with FiLM also take `language`, `[B, L]`; see `VisionTower.forward`.
         """
         features = [
-            self.get_submodule(name)(transform.normalise(pixels, tower, dtype), language)
-            for tower, name in enumerate(TOWERS)
+            module(transform.normalise(pixels, tower, dtype), language) for tower, module in enumerate(self.children())
         ]
         return torch.cat(features, dim=-1)
 
 
 class Projector(nn.Module):
-    """Fused patch features to the decoder's width, token by token."""
+    """Patch features to the decoder's width, token by token."""
 
-    def __init__(self, vision_width: int, width: int) -> None:
-        """Three linear layers with exact GELUs between them."""
+    def __init__(self, widths: Sequence[int]) -> None:
+        """Two or three linear layers with exact GELUs between them; for `widths` see `projector_widths`."""
         super().__init__()
-        self.fc1 = nn.Linear(vision_width, 4 * vision_width)
-        self.fc2 = nn.Linear(4 * vision_width, width)
-        self.fc3 = nn.Linear(width, width)
+        self.fc1 = nn.Linear(widths[0], widths[1])
+        self.fc2 = nn.Linear(widths[1], widths[2])
+        self.fc3 = nn.Linear(widths[2], widths[3]) if len(widths) > 3 else None
         self.act = nn.GELU()
 
     def forward(self, features: Tensor) -> Tensor:
         """Map `[..., vision_width]` to `[..., width]`."""
-        return cast(Tensor, self.fc3(self.act(self.fc2(self.act(self.fc1(features))))))
+        projected = self.fc2(self.act(self.fc1(features)))
+        return cast(Tensor, projected if self.fc3 is None else self.fc3(self.act(projected)))
 
 
 class LanguageModel(nn.Module):

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from tokenprune.errors import CheckpointError, ConfigError
-from tokenprune_adapters.preprocess import ImageTransform
+from tokenprune_adapters.preprocess import DINO_MEAN, DINO_STD, SIGLIP_MEAN, SIGLIP_STD
 from tokenprune_adapters.prismatic_release import (
     PrismaticRelease,
     config_mapping,
@@ -37,8 +37,8 @@ def read_module(module: nn.Module, tokenizer: object, *, causal: bool) -> Prisma
     raw = config_mapping(getattr(module, "config", None))
     fields = parse_config(raw, where)
     body = prismatic_body(fields, where, causal=causal)
-    usual = ImageTransform()
-    constants = [{"mean": mean, "std": std} for mean, std in zip(usual.means, usual.stds, strict=True)]
+    dino, siglip = {"mean": DINO_MEAN, "std": DINO_STD}, {"mean": SIGLIP_MEAN, "std": SIGLIP_STD}
+    constants = [dino if tower.cls else siglip for tower in body.towers]
     preprocessor = {"input_sizes": [[3, size, size] for size in fields.image_sizes], "tvf_normalize_params": constants}
     transform = image_transform(preprocessor, raw, body.towers, where)
     if isinstance(tokenizer, str | Path):

@@ -29,9 +29,12 @@ JSON_FILES = ("*.json",)
 """What a hub id is asked for to describe a release."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# Both towers of `dinosiglip-vit-so-224px` (upstream OpenVLA).
-_TIMM_IDS = ("vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224")
-_TIMM_TOWERS = (DINOV2_L_REG4_224, SIGLIP_SO400M_224)
+TIMM_TOWERS: Mapping[str, ViTConfig] = {
+    "vit_large_patch14_reg4_dinov2.lvd142m": DINOV2_L_REG4_224,
+    "vit_so400m_patch14_siglip_224": SIGLIP_SO400M_224,
+}
+"""Towers by timm's id; fused in this order, which is `dinosiglip-vit-so-224px`, or alone (upstream OpenVLA)."""
+
 _MODEL_TYPE = "openvla"
 # Beyond what any such model has, so that a wrong number is an error and not a model too large to be described.
 _Size = Annotated[int, Field(ge=1, le=2**20)]
@@ -93,10 +96,10 @@ class PrismaticFields(_Fields):
     """The fields of `config.json` that matter here; `parse_config` reads them."""
 
     timm_model_ids: list[str]
-    image_sizes: Annotated[list[_Side], Field(min_length=2, max_length=2)]
-    use_fused_vision_backbone: Literal[True]
+    image_sizes: list[_Side]
+    use_fused_vision_backbone: bool
     timm_override_act_layers: list[None] | None = None
-    timm_override_args: Annotated[list[_TowerArgs | None], Field(min_length=2, max_length=2)] | None = None
+    timm_override_args: list[_TowerArgs | None] | None = None
     text_config: _TextConfig = _TextConfig()
     norm_stats: dict[str, Any] | None = None
 
@@ -178,8 +181,8 @@ def read_release(folder: Path, *, causal: bool) -> PrismaticRelease:
     """Read a folder's configuration, tokenizer and statistics; no weights.
 
     A tower's shape cannot be told from its weights, since head counts leave no trace in them. It is timm's for the ids
-    in `timm_model_ids`, unless `config.json` has `timm_override_args`: a list with, for DINOv2 and then SigLIP, null or
-    an object with any of timm's `embed_dim`, `depth`, `num_heads`, `mlp_ratio`, `patch_size`, `reg_tokens`, `img_size`.
+    in `timm_model_ids`, unless `config.json` has `timm_override_args`: a list with, for each of these ids, null or an
+    object with any of timm's `embed_dim`, `depth`, `num_heads`, `mlp_ratio`, `patch_size`, `reg_tokens`, `img_size`.
     The releases have no such field.
 
     Args:
@@ -197,7 +200,7 @@ def read_release(folder: Path, *, causal: bool) -> PrismaticRelease:
     body = prismatic_body(fields, str(path), causal=causal)
     preprocessor = folder / "preprocessor_config.json"
     transform = image_transform(read_json(preprocessor), raw, body.towers, str(preprocessor))
-    tokenizer = _tokenizer(folder / "tokenizer.json", body.vocab)
+    tokenizer = fitting_tokenizer(folder / "tokenizer.json", body.vocab)
     statistics = folder / "dataset_statistics.json"
     if statistics.exists():
         return PrismaticRelease(body, transform, tokenizer, read_json(statistics), statistics)
@@ -246,8 +249,17 @@ def parse_config(raw: Mapping[str, Any], where: str) -> PrismaticFields:
                 f"{where}: '{field}' is not supported{nearest(str(first['loc'][-1]), known.model_fields)}"
             ) from error
         raise CheckpointError(f"{where}: '{field}' is {reprlib.repr(first['input'])}; {first['msg']}") from error
-    if tuple(fields.timm_model_ids) != _TIMM_IDS:
-        raise CheckpointError(f"{where}: 'timm_model_ids' is {fields.timm_model_ids}; valid: {list(_TIMM_IDS)}")
+    fused, ids = fields.use_fused_vision_backbone, fields.timm_model_ids
+    valid = [list(TIMM_TOWERS)] if fused else [[name] for name in TIMM_TOWERS]
+    if ids not in valid:
+        listed = " or ".join(map(str, valid))
+        raise CheckpointError(
+            f"{where}: 'timm_model_ids' is {ids}; valid: {listed}, since 'use_fused_vision_backbone' is {fused}"
+        )
+    for name in ("image_sizes", "timm_override_act_layers", "timm_override_args"):
+        found = getattr(fields, name)
+        if found is not None and len(found) != len(ids):
+            raise CheckpointError(f"{where}: '{name}' has {len(found)} entries; valid: {len(ids)}, one for each tower")
     return fields
 
 
@@ -323,10 +335,23 @@ def unused_keys(towers: Sequence[ViTConfig], *more: str) -> re.Pattern[str]:
         *more: Patterns of further keys.
     """
     patterns = list(more)
-    for name, tower in zip(TOWERS, towers, strict=True):
+    for name, tower in zip(TOWERS, towers, strict=False):
         later = "|".join(str(block) for block in range(tower.tap + 1, tower.depth))
         patterns.append(rf"vision_backbone\.{name}\.(blocks\.({later})|norm|attn_pool)\..+")
     return re.compile("|".join(patterns))
+
+
+def fitting_tokenizer(path: Path, vocab: int) -> PromptTokenizer:
+    """A `tokenizer.json` whose tokens all have a row of the embedding table.
+
+    Raises:
+        CheckpointError: If there is none, it is not a tokenizer, or has a token beyond the table's `vocab` rows.
+    """
+    tokenizer = PromptTokenizer.from_file(path)
+    largest = max(Tokenizer.from_file(str(path)).get_vocab().values())
+    if largest >= vocab:
+        raise CheckpointError(f"{path}: has token {largest}; config.json has 'text_config.vocab_size' {vocab}")
+    return tokenizer
 
 
 @contextmanager
@@ -339,10 +364,10 @@ def malformed(where: str | Path) -> Iterator[None]:
 
 
 def _towers(fields: PrismaticFields, where: str) -> tuple[ViTConfig, ...]:
-    given = fields.timm_override_args or [None, None]
+    given = fields.timm_override_args or [None] * len(fields.timm_model_ids)
     towers = []
-    for index, (base, size) in enumerate(zip(_TIMM_TOWERS, fields.image_sizes, strict=True)):
-        args = given[index] or _TowerArgs()
+    for index, (timm_id, size) in enumerate(zip(fields.timm_model_ids, fields.image_sizes, strict=True)):
+        base, args = TIMM_TOWERS[timm_id], given[index] or _TowerArgs()
         width, depth = args.embed_dim or base.hidden_size, args.depth or base.depth
         mlp = int(width * args.mlp_ratio) if args.mlp_ratio else width * base.mlp_size // base.hidden_size
         try:
@@ -360,15 +385,7 @@ def _towers(fields: PrismaticFields, where: str) -> tuple[ViTConfig, ...]:
         except CheckpointError as error:
             raise CheckpointError(f"{where}: image_sizes or timm_override_args, entry {index}: {error}") from error
         towers.append(tower)
-    if towers[0].grid != towers[1].grid:
+    if towers[0].grid != towers[-1].grid:
         grids = " and ".join(f"{rows}x{cols}" for rows, cols in (tower.grid for tower in towers))
         raise CheckpointError(f"{where}: image_sizes give the towers {grids} patches; valid: as many for both")
     return tuple(towers)
-
-
-def _tokenizer(path: Path, vocab: int) -> PromptTokenizer:
-    tokenizer = PromptTokenizer.from_file(path)
-    largest = max(Tokenizer.from_file(str(path)).get_vocab().values())
-    if largest >= vocab:
-        raise CheckpointError(f"{path}: has token {largest}; config.json has 'text_config.vocab_size' {vocab}")
-    return tokenizer

@@ -30,7 +30,7 @@ class OpenVLAModel(nn.Module):
         super().__init__()
         body = config.body
         self.vision_backbone = VisionBackbone(body.towers)
-        self.projector = Projector(body.vision_width, body.decoder.hidden)
+        self.projector = Projector(body.projector_widths)
         self.language_model = LanguageModel(body, lm_head=True)
 
 

@@ -32,7 +32,7 @@ class OFTModel(nn.Module):
         body, width = config.body, config.body.decoder.hidden
         horizon, dims = config.action.horizon, config.action.dims
         self.vision_backbone = VisionBackbone(body.towers)
-        self.projector = Projector(body.vision_width, width)
+        self.projector = Projector(body.projector_widths)
         self.language_model = LanguageModel(body, lm_head=config.head == "discrete")
         if config.head == "l1":
             self.action_head: nn.Module = L1ActionHead(horizon, dims, width)

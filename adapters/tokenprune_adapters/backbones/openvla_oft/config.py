@@ -6,13 +6,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from tokenprune.backbone import ActionSpec, BackboneInfo
+from tokenprune.backbone import ActionSpec, BackboneInfo, DecoderShape
 from tokenprune.errors import ConfigError, nearest
 from tokenprune.layout import Role, Segment, TokenLayout
+from tokenprune_adapters import OFT_TRAINED
 from tokenprune_adapters.heads import head_flops, lm_head_flops, noisy_action_flops, proprio_flops
-from tokenprune_adapters.preprocess import ImageTransform
+from tokenprune_adapters.preprocess import SIGLIP_MEAN, SIGLIP_STD, ImageTransform
 from tokenprune_adapters.prismatic import LIBERO_ACTION, PrismaticConfig, body_of
 from tokenprune_adapters.prompt import Prompt
+from tokenprune_adapters.vision import ViTConfig
 
 Head = Literal["l1", "diffusion", "discrete"]
 
@@ -181,11 +183,30 @@ TINY = replace(
     transform=replace(SEVEN_B.transform, size=56),
 )
 
+_MINI_TOWER = ViTConfig(
+    image_size=224, patch_size=14, hidden_size=192, depth=5, heads=3, mlp_size=768,
+    registers=0, cls=False, layer_scale=False, gelu="exact", tap=3,
+)  # fmt: skip
+MINI = replace(
+    SEVEN_B,
+    body=PrismaticConfig(
+        towers=(_MINI_TOWER,),
+        decoder=DecoderShape(depth=6, hidden=256, heads=8, kv_heads=8, head_dim=32, mlp=704, causal=False),
+        vocab=768,
+    ),
+    # Trained without random crops, hence no centre crop.
+    transform=ImageTransform(means=(SIGLIP_MEAN,), stds=(SIGLIP_STD,)),
+)
+"""A policy small enough to be trained without an accelerator, and to come with its weights."""
+
+TRAINED_OPTIONS: Mapping[str, Mapping[str, Any]] = {"mini": {"center_crop": False}}
+"""Options of the presets that come with their weights; like those of any checkpoint, they are in no file."""
+
 PRESETS: Mapping[str, OFTConfig] = {"7b": SEVEN_B, "small": SMALL, "tiny": TINY}
 
 
 def preset(name: str) -> OFTConfig:
-    """A preset by name.
+    """An untrained preset by name.
 
     Discrete tokens are chosen among the ids that are actions: untrained weights would choose others nearly always, and
     whatever the image, the action would be the extreme one.
@@ -194,7 +215,7 @@ def preset(name: str) -> OFTConfig:
         ConfigError: If there is none.
     """
     if name not in PRESETS:
-        raise ConfigError(f"backbone 'openvla-oft' has no preset '{name}'{nearest(name, PRESETS)}")
+        raise ConfigError(f"backbone 'openvla-oft' has no preset '{name}'{nearest(name, (*OFT_TRAINED, *PRESETS))}")
     return replace(PRESETS[name], restrict=True)
 
 

@@ -4,21 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+import tokenprune_adapters
 from tokenprune.adapter import Description, Findings
 from tokenprune.errors import CheckpointError
+from tokenprune_adapters import OFT_TRAINED
 from tokenprune_adapters.backbones.openvla_oft.adopted import adopt_oft
 from tokenprune_adapters.backbones.openvla_oft.backbone import OFTModel, OpenVLAOFT
-from tokenprune_adapters.backbones.openvla_oft.config import PRESETS, OFTConfig, preset, with_options
+from tokenprune_adapters.backbones.openvla_oft.config import (
+    PRESETS,
+    TRAINED_OPTIONS,
+    OFTConfig,
+    preset,
+    with_options,
+)
 from tokenprune_adapters.backbones.openvla_oft.release import load_oft, read_config, verify_oft
 from tokenprune_adapters.prismatic import fill_untrained
 from tokenprune_adapters.prompt import PromptTokenizer
 from tokenprune_adapters.sources import one_source, preset_of
 from tokenprune_adapters.statistics import Statistics
+
+_CHECKPOINTS = Path(tokenprune_adapters.__file__).parent / "checkpoints"
+
+
+class _Weights(NamedTuple):
+    """Where weights are, with the options to read them with and what to call them."""
+
+    folder: Path
+    options: Mapping[str, Any]
+    source: str
 
 
 class OFTFactory:
@@ -28,9 +46,10 @@ class OFTFactory:
     def describe(name: str | None, checkpoint: Path | None, options: Mapping[str, Any]) -> Description:
         """What would be built; nothing is allocated."""
         one_source(name, checkpoint)
-        if checkpoint is not None:
-            config, tokenizer = read_config(Path(checkpoint), options)
-            info = config.info(str(checkpoint), untrained=False)
+        weights = _weights(name, checkpoint, options)
+        if weights is not None:
+            config, tokenizer = read_config(weights.folder, weights.options)
+            info = config.info(weights.source, untrained=False)
         else:
             config, tokenizer = _untrained_config(name, options), PromptTokenizer.bundled()
             info = config.info(name or "", untrained=True)
@@ -49,15 +68,16 @@ class OFTFactory:
         dtype: torch.dtype,
         seed: int,
     ) -> OpenVLAOFT:
-        """A policy from a checkpoint, or with untrained weights from a preset.
+        """A policy from a checkpoint, which some presets come with, or with untrained weights.
 
         Raises:
             ConfigError: If neither or both of preset and checkpoint are given, or an option is wrong.
             CheckpointError: If the checkpoint cannot be used.
         """
         one_source(name, checkpoint)
-        if checkpoint is not None:
-            return load_oft(Path(checkpoint), options, device, dtype)
+        weights = _weights(name, checkpoint, options)
+        if weights is not None:
+            return load_oft(weights.folder, weights.options, device, dtype, weights.source)
         config, tokenizer = _untrained_config(name, options), PromptTokenizer.bundled()
         if tokenizer.vocab_size > config.body.vocab:
             raise CheckpointError(
@@ -90,5 +110,14 @@ class OFTFactory:
         return verify_oft(checkpoint, options)
 
 
+def _weights(name: str | None, checkpoint: Path | None, options: Mapping[str, Any]) -> _Weights | None:
+    """Those of a checkpoint or of a trained preset, None for an untrained one."""
+    if checkpoint is not None:
+        return _Weights(Path(checkpoint), options, str(checkpoint))
+    if name is not None and name in OFT_TRAINED:
+        return _Weights(_CHECKPOINTS / name, {**TRAINED_OPTIONS[name], **options}, name)
+    return None
+
+
 def _untrained_config(name: str | None, options: Mapping[str, Any]) -> OFTConfig:
-    return with_options(preset(preset_of("openvla-oft", name, PRESETS, options)), options)
+    return with_options(preset(preset_of("openvla-oft", name, (*OFT_TRAINED, *PRESETS), options)), options)

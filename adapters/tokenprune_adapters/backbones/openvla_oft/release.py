@@ -80,19 +80,22 @@ def read_config(folder: Path, options: Mapping[str, Any]) -> tuple[OFTConfig, Pr
     return config, release.tokenizer
 
 
-def load_oft(folder: Path, options: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> OpenVLAOFT:
+def load_oft(
+    folder: Path, options: Mapping[str, Any], device: torch.device, dtype: torch.dtype, source: str | None = None
+) -> OpenVLAOFT:
     """Load a release.
 
     Every tensor of every file is accounted for before the first is read. Left out by name are only those that no
     query needs: `lm_head` where a head replaces it, the towers' blocks after the tap, their final norms and their
-    pooling heads, and the plain towers where there are some with FiLM. Tensors are read one by one into a model that
-    holds no memory until then.
+    pooling heads, and the plain towers where there are some with FiLM. They need not be there. Tensors are read one by
+    one into a model that holds no memory until then.
 
     Args:
         folder: See `read_config`.
         options: See `read_config`.
         device: Where the weights go.
         dtype: Their type, whatever the files hold.
+        source: What the policy is called; the folder where it is left out.
 
     Returns:
         The policy's backbone.
@@ -106,7 +109,8 @@ def load_oft(folder: Path, options: Mapping[str, Any], device: torch.device, dty
     statistics = read_statistics(release, config, options)
     model = empty_model(config)
     fill(model, account(config, model, _parts(local, config)), device, dtype)
-    return OpenVLAOFT(config, model, release.tokenizer, statistics, config.info(str(folder), untrained=False))
+    info = config.info(source or str(folder), untrained=False)
+    return OpenVLAOFT(config, model, release.tokenizer, statistics, info)
 
 
 def verify_oft(folder: Path, options: Mapping[str, Any]) -> Findings:

@@ -1,0 +1,1 @@
+"""Simulators that policies act in."""

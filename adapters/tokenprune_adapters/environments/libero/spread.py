@@ -1,0 +1,70 @@
+"""Initial positions widened: LIBERO's own differ by a few centimetres, so little that a policy hardly needs eyes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+
+from tokenprune_adapters.environments.libero.conventions import SETTLE_ACTION, SETTLE_STEPS, Vector
+from tokenprune_adapters.environments.libero.simulator import Simulator
+
+CLEARANCE = 0.125
+"""Distance (m) kept between the centres of two objects, where the stock state does not have them closer."""
+
+_ON_TABLE = 0.03
+_HELD_STILL = 0.015
+_TRIES = 100
+
+
+def widen(simulator: Simulator, names: Collection[str], spread: float, seed: Sequence[int]) -> None:
+    """Move objects over the table at random, and let the scene settle.
+
+    Each named object that stands on the table moves by up to `spread` metres in x and in y. Positions where two objects
+    are closer than `CLEARANCE`, or where something is pushed away while the scene settles, are drawn again; where none
+    is found the stock state stays.
+
+    Args:
+        simulator: In an initial state.
+        names: Objects that may move.
+        spread: Largest displacement along each axis, m.
+        seed: What the positions are drawn from.
+    """
+    draw = np.random.default_rng(seed)
+    objects = simulator.objects()
+    lowest = min(position[2] for position in objects.values())
+    moving = sorted(name for name in names if name in objects and objects[name][2] < lowest + _ON_TABLE)
+    stock = simulator.save()
+    for _ in range(_TRIES):
+        moved = dict(objects)
+        for name in moving:
+            moved[name] = objects[name] + np.append(draw.uniform(-spread, spread, 2), 0.0)
+        if not _apart(objects, moved, moving):
+            continue
+        for name in moving:
+            simulator.place(name, moved[name])
+        simulator.refresh()
+        settle(simulator)
+        found = simulator.objects()
+        if all(np.linalg.norm(found[name][:2] - moved[name][:2]) < _HELD_STILL for name in objects):
+            return
+        simulator.restore(stock)
+    settle(simulator)
+
+
+def settle(simulator: Simulator) -> None:
+    """Let objects fall into place."""
+    for _ in range(SETTLE_STEPS):
+        simulator.step(SETTLE_ACTION)
+
+
+def _apart(stock: dict[str, Vector], moved: dict[str, Vector], moving: Sequence[str]) -> bool:
+    """Whether no two objects came closer than the clearance, or than they stood where that is less."""
+    for name in moving:
+        for other in moved:
+            if other == name:
+                continue
+            before, after = (np.linalg.norm((s[name] - s[other])[:2]) for s in (stock, moved))
+            if after < min(CLEARANCE, float(before)):
+                return False
+    return True
