@@ -1,0 +1,118 @@
+"""Draw what the cameras saw along recorded demonstrations, and what is where in the pictures.
+
+    python examples/mini_policy/draw.py --demos data/demos --out data/frames --worker 0/2
+
+Per demonstration one file of pictures, uint8 `[n, views, 224, 224, 3]` as the policy sees them, and one of labels,
+uint8 `[n / 3, views, 112, 112]`: what is at every second pixel of every third picture, an index into `KINDS`. A file
+that exists stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from pathlib import Path
+
+import mujoco
+import numpy as np
+import numpy.typing as npt
+from record import FIRST_SEED
+from tasks import ENVIRONMENT_OPTIONS
+
+from tokenprune_adapters.environments.libero.conventions import VIEWS, mirrored
+from tokenprune_adapters.environments.libero.simulator import Simulator
+from tokenprune_adapters.environments.libero.suites import LiberoSuite
+
+EVERY = 4
+"""Control steps between pictures; a policy is asked every eighth, from any of them."""
+
+LABELLED = 3
+"""Every so many-th picture has labels: enough for the tower, and they cost as much as pictures."""
+
+KINDS = (
+    "background", "robot", "gripper", "bowl", "plate", "ramekin", "cookies", "cream_cheese", "wine_bottle", "wine_rack",
+    "stove", "cabinet",
+)  # fmt: skip
+
+
+def kind_of(body: str) -> int:
+    """Kind of the thing a body of the scene belongs to."""
+    # From the last, because the stove has a burner plate.
+    for kind in reversed(KINDS[3:]):
+        if kind in body:
+            return KINDS.index(kind)
+    if body.startswith("gripper"):
+        return KINDS.index("gripper")
+    return KINDS.index("robot" if body.startswith("robot") else "background")
+
+
+class Labeller:
+    """Draws what is where."""
+
+    def __init__(self, simulator: Simulator) -> None:
+        """Find out which geometry belongs to what."""
+        model = simulator.model
+        self.simulator = simulator
+        bodies = [model.body(model.geom_bodyid[geom]).name for geom in range(model.ngeom)]
+        # One more than the geometries: -1, where nothing is drawn, finds the last.
+        self.kinds = np.array([kind_of(body) for body in bodies] + [0], dtype=np.uint8)
+
+    def __call__(self) -> list[npt.NDArray[np.uint8]]:
+        """Kinds at every second pixel `[112, 112]` of what was drawn last, per view."""
+        labels = []
+        self.simulator.renderer.enable_segmentation_rendering()
+        for camera in VIEWS.values():
+            self.simulator.renderer.update_scene(self.simulator._drawn, camera, self.simulator._visible)
+            ids, kinds = np.moveaxis(self.simulator.renderer.render(), -1, 0)
+            geoms = np.where(kinds == mujoco.mjtObj.mjOBJ_GEOM, ids, -1)
+            labels.append(mirrored(self.kinds[geoms])[1::2, ::2])
+        self.simulator.renderer.disable_segmentation_rendering()
+        return labels
+
+
+def steps_of(length: int, number: int) -> list[int]:
+    """Steps that are drawn: the first, and every fourth from another start in each demonstration."""
+    return sorted({0, *range(number % EVERY, length - 8, EVERY)})
+
+
+def main() -> None:
+    """Draw what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--demos", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--worker", default="0/1", help="which share of the work, such as 0/2 and 1/2")
+    arguments = parser.parse_args()
+    index, workers = map(int, arguments.worker.split("/"))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    found = sorted(p for p in arguments.demos.glob("*.npz") if ".partial" not in p.name)
+    by_task = {key: list(paths) for key, paths in itertools.groupby(found, lambda path: path.stem.rsplit("-", 1)[0])}
+    for key in list(by_task)[index::workers]:
+        suite, task = key.rsplit("-", 1)
+        missing = [path for path in by_task[key] if not (arguments.out / f"{path.stem}.labels.npy").exists()]
+        if not missing:
+            continue
+        libero = LiberoSuite(suite)
+        simulator = Simulator(libero.task_file(int(task)), ENVIRONMENT_OPTIONS["size"], "fast")
+        first = libero.init_states(int(task))[0]
+        labeller = Labeller(simulator)
+        for path in missing:
+            with np.load(path) as demonstration:
+                configurations = demonstration["configuration"]
+            number = int(path.stem.rsplit("-", 1)[1])
+            # What is fixed has its place drawn from the seed too.
+            simulator.begin(first, FIRST_SEED + number)
+            steps = steps_of(len(configurations), number)
+            frames, labels = [], []
+            for row, step in enumerate(steps):
+                drawn = simulator.draw(configurations[step])
+                frames.append([mirrored(drawn[view]) for view in VIEWS])
+                if row % LABELLED == 0:
+                    labels.append(labeller())
+            np.save(arguments.out / f"{path.stem}.frames.npy", np.asarray(frames))
+            np.save(arguments.out / f"{path.stem}.labels.npy", np.asarray(labels))
+            print(f"{path.stem}: {len(steps)} moments", flush=True)
+        simulator.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Put tower and policy together and write them as a checkpoint in OpenVLA-OFT's release format.
+
+    python examples/mini_policy/export.py --tower data/tower/checkpoint.pt --policy data/policy/checkpoint.pt \
+        --statistics data/policy/statistics.json --out adapters/tokenprune_adapters/checkpoints/mini
+
+The averaged weights are written, in float16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from learner import Learner
+from tower import Labelled
+
+from tokenprune_adapters.backbones.openvla_oft.backbone import OFTModel
+from tokenprune_adapters.backbones.openvla_oft.config import MINI
+from tokenprune_adapters.backbones.openvla_oft.export import export_oft
+from tokenprune_adapters.prompt import BUNDLED
+
+CARD = Path(__file__).with_name("CARD.md")
+DATASET = "libero_mini_scripted"
+
+
+def assemble(tower: Path, policy: Path) -> OFTModel:
+    """The whole model from the two checkpoints."""
+    labelled, learner, model = Labelled(), Learner(), OFTModel(MINI)
+    labelled.load_state_dict(torch.load(tower, weights_only=True)["model"])
+    learner.load_state_dict(torch.load(policy, weights_only=True)["average"])
+    model.vision_backbone.featurizer.load_state_dict(labelled.tower.state_dict())
+    missing, unexpected = model.load_state_dict(learner.model.state_dict(), strict=False)
+    assert not unexpected
+    assert all(name.startswith("vision_backbone.") for name in missing)
+    return model
+
+
+def main() -> None:
+    """Export."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    for name in ("--tower", "--policy", "--statistics", "--out"):
+        parser.add_argument(name, type=Path, required=True)
+    arguments = parser.parse_args()
+    statistics = {DATASET: json.loads(arguments.statistics.read_text())}
+    card = CARD.read_text(encoding="utf-8") if CARD.exists() else ""
+    export_oft(arguments.out, MINI, assemble(arguments.tower, arguments.policy), BUNDLED, statistics, card=card)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Record demonstrations of the scripted expert in LIBERO: states and actions, small; `draw.py` makes pictures of them.
+
+    python examples/mini_policy/record.py --out data/demos --each 60 --worker 0/2
+
+What is executed is the expert's action with noise; what is recorded is the expert's action without it, so the data show
+how to come back. Initial states 0 to 24 of each task, positions widened; 25 to 49 are kept for evaluation. A
+demonstration that exists is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from expert import JOBS, Expert
+from tasks import ENVIRONMENT_OPTIONS, SPREAD, TASKS, TRAIN_STATES
+
+from tokenprune_adapters.environments.libero.environment import LiberoEnvironment, LiberoFactory
+
+CHUNK = 8
+FIRST_SEED = 10_000
+BATCH = 10
+"""Demonstrations of a task before the next task's scene is opened."""
+
+Vector = npt.NDArray[np.float64]
+
+
+class Noise:
+    """Disturbance of the arm's translation: a slow wander and now and then a push."""
+
+    def __init__(self, seed: int) -> None:
+        """Start undisturbed."""
+        self._draw = np.random.default_rng(seed)
+        self._wander = np.zeros(3)
+        self._push, self._left = np.zeros(3), 0
+
+    def __call__(self, near: bool) -> Vector:
+        """The next disturbance `[3]`; weaker near a contact, where the expert itself would fail."""
+        self._wander = 0.9 * self._wander + 0.15 * np.sqrt(1 - 0.9**2) * self._draw.normal(size=3)
+        if self._left == 0 and self._draw.random() < 1 / 30:
+            self._push, self._left = self._draw.uniform(-0.9, 0.9, 3), int(self._draw.integers(3, 8))
+        pushed = self._push if self._left else np.zeros(3)
+        self._left = max(self._left - 1, 0)
+        return (self._wander + pushed) * (0.25 if near else 1.0)
+
+
+def record(environment: LiberoEnvironment, task: int, number: int) -> dict[str, npt.NDArray[np.float32]] | None:
+    """One demonstration, or None where the expert failed."""
+    seed = FIRST_SEED + number
+    environment.reset(task, TRAIN_STATES[number % len(TRAIN_STATES)], seed)
+    simulator = environment.simulator
+    expert, noise = Expert(JOBS[environment.suite.name, task]), Noise(seed)
+    rows: dict[str, list[Vector]] = {"configuration": [], "state": [], "actions": [], "places": []}
+    left = -1
+    for _ in range(environment.suite.horizon):
+        action = expert.act(simulator)
+        rows["configuration"].append(simulator.configuration)
+        rows["state"].append(environment.state)
+        rows["actions"].append(action)
+        rows["places"].append(
+            np.concatenate([simulator.place_of(expert.job.item), simulator.place_of(expert.job.target)])
+        )
+        executed = action.copy()
+        executed[:3] = np.clip(executed[:3] + noise(expert.delicate), -1.0, 1.0)
+        if environment.step(executed).success and left < 0:
+            left = CHUNK
+        # The chunk after the last query is recorded too.
+        if left == 0:
+            return {key: np.asarray(values, dtype=np.float32) for key, values in rows.items()}
+        left -= left > 0
+    return None
+
+
+def main() -> None:
+    """Record until every task has its demonstrations."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--each", type=int, default=60, help="demonstrations per task")
+    parser.add_argument("--worker", default="0/1", help="which share of the work, such as 0/2 and 1/2")
+    arguments = parser.parse_args()
+    index, workers = map(int, arguments.worker.split("/"))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    environments = {suite: LiberoFactory.build(suite, ENVIRONMENT_OPTIONS | {"spread": SPREAD}) for suite in TASKS}
+    batches = [
+        (suite, task, range(first, min(first + BATCH, arguments.each)))
+        for first in range(0, arguments.each, BATCH)
+        for suite, tasks in TASKS.items()
+        for task in tasks
+    ]
+    for suite, task, numbers in batches[index::workers]:
+        for number in numbers:
+            path = arguments.out / f"{suite}-{task}-{number:03d}.npz"
+            failed = path.with_suffix(".failed")
+            if path.exists() or failed.exists():
+                continue
+            demonstration = record(environments[suite], task, number)
+            if demonstration is None:
+                failed.touch()
+                print(f"{path.stem}: the expert failed", flush=True)
+                continue
+            partial = path.with_suffix(".partial.npz")
+            np.savez_compressed(partial, **demonstration)
+            partial.rename(path)
+            print(f"{path.stem}: {len(demonstration['actions'])} steps", flush=True)
+
+
+if __name__ == "__main__":
+    main()

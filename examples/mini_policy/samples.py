@@ -1,0 +1,129 @@
+"""Training samples: what the cameras' features and the state were, and what the expert did in the next steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from draw import steps_of
+from torch import Tensor
+
+from tokenprune_adapters.environments.libero.suites import LiberoSuite
+from tokenprune_adapters.prompt import PromptTokenizer
+from tokenprune_adapters.statistics import Statistics
+
+CHUNK = 8
+HELD_OUT = 20
+REACH = 0.2
+"""Metres that are 1 for the places a policy is asked to name while it is trained."""
+
+Array = npt.NDArray[np.float32]
+
+
+@dataclass
+class Batch:
+    """One batch, of samples whose prompts are equally long.
+
+    Attributes:
+        features: Of both views `[B, views, patches, width]`.
+        state: Normalised robot state `[B, 8]`.
+        text: Prompt ids `[B, T]`.
+        chunk: Normalised actions `[B, 8, 7]`; rotations, which no demonstration has, are 0.
+        places: Where item and target are from the hand `[B, 6]`.
+    """
+
+    features: Tensor
+    state: Tensor
+    text: Tensor
+    chunk: Tensor
+    places: Tensor
+
+
+def statistics_of(demos: list[dict[str, Array]]) -> dict[str, dict[str, list[float] | list[bool]]]:
+    """What `dataset_statistics.json` says: quantiles per number; the gripper, 0 or 1, is passed through."""
+    found = {}
+    for name, key in (("action", "actions"), ("proprio", "state")):
+        values = np.concatenate([demo[key] for demo in demos]).astype(np.float64)
+        found[name] = {
+            "mean": values.mean(0), "std": values.std(0), "min": values.min(0), "max": values.max(0),
+            "q01": np.quantile(values, 0.01, axis=0), "q99": np.quantile(values, 0.99, axis=0),
+        }  # fmt: skip
+    plain = {name: {key: value.tolist() for key, value in entry.items()} for name, entry in found.items()}
+    plain["action"]["mask"] = [True] * 6 + [False]
+    return plain
+
+
+class Samples:
+    """All demonstrations whose features exist."""
+
+    def __init__(self, demos: Path, features: Path, held_out: bool, statistics: Statistics | None = None) -> None:
+        """Read the demonstrations for training, or those held out.
+
+        Args:
+            demos: Folder of `record.py`.
+            features: Folder of `features.py`.
+            held_out: Which part.
+            statistics: The training part's, for the other.
+        """
+        paths = [
+            path
+            for path in sorted(demos.glob("*.npz"))
+            if (features / f"{path.stem}.npy").exists()
+            and (int(path.stem.rsplit("-", 1)[1]) % HELD_OUT == HELD_OUT - 1) == held_out
+        ]
+        loaded = [dict(np.load(path)) for path in paths]
+        self.raw_statistics = statistics_of(loaded)
+        self.statistics = statistics or Statistics.read(
+            {"mini": {**self.raw_statistics, "num_transitions": 0, "num_trajectories": len(loaded)}},
+            "mini",
+            7,
+            8,
+            "here",
+        )
+        assert self.statistics.state is not None
+        self.black = torch.from_numpy(np.load(features / "black.npy")).float()
+        self._features = [np.load(features / f"{path.stem}.npy", mmap_mode="r") for path in paths]
+        tokenizer, suites = PromptTokenizer.bundled(), {}
+        self.rows: list[tuple[int, int]] = []
+        state, chunks, places, texts = [], [], [], []
+        for number, (path, demo) in enumerate(zip(paths, loaded, strict=True)):
+            suite, task, index = path.stem.rsplit("-", 2)
+            if suite not in suites:
+                suites[suite] = LiberoSuite(suite)
+            text = tokenizer.encode(suites[suite].tasks[int(task)][1]).ids
+            actions = self.statistics.action.normalise(demo["actions"])
+            actions[:, 3:6] = 0.0
+            for row, step in enumerate(steps_of(len(demo["actions"]), int(index))):
+                self.rows.append((number, row))
+                texts.append(text)
+                state.append(self.statistics.state.normalise(demo["state"][step]))
+                chunks.append(actions[step : step + CHUNK])
+                places.append((demo["places"][step] - np.tile(demo["state"][step, :3], 2)) / REACH)
+        self.state, self.chunks, self.places = (
+            torch.from_numpy(np.asarray(rows, dtype=np.float32)) for rows in (state, chunks, places)
+        )
+        self.texts = texts
+        self.groups: dict[int, npt.NDArray[np.int64]] = {
+            length: np.array([i for i, text in enumerate(texts) if len(text) == length])
+            for length in sorted({len(text) for text in texts})
+        }
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.rows)
+
+    def draw(self, generator: np.random.Generator, size: int) -> Batch:
+        """A batch of one prompt length, each as likely as it is common."""
+        sizes = np.array([len(rows) for rows in self.groups.values()])
+        group = list(self.groups.values())[generator.choice(len(sizes), p=sizes / sizes.sum())]
+        return self.batch(generator.choice(group, size))
+
+    def batch(self, indices: npt.NDArray[np.int64]) -> Batch:
+        """The named samples."""
+        features = np.stack([self._features[number][row] for number, row in (self.rows[i] for i in indices)])
+        at = torch.from_numpy(indices)
+        text = torch.tensor([self.texts[i] for i in indices])
+        return Batch(torch.from_numpy(features).float(), self.state[at], text, self.chunks[at], self.places[at])

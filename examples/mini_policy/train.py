@@ -1,0 +1,165 @@
+"""Train the mini policy's decoder, projectors and head by behaviour cloning.
+
+    python train.py --demos data/demos --features data/features --out data/policy --hours 2 --pool 2
+    python train.py --demos data/demos --features data/features --out data/policy --hours 1 --decay
+
+With `--pool 2` four patches become one token, at the position of the first of them: four times as fast, for most of the
+training. No token is ever left out. Now and then one camera is black, so that neither is relied on alone. Beside the
+actions the policy names where the item and the target are; that head is thrown away.
+
+Stopped at any moment and started again, training goes on. Each validation is a line of `curve.jsonl`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from learner import Learner
+from samples import Batch, Samples
+from torch import Tensor, nn
+from torch.nn import functional
+
+BATCH, ACCUMULATED = 16, 2
+LR, WARMUP = 1.0e-3, 200
+NO_WRIST, NO_PRIMARY = 0.25, 0.1
+PLACES_WEIGHT = 0.3
+AVERAGED = 0.998
+VALIDATED = 96
+
+
+def losses(learner: Learner, batch: Batch, pool: int) -> tuple[Tensor, Tensor]:
+    """Mean absolute error of the actions that have demonstrations, and of the places."""
+    actions, places = learner(batch, pool)
+    moving = [0, 1, 2, 6]
+    return functional.l1_loss(actions[..., moving], batch.chunk[..., moving]), functional.l1_loss(places, batch.places)
+
+
+def dropped(batch: Batch, black: Tensor, generator: np.random.Generator) -> Batch:
+    """Make one camera black in some samples."""
+    chance = torch.from_numpy(generator.random(len(batch.text)))
+    batch.features[chance < NO_WRIST, 1] = black
+    batch.features[chance > 1 - NO_PRIMARY, 0] = black
+    return batch
+
+
+@torch.no_grad()
+def validate(learner: Learner, samples: Samples, pool: int) -> dict[str, float]:
+    """Errors on held-out demonstrations: as they are, without each camera, and with another instruction."""
+    told: dict[str, list[tuple[float, int]]] = {}
+
+    def tell(name: str, batch: Batch) -> None:
+        action, places = losses(learner, batch, pool)
+        told.setdefault(name, []).append((action.item(), len(batch.text)))
+        if name == "l1":
+            told.setdefault("places", []).append((places.item(), len(batch.text)))
+
+    for rows in samples.groups.values():
+        chosen = rows[:: max(1, len(rows) // VALIDATED)]
+        for part in np.array_split(chosen, max(1, len(chosen) // 32)):
+            batch = samples.batch(part)
+            tell("l1", batch)
+            for view, name in enumerate(("no_primary", "no_wrist")):
+                seen = batch.features[:, view].clone()
+                batch.features[:, view] = samples.black
+                tell(name, batch)
+                batch.features[:, view] = seen
+            batch.text = batch.text.roll(len(part) // 2, 0)
+            tell("other_words", batch)
+    return {key: sum(v * n for v, n in values) / sum(n for _, n in values) for key, values in told.items()}
+
+
+def optimisers(learner: Learner) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the network, AdamW for everything else."""
+    inner, other = [], []
+    for name, parameter in learner.named_parameters():
+        matrix = parameter.dim() == 2 and not any(part in name for part in ("embed", "places", "fc1", "model.fc2"))
+        (inner if matrix else other).append(parameter)
+    return [
+        torch.optim.Muon(inner, lr=LR, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(other, lr=LR, weight_decay=0.01, betas=(0.9, 0.98)),
+    ]
+
+
+@torch.no_grad()
+def follow(average: dict[str, Tensor], learner: Learner, step: int) -> None:
+    """Let the averaged weights follow the live ones, quickly at first."""
+    weight = 1 - min(AVERAGED, step / (step + 20))
+    for name, value in learner.state_dict().items():
+        average[name].lerp_(value, weight)
+
+
+def main() -> None:
+    """Train for some hours, going on from the last checkpoint."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    for name in ("--demos", "--features", "--out"):
+        parser.add_argument(name, type=Path, required=True)
+    parser.add_argument("--hours", type=float, default=1.0)
+    parser.add_argument("--pool", type=int, choices=(1, 2, 4), default=1, help="side of the patches that share a token")
+    parser.add_argument("--decay", action="store_true", help="let the learning rate fall to zero over these hours")
+    parser.add_argument("--every", type=int, default=250, help="steps between validations")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    learner = Learner()
+    average = {name: value.detach().clone() for name, value in learner.state_dict().items()}
+    steppers = optimisers(learner)
+    checkpoint, step, seen = arguments.out / "checkpoint.pt", 0, 0
+    if checkpoint.exists():
+        saved: dict[str, Any] = torch.load(checkpoint, weights_only=True)
+        learner.load_state_dict(saved["learner"])
+        average = saved["average"]
+        for stepper, state in zip(steppers, saved["optimisers"], strict=True):
+            stepper.load_state_dict(state)
+        step, seen = saved["step"], saved["seen"]
+    training = Samples(arguments.demos, arguments.features, held_out=False)
+    held_out = Samples(arguments.demos, arguments.features, True, training.statistics)
+    (arguments.out / "statistics.json").write_text(json.dumps(training.raw_statistics))
+    print(f"{len(training)} samples, {len(held_out)} held out, from step {step}", flush=True)
+    started, budget = time.time(), arguments.hours * 3600
+    recent: list[tuple[float, float]] = []
+    since = started
+    while (spent := time.time() - started) < budget:
+        generator = np.random.default_rng((1, step))
+        rate = LR * min(1.0, (step + 1) / WARMUP) * ((1 - spent / budget) if arguments.decay else 1.0)
+        for stepper in steppers:
+            for group in stepper.param_groups:
+                group["lr"] = rate
+            stepper.zero_grad()
+        for _ in range(ACCUMULATED):
+            batch = dropped(training.draw(generator, BATCH), training.black, generator)
+            action, places = losses(learner, batch, arguments.pool)
+            ((action + PLACES_WEIGHT * places) / ACCUMULATED).backward()
+            recent.append((action.item(), places.item()))
+        nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
+        for stepper in steppers:
+            stepper.step()
+        step, seen = step + 1, seen + ACCUMULATED * BATCH
+        follow(average, learner, step)
+        if step % 50 == 0:
+            action_l1, places_l1 = np.mean(recent, axis=0)
+            speed = len(recent) * BATCH / (time.time() - since)
+            print(f"{step} l1 {action_l1:.4f} places {places_l1:.4f} {speed:.1f} samples/s", flush=True)
+            recent, since = [], time.time()
+        if step % arguments.every == 0 or time.time() - started >= budget:
+            point = {"step": step, "samples": seen, "pool": arguments.pool, "rate": rate}
+            live = {name: value.clone() for name, value in learner.state_dict().items()}
+            learner.load_state_dict(average)
+            point |= validate(learner, held_out, arguments.pool)
+            learner.load_state_dict(live)
+            print(json.dumps(point), flush=True)
+            with (arguments.out / "curve.jsonl").open("a") as file:
+                file.write(json.dumps(point) + "\n")
+            states = [stepper.state_dict() for stepper in steppers]
+            partial = checkpoint.with_suffix(".partial")
+            torch.save({"learner": live, "average": average, "optimisers": states, "step": step, "seen": seen}, partial)
+            partial.rename(checkpoint)
+
+
+if __name__ == "__main__":
+    main()
