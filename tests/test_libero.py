@@ -12,9 +12,13 @@ import pytest
 from tokenprune.errors import SimulatorError
 from tokenprune_adapters.environments.libero.environment import LiberoFactory
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("libero") is None, reason="LIBERO is missing: pip install 'tokenprune-vla[libero]'"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        importlib.util.find_spec("libero") is None, reason="LIBERO is missing: pip install 'tokenprune-vla[libero]'"
+    ),
+    # robosuite 1.4 and what it builds on use what python and numpy will drop.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
 
 MINI_POLICY = Path(__file__).parents[1] / "examples" / "mini_policy"
 GOAL_BOWL_ON_PLATE = 8

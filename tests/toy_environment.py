@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tokenprune.adapter import Description
 from tokenprune.backbone import ActionSpec, BackboneInfo, DecoderShape
 from tokenprune.config import CutConfig, Keep
 from tokenprune.context import ControlContext, ControlDecision, SelectContext
@@ -243,8 +244,9 @@ class PolicyFactory:
     """Makes it."""
 
     @staticmethod
-    def describe(preset: str | None, checkpoint: Path | None, options: Mapping[str, Any]) -> None:
-        raise NotImplementedError
+    def describe(preset: str, checkpoint: None, options: Mapping[str, Any]) -> Description:
+        toy = ToyPolicy(tuple(options.get("views", ("primary", "wrist"))), 0)
+        return Description(toy.info, toy.layout, lambda image: torch.from_numpy(image).permute(2, 0, 1))
 
     @staticmethod
     def build(

@@ -31,7 +31,7 @@ class PluginHooks:
 
     @hookspec
     def tokenprune_register(self) -> Iterable[Spec]:  # type: ignore[empty-body]
-        """Name the stages, pipelines and backbones of this plugin.
+        """Name the stages, pipelines, backbones and environments of this plugin.
 
         Called once per process, when the registry is built (cold). The module must not import torch: specs name
         their classes as `"module:Class"` strings.

@@ -41,7 +41,7 @@ def list_(
     plugins: Plugins = None,
     as_json: Json = False,
 ) -> None:
-    """List the stages, pipelines and backbones that are installed, and whose they are."""
+    """List the stages, pipelines, backbones and environments that are installed, and whose they are."""
     found = registry(plugins)
     if matrix:
         from tokenprune.cli.matrix import show_matrix
@@ -69,16 +69,17 @@ def _entries(found: Registry) -> list[dict[str, str]]:
     stages = [entry(f"stage/{r.spec.kind}", n, r.spec.summary, r.owner) for n, r in sorted(found.stages.items())]
     pipelines = [entry("pipeline", n, r.spec.summary, r.owner) for n, r in sorted(found.pipelines.items())]
     backbones = [entry("backbone", n, r.spec.summary, r.owner) for n, r in sorted(found.backbones.items())]
+    environments = [entry("environment", n, r.spec.summary, r.owner) for n, r in sorted(found.environments.items())]
     dense = {"kind": "pipeline", "name": "dense", "summary": "no stages: the baseline", "from": "tokenprune"}
-    return [*stages, dense, *pipelines, *backbones]
+    return [*stages, dense, *pipelines, *backbones, *environments]
 
 
 def show(
-    name: Annotated[str, typer.Argument(help="A stage, pipeline or backbone.")],
+    name: Annotated[str, typer.Argument(help="A stage, pipeline, backbone or environment.")],
     plugins: Plugins = None,
     as_json: Json = False,
 ) -> None:
-    """Show one stage with its configuration, one pipeline as resolved, or one backbone with its presets."""
+    """Show a stage's configuration, a pipeline as resolved, a backbone's presets, or an environment's tasks."""
     found = registry(plugins)
     about: dict[str, Any] = {}
     if name in found.stages:
@@ -100,8 +101,19 @@ def show(
         about["pipeline"] = load_pipeline(name, found).resolved
     if name in found.backbones:
         about["backbone"] = {**_owned(found.backbones[name]), "presets": dict(found.backbones[name].spec.presets)}
+    if name in found.environments:
+        suite = found.environment_factory(name).describe(name, {})
+        tasks = {str(task.index): f"{task.instruction} ({task.init_states} initial states)" for task in suite.tasks}
+        about["environment"] = {
+            **_owned(found.environments[name]),
+            "views": list(suite.views),
+            "horizon": suite.horizon,
+            "control_hz": suite.control_hz,
+            "settings": dict(suite.settings),
+            "tasks": tasks,
+        }
     if not about:
-        names = [*found.stages, *found.pipelines, *found.backbones, "dense"]
+        names = [*found.stages, *found.pipelines, *found.backbones, *found.environments, "dense"]
         raise PluginError(f"nothing is called '{name}'{nearest(name, names)}")
     if as_json:
         print_json(about)

@@ -115,7 +115,7 @@ def evaluate(
     from tokenprune.cli.explain import describe_backbone
     from tokenprune.rollout.jobs import plan_jobs
     from tokenprune.rollout.records import ResultsFile
-    from tokenprune.rollout.variant import parse_variant
+    from tokenprune.rollout.variant import black_views, parse_variant
     from tokenprune.rollout.worker import WorkerSpec
 
     found = registry(plugins)
@@ -150,9 +150,12 @@ def evaluate(
     running = _engine(engine, workers, threads, gpus, address)
     info = describe_backbone(found, backbone, preset, checkpoint, spec.options).info
     settings = {**spec.settings(suites), "untrained": info.untrained}
+    described = {variant.label: spec.describe(variant, suites) for variant in parsed}
+    for variant in parsed:
+        black_views(variant, info.views)
     with ResultsFile(out, settings, provenance(torch.device(device))) as results:
-        for variant in parsed:
-            results.declare(variant.label, spec.describe(variant, suites))
+        for label, what in described.items():
+            results.declare(label, what)
         jobs = plan_jobs(planned, [variant.label for variant in parsed])
         missing = [job for job in jobs if not results.holds(job.start, job.variant)]
         with _progress(len(jobs), results.results.records) as show:
@@ -208,13 +211,17 @@ def _planned(
     if tasks and len(tasks) != len(suites):
         raise ConfigError(f"--tasks was given {len(tasks)} times for {len(suites)} environments; give it once for each")
     named = [None] * len(suites) if not tasks else [[word.strip() for word in words.split(",")] for words in tasks]
-    states = None if init_states is None else _indices(init_states)
+    states = None if init_states is None else initial_states(init_states)
     plans = [plan_starts(s, names, episodes, states, seed) for s, names in zip(suites.values(), named, strict=True)]
     return tuple(start for plan in plans for start in plan)
 
 
-def _indices(text: str) -> list[int]:
-    """`25:50`, whose end is left out, or `0,3,7`."""
+def initial_states(text: str) -> list[int]:
+    """Read `25:50`, whose end is left out, or `0,3,7`.
+
+    Raises:
+        ConfigError: If it is neither.
+    """
     try:
         first, colon, end = text.partition(":")
         return list(range(int(first), int(end))) if colon else [int(word) for word in text.split(",")]

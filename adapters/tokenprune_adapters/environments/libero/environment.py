@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -76,10 +78,9 @@ class LiberoEnvironment:
         from tokenprune_adapters.environments.libero.spread import settle, widen
 
         self.simulator.begin(states[init_state], seed)
+        settle(self.simulator)
         if self._options.spread:
             widen(self.simulator, self._targets, self._options.spread, (task, init_state, seed))
-        else:
-            settle(self.simulator)
 
     def observe(self) -> Observation:
         """Pictures of both cameras and the robot's state."""
@@ -171,8 +172,8 @@ def _simulator(suite: LiberoSuite, task: int, options: LiberoOptions) -> Simulat
         # Software or GPU, but never a window.
         os.environ.setdefault("MUJOCO_GL", "egl")
     try:
-        from tokenprune_adapters.environments.libero.simulator import Simulator
-
+        with _quiet():
+            from tokenprune_adapters.environments.libero.simulator import Simulator
         return Simulator(suite.task_file(task), options.size, options.quality)
     except SimulatorError:
         raise
@@ -182,3 +183,14 @@ def _simulator(suite: LiberoSuite, task: int, options: LiberoOptions) -> Simulat
             f"({type(error).__name__}: {error}); drawing needs EGL or OSMesa, on Debian and Ubuntu: "
             f"apt-get install -y --no-install-recommends {_SYSTEM_PACKAGES}; MUJOCO_GL=osmesa chooses the other"
         ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """robosuite warns of a file of private settings that nobody needs."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)

@@ -18,14 +18,14 @@ _TRIES = 100
 
 
 def widen(simulator: Simulator, names: Collection[str], spread: float, seed: Sequence[int]) -> None:
-    """Move objects over the table at random, and let the scene settle.
+    """Move objects over the table at random in a scene that has settled, and let it settle again.
 
     Each named object that stands on the table moves by up to `spread` metres in x and in y. Positions where two objects
     are closer than `CLEARANCE`, or where something is pushed away while the scene settles, are drawn again; where none
     is found the stock state stays.
 
     Args:
-        simulator: In an initial state.
+        simulator: At rest.
         names: Objects that may move.
         spread: Largest displacement along each axis, m.
         seed: What the positions are drawn from.
@@ -49,7 +49,6 @@ def widen(simulator: Simulator, names: Collection[str], spread: float, seed: Seq
         if all(np.linalg.norm(found[name][:2] - moved[name][:2]) < _HELD_STILL for name in objects):
             return
         simulator.restore(stock)
-    settle(simulator)
 
 
 def settle(simulator: Simulator) -> None:
