@@ -7,8 +7,11 @@ LEROBOT := lerobot[pi]==0.6.1
 PEER_PYTHON ?= $(shell if python3.12 -c '' >/dev/null 2>&1; then echo python3.12; fi)
 BIN := .venv/bin
 STAMP := .venv/.setup-done
+SIMULATORS := .venv/.simulators-done
+# What MuJoCo draws with where there is no GPU, as Debian and Ubuntu call it.
+RENDERING := libegl1 libgl1 libgles2 libegl-mesa0 libgl1-mesa-dri libosmesa6 libglib2.0-0
 
-.PHONY: setup demo test lint docs clean
+.PHONY: setup demo test lint docs simulators rendering clean
 
 setup: $(STAMP)
 
@@ -24,8 +27,27 @@ demo: setup
 	$(BIN)/tokenprune compare dense random uniform_grid fastv specprune.static specprune.dynamic \
 		specprune.controller specprune --backbone openvla-oft --preset small
 
-test: lint docs
+test: lint docs rendering
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+# What the tests of the closed loop need besides: LIBERO with its assets, and Ray.
+simulators: $(SIMULATORS)
+
+$(SIMULATORS): $(STAMP)
+	@echo "installing LIBERO and Ray into .venv (a minute or more the first time, 2.5 GB)"
+	@$(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check "$(TORCH)" -e ".[libero,ray]"
+	@touch $@
+
+rendering: simulators
+	@MUJOCO_GL=egl $(BIN)/python -c "import mujoco; \
+		mujoco.Renderer(mujoco.MjModel.from_xml_string('<mujoco/>')).close()" >/dev/null 2>&1 || { \
+	if test "$$(id -u)" = 0 && command -v apt-get >/dev/null; then \
+		echo "installing what MuJoCo draws with: $(RENDERING)"; \
+		apt-get update -qq && apt-get install -y -qq --no-install-recommends $(RENDERING) >/dev/null; \
+	else \
+		echo "MuJoCo cannot draw here; install its libraries, on Debian and Ubuntu as root:" \
+			"apt-get install -y --no-install-recommends $(RENDERING)" >&2; exit 1; \
+	fi; }
 
 lint: setup
 	$(BIN)/ruff check .

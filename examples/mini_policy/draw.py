@@ -16,23 +16,13 @@ from pathlib import Path
 import mujoco
 import numpy as np
 import numpy.typing as npt
+from pictures import KINDS, LABELLED, steps_of
 from record import FIRST_SEED
 from tasks import ENVIRONMENT_OPTIONS
 
 from tokenprune_adapters.environments.libero.conventions import VIEWS, mirrored
 from tokenprune_adapters.environments.libero.simulator import Simulator
 from tokenprune_adapters.environments.libero.suites import LiberoSuite
-
-EVERY = 4
-"""Control steps between pictures; a policy is asked every eighth, from any of them."""
-
-LABELLED = 3
-"""Every so many-th picture has labels: enough for the tower, and they cost as much as pictures."""
-
-KINDS = (
-    "background", "robot", "gripper", "bowl", "plate", "ramekin", "cookies", "cream_cheese", "wine_bottle", "wine_rack",
-    "stove", "cabinet",
-)  # fmt: skip
 
 
 def kind_of(body: str) -> int:
@@ -68,11 +58,6 @@ class Labeller:
             labels.append(mirrored(self.kinds[geoms])[1::2, ::2])
         self.simulator.renderer.disable_segmentation_rendering()
         return labels
-
-
-def steps_of(length: int, number: int) -> list[int]:
-    """Steps that are drawn: the first, and every fourth from another start in each demonstration."""
-    return sorted({0, *range(number % EVERY, length - 8, EVERY)})
 
 
 def main() -> None:

@@ -1,10 +1,12 @@
 """Record demonstrations of the scripted expert in LIBERO: states and actions, small; `draw.py` makes pictures of them.
 
     python examples/mini_policy/record.py --out data/demos --each 60 --worker 0/2
+    python examples/mini_policy/record.py --out data/demos --each 30 --first 1000 --policy mini --worker 0/2
 
 What is executed is the expert's action with noise; what is recorded is the expert's action without it, so the data show
-how to come back. Initial states 0 to 24 of each task, positions widened; 25 to 49 are kept for evaluation. A
-demonstration that exists is not made again.
+how to come back. With `--policy`, the policy trained so far acts in half of the chunks instead, and the expert says what
+it would do where that leads (DAgger, arXiv 1011.0686). Initial states 0 to 24 of each task, positions widened; 25 to 49
+are kept for evaluation. A demonstration that exists is not made again.
 """
 
 from __future__ import annotations
@@ -17,10 +19,15 @@ import numpy.typing as npt
 from expert import JOBS, Expert
 from tasks import ENVIRONMENT_OPTIONS, SPREAD, TASKS, TRAIN_STATES
 
+import tokenprune
+from tokenprune.policy import Policy
 from tokenprune_adapters.environments.libero.environment import LiberoEnvironment, LiberoFactory
 
 CHUNK = 8
 FIRST_SEED = 10_000
+POLICY_SHARE = 0.5
+"""Of the chunks, where a policy takes part."""
+
 BATCH = 10
 """Demonstrations of a task before the next task's scene is opened."""
 
@@ -46,15 +53,22 @@ class Noise:
         return (self._wander + pushed) * (0.25 if near else 1.0)
 
 
-def record(environment: LiberoEnvironment, task: int, number: int) -> dict[str, npt.NDArray[np.float32]] | None:
+def record(
+    environment: LiberoEnvironment, task: int, number: int, policy: Policy | None
+) -> dict[str, npt.NDArray[np.float32]] | None:
     """One demonstration, or None where the expert failed."""
     seed = FIRST_SEED + number
     environment.reset(task, TRAIN_STATES[number % len(TRAIN_STATES)], seed)
     simulator = environment.simulator
-    expert, noise = Expert(JOBS[environment.suite.name, task]), Noise(seed)
+    expert, noise, turns = Expert(JOBS[environment.suite.name, task]), Noise(seed), np.random.default_rng(seed)
+    if policy is not None:
+        policy.reset(environment.suite.tasks[task].instruction)
+    chunk: list[Vector] = []
     rows: dict[str, list[Vector]] = {"configuration": [], "state": [], "actions": [], "places": []}
     left = -1
-    for _ in range(environment.suite.horizon):
+    for step in range(environment.suite.horizon):
+        if policy is not None and step % CHUNK == 0:
+            chunk = list(policy.act(environment.observe()).actions) if turns.random() < POLICY_SHARE else []
         action = expert.act(simulator)
         rows["configuration"].append(simulator.configuration)
         rows["state"].append(environment.state)
@@ -64,6 +78,8 @@ def record(environment: LiberoEnvironment, task: int, number: int) -> dict[str, 
         )
         executed = action.copy()
         executed[:3] = np.clip(executed[:3] + noise(expert.delicate), -1.0, 1.0)
+        if chunk:
+            executed = chunk.pop(0)
         if environment.step(executed).success and left < 0:
             left = CHUNK
         # The chunk after the last query is recorded too.
@@ -78,14 +94,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--each", type=int, default=60, help="demonstrations per task")
+    parser.add_argument("--first", type=int, default=0, help="number of the first one")
+    parser.add_argument("--policy", help="a checkpoint that acts in some of the chunks")
     parser.add_argument("--worker", default="0/1", help="which share of the work, such as 0/2 and 1/2")
     arguments = parser.parse_args()
     index, workers = map(int, arguments.worker.split("/"))
     arguments.out.mkdir(parents=True, exist_ok=True)
     environments = {suite: LiberoFactory.build(suite, ENVIRONMENT_OPTIONS | {"spread": SPREAD}) for suite in TASKS}
+    policy = (
+        tokenprune.load("openvla-oft", checkpoint=arguments.policy, center_crop=False) if arguments.policy else None
+    )
     batches = [
-        (suite, task, range(first, min(first + BATCH, arguments.each)))
-        for first in range(0, arguments.each, BATCH)
+        (suite, task, range(first, min(first + BATCH, arguments.first + arguments.each)))
+        for first in range(arguments.first, arguments.first + arguments.each, BATCH)
         for suite, tasks in TASKS.items()
         for task in tasks
     ]
@@ -95,7 +116,7 @@ def main() -> None:
             failed = path.with_suffix(".failed")
             if path.exists() or failed.exists():
                 continue
-            demonstration = record(environments[suite], task, number)
+            demonstration = record(environments[suite], task, number, policy)
             if demonstration is None:
                 failed.touch()
                 print(f"{path.stem}: the expert failed", flush=True)

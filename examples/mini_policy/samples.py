@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from draw import steps_of
+from pictures import steps_of
 from torch import Tensor
 
 from tokenprune_adapters.environments.libero.suites import LiberoSuite

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from draw import KINDS, LABELLED
+from pictures import KINDS, LABELLED
 from torch import Tensor, nn
 from torch.nn import functional
 

@@ -76,7 +76,7 @@ class Video:
 
     def _caption(self, trace: QueryTrace, width: int) -> npt.NDArray[np.uint8]:
         bar = Image.new("RGB", (width, _CAPTION), (255, 255, 255))
-        held = f"{trace.plan.prunable[-1]} of {trace.plan.prunable[0]} visual tokens at the last layer"
+        held = f"{trace.plan.prunable[-1]} of {len(trace.plan.layout.prunable)} visual tokens at the last layer"
         text = f"{self._label}   step {self._step}   {trace.mode}   {held}"
         ImageDraw.Draw(bar).text((6, 6), text, fill=(30, 30, 30))
         return np.array(bar)
