@@ -3,8 +3,8 @@
     python examples/mini_policy/record.py --out data/demos --each 60 --worker 0/2
     python examples/mini_policy/record.py --out data/demos --each 30 --first 1000 --policy mini --worker 0/2
 
-What is executed is the expert's action with noise; what is recorded is the expert's action without it, so the data show
-how to come back. With `--policy`, the policy trained so far acts in half of the chunks instead, and the expert says what
+What is executed is the expert's action with noise; what is recorded is the one without it, so the data show how to come
+back. With `--policy`, the policy trained so far acts in half of the chunks instead, and the expert says what
 it would do where that leads (DAgger, arXiv 1011.0686). Initial states 0 to 24 of each task, positions widened; 25 to 49
 are kept for evaluation. A demonstration that exists is not made again.
 """
