@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from learner import Learner
+from muon import Muon
 from samples import Batch, Samples
 from torch import Tensor, nn
 from torch.nn import functional
@@ -81,7 +82,7 @@ def optimisers(learner: Learner) -> list[torch.optim.Optimizer]:
         matrix = parameter.dim() == 2 and not any(part in name for part in ("embed", "places", "fc1", "model.fc2"))
         (inner if matrix else other).append(parameter)
     return [
-        torch.optim.Muon(inner, lr=LR, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        Muon(inner, lr=LR),
         torch.optim.AdamW(other, lr=LR, weight_decay=0.01, betas=(0.9, 0.98)),
     ]
 
