@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 BATCH, ACCUMULATED = 16, 2
-LR, WARMUP = 1.0e-3, 200
+LR, WARMUP = 1.0e-3, 100
 NO_WRIST, NO_PRIMARY = 0.25, 0.1
 PLACES_WEIGHT = 0.3
 AVERAGED = 0.998
@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--hours", type=float, default=1.0)
     parser.add_argument("--pool", type=int, choices=(1, 2, 4), default=1, help="side of the patches that share a token")
     parser.add_argument("--decay", action="store_true", help="let the learning rate fall to zero over these hours")
-    parser.add_argument("--every", type=int, default=250, help="steps between validations")
+    parser.add_argument("--every", type=int, default=500, help="steps between validations")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
