@@ -187,7 +187,7 @@ def _simulator(suite: LiberoSuite, task: int, options: LiberoOptions) -> Simulat
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """robosuite warns of a file of private settings that nobody needs."""
+    """Without the warning that robosuite has no file of private settings."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
