@@ -190,3 +190,15 @@ def test_missing_opengl_names_the_system_packages():
     assert done.returncode != 0
     assert "SimulatorError" in done.stderr
     assert "apt-get install -y --no-install-recommends libegl1" in done.stderr
+
+
+def test_it_draws_without_a_screen_and_without_being_told_how():
+    code = (
+        "from tokenprune_adapters.environments.libero.environment import LiberoFactory\n"
+        "made = LiberoFactory.build('libero_goal', {'size': 32, 'quality': 'fast', 'spread': 0.05})\n"
+        "made.reset(8, 0, 0)\n"
+        "made.observe()"
+    )
+    surroundings = {k: v for k, v in os.environ.items() if k not in ("MUJOCO_GL", "PYOPENGL_PLATFORM", "DISPLAY")}
+    done = subprocess.run([sys.executable, "-c", code], env=surroundings, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

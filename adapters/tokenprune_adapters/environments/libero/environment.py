@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -168,9 +167,6 @@ def _describe(suite: LiberoSuite, options: LiberoOptions) -> Suite:
 
 
 def _simulator(suite: LiberoSuite, task: int, options: LiberoOptions) -> Simulator:
-    if sys.platform == "linux":
-        # Software or GPU, but never a window.
-        os.environ.setdefault("MUJOCO_GL", "egl")
     try:
         with _quiet():
             from tokenprune_adapters.environments.libero.simulator import Simulator

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,9 @@ class LiberoSuite:
         """
         if name not in HORIZONS:
             raise SimulatorError(f"LIBERO has no suite '{name}'{nearest(name, HORIZONS)}")
+        if sys.platform == "linux":
+            # Software or GPU, but never a window; MuJoCo reads it when it is first imported, which LIBERO may do.
+            os.environ.setdefault("MUJOCO_GL", "egl")
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 from libero.libero.benchmark import get_benchmark
