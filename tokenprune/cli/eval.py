@@ -115,6 +115,7 @@ def evaluate(
     from tokenprune.cli.explain import describe_backbone
     from tokenprune.rollout.jobs import plan_jobs
     from tokenprune.rollout.records import ResultsFile
+    from tokenprune.rollout.starts import check_starts
     from tokenprune.rollout.variant import black_views, parse_variant
     from tokenprune.rollout.worker import WorkerSpec
 
@@ -124,7 +125,7 @@ def evaluate(
     begin = _read_starts(starts, environments, tasks, init_states)
     suites = _suites(found, list(dict.fromkeys(s.environment for s in begin)) or environments or [], chosen)
     planned = begin or _planned(suites, tasks, episodes, init_states, start_seed)
-    _check(planned, suites)
+    check_starts(planned, suites)
     preset, checkpoint = source(preset, checkpoint)
     spec = WorkerSpec(
         backbone=backbone,
@@ -227,12 +228,6 @@ def initial_states(text: str) -> list[int]:
         return list(range(int(first), int(end))) if colon else [int(word) for word in text.split(",")]
     except ValueError:
         raise ConfigError(f"--init-states {text}: write 25:50, which leaves out 50, or 0,3,7") from None
-
-
-def _check(planned: Iterable[Start], suites: Mapping[str, Suite]) -> None:
-    from tokenprune.rollout.starts import check_starts
-
-    check_starts(planned, suites)
 
 
 def _tasks_of(planned: Iterable[Start], name: str) -> list[int]:

@@ -8,6 +8,9 @@ import numpy.typing as npt
 VIEWS = {"primary": "agentview", "wrist": "robot0_eye_in_hand"}
 """Camera of the simulator for each view."""
 
+CONTROL_HZ = 20
+"""Control steps per second."""
+
 SETTLE_STEPS = 10
 """Control steps in which objects fall into place before an episode begins."""
 

@@ -163,7 +163,7 @@ def _describe(suite: LiberoSuite, options: LiberoOptions) -> Suite:
         "versions": {package: importlib.metadata.version(package) for package in _PACKAGES},
     }
     views = tuple(conventions.VIEWS)
-    return Suite(suite.name, tasks, views, suite.horizon, 20.0, settings, seeded=options.spread > 0)
+    return Suite(suite.name, tasks, views, suite.horizon, conventions.CONTROL_HZ, settings, seeded=options.spread > 0)
 
 
 def _simulator(suite: LiberoSuite, task: int, options: LiberoOptions) -> Simulator:

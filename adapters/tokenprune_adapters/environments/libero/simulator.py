@@ -14,9 +14,7 @@ from robosuite import load_controller_config
 from robosuite.utils.errors import RandomizationError
 
 from tokenprune.errors import SimulatorError
-from tokenprune_adapters.environments.libero.conventions import VIEWS, Vector
-
-CONTROL_HZ = 20
+from tokenprune_adapters.environments.libero.conventions import CONTROL_HZ, VIEWS, Vector
 
 _PLACEMENT_TRIES = 100
 
@@ -52,10 +50,10 @@ class Simulator:
         self.model: mujoco.MjModel = self.env.sim.model._model
         self.data: mujoco.MjData = self.env.sim.data._data
         self._drawn = mujoco.MjData(self.model)
-        if quality == "fast":
+        self._fast = quality == "fast"
+        if self._fast:
             self.model.vis.quality.offsamples = 0
         self.renderer = mujoco.Renderer(self.model, size, size)
-        self._fast = quality == "fast"
         # The collision meshes are group 0.
         self._visible = mujoco.MjvOption()
         self._visible.geomgroup[0] = 0
