@@ -39,7 +39,7 @@ class Job:
         item: The object.
         target: Object or site it is put on.
         grasp: Where the fingers go, from the object's origin, m `[3]`.
-        release: Height of the object over the target's origin at which it is let go, m.
+        release: Height of the object over the target's origin at which it is let go, m: where it has come to rest.
         hover: Height of the hand over the grasp before it goes down, m.
         carry: Height of the object over the target's origin, and at least over its own start, on its way, m.
     """
@@ -47,7 +47,7 @@ class Job:
     item: str
     target: str
     grasp: tuple[float, float, float]
-    release: float = 0.0
+    release: float = 0.006
     hover: float = 0.10
     carry: float = 0.12
 
@@ -61,9 +61,9 @@ def _bowl(target: str, side: float = -1.0, **more: float) -> Job:
 
 
 JOBS: Mapping[tuple[str, int], Job] = {
-    ("libero_goal", 1): _bowl("flat_stove_1_cook_region", side=1.0),
+    ("libero_goal", 1): _bowl("flat_stove_1_cook_region", side=1.0, release=0.025),
     ("libero_goal", 4): _bowl("wooden_cabinet_1_top_side", side=1.0),
-    ("libero_goal", 6): Job("cream_cheese_1", _BOWL, (0.0, 0.0, 0.0), carry=0.14),
+    ("libero_goal", 6): Job("cream_cheese_1", _BOWL, (0.0, 0.0, 0.0), release=0.042, carry=0.14),
     ("libero_goal", 8): _bowl("plate_1", side=1.0),
     **{("libero_spatial", task): _bowl("plate_1", side) for task, side in
        enumerate((-1.0, -1.0, -1.0, 1.0, -1.0, 1.0, 1.0, -1.0, -1.0, -1.0))},

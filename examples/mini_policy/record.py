@@ -12,6 +12,7 @@ are kept for evaluation. A demonstration that exists is not made again.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ BATCH = 10
 """Demonstrations of a task before the next task's scene is opened."""
 
 Vector = npt.NDArray[np.float64]
+Answer = Callable[[int], list[Vector]]
 
 
 class Noise:
@@ -54,21 +56,29 @@ class Noise:
 
 
 def record(
-    environment: LiberoEnvironment, task: int, number: int, policy: Policy | None
+    environment: LiberoEnvironment,
+    task: int,
+    noise: Noise | None = None,
+    answer: Answer = lambda step: [],
+    after: int = CHUNK,
 ) -> dict[str, npt.NDArray[np.float32]] | None:
-    """One demonstration, or None where the expert failed."""
-    seed = FIRST_SEED + number
-    environment.reset(task, TRAIN_STATES[number % len(TRAIN_STATES)], seed)
+    """The expert's episode from where the environment stands, or None where it failed.
+
+    Args:
+        environment: After its reset.
+        task: Which task of the suite it was reset to.
+        noise: Disturbs what is executed, not what is recorded.
+        answer: Asked at each chunk's first step what to execute instead; nothing where the expert goes on.
+        after: Control steps recorded after success; a chunk, so that the last query has one.
+    """
     simulator = environment.simulator
-    expert, noise, turns = Expert(JOBS[environment.suite.name, task]), Noise(seed), np.random.default_rng(seed)
-    if policy is not None:
-        policy.reset(environment.suite.tasks[task].instruction)
+    expert = Expert(JOBS[environment.suite.name, task])
     chunk: list[Vector] = []
     rows: dict[str, list[Vector]] = {"configuration": [], "state": [], "actions": [], "places": []}
     left = -1
     for step in range(environment.suite.horizon):
-        if policy is not None and step % CHUNK == 0:
-            chunk = list(policy.act(environment.observe()).actions) if turns.random() < POLICY_SHARE else []
+        if step % CHUNK == 0:
+            chunk = answer(step)
         action = expert.act(simulator)
         rows["configuration"].append(simulator.configuration)
         rows["state"].append(environment.state)
@@ -77,16 +87,33 @@ def record(
             np.concatenate([simulator.place_of(expert.job.item), simulator.place_of(expert.job.target)])
         )
         executed = action.copy()
-        executed[:3] = np.clip(executed[:3] + noise(expert.delicate), -1.0, 1.0)
+        if noise is not None:
+            executed[:3] = np.clip(executed[:3] + noise(expert.delicate), -1.0, 1.0)
         if chunk:
             executed = chunk.pop(0)
         if environment.step(executed).success and left < 0:
-            left = CHUNK
-        # The chunk after the last query is recorded too.
+            left = after
         if left == 0:
             return {key: np.asarray(values, dtype=np.float32) for key, values in rows.items()}
         left -= left > 0
     return None
+
+
+def demonstrate(
+    environment: LiberoEnvironment, task: int, number: int, policy: Policy | None
+) -> dict[str, npt.NDArray[np.float32]] | None:
+    """One demonstration for training, or None where the expert failed."""
+    seed = FIRST_SEED + number
+    environment.reset(task, TRAIN_STATES[number % len(TRAIN_STATES)], seed)
+    if policy is None:
+        return record(environment, task, Noise(seed))
+    turns = np.random.default_rng(seed)
+    policy.reset(environment.suite.tasks[task].instruction)
+
+    def answer(step: int) -> list[Vector]:
+        return list(policy.act(environment.observe()).actions) if turns.random() < POLICY_SHARE else []
+
+    return record(environment, task, Noise(seed), answer)
 
 
 def main() -> None:
@@ -116,7 +143,7 @@ def main() -> None:
             failed = path.with_suffix(".failed")
             if path.exists() or failed.exists():
                 continue
-            demonstration = record(environments[suite], task, number, policy)
+            demonstration = demonstrate(environments[suite], task, number, policy)
             if demonstration is None:
                 failed.touch()
                 print(f"{path.stem}: the expert failed", flush=True)
