@@ -125,6 +125,14 @@ def test_exact_starts_replace_what_plans_them(tokenprune, tmp_path):
     assert "leave out --env" in err
 
 
+def test_episodes_takes_the_first_of_exact_starts(tokenprune, tmp_path):
+    listed = [Start("toy", 1, state, 0) for state in (2, 1, 3)]
+    write_starts(tmp_path / "starts.json", listed)
+    words = ("--starts", tmp_path / "starts.json", "--episodes", 2, "--out", tmp_path / "e.jsonl")
+    assert tokenprune("eval", "dense", *TOY, *words)[0] == 0
+    assert [r.start for r in read_results(tmp_path / "e.jsonl").records] == listed[:2]
+
+
 def test_initial_states_are_taken_in_the_order_given(tokenprune, tmp_path):
     words = ("--env", "toy", "--tasks", 0, "--episodes", 3, "--init-states", "3,1", "--start-seed", 5)
     assert tokenprune("eval", "dense", *TOY, *words, "--out", tmp_path / "e.jsonl")[0] == 0

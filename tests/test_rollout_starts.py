@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from tokenprune.errors import ConfigError
 from tokenprune.rollout.environment import Suite, Task
 from tokenprune.rollout.jobs import Job, plan_jobs
-from tokenprune.rollout.starts import Start, check_starts, plan_starts, read_starts, write_starts
+from tokenprune.rollout.starts import (
+    Start,
+    check_starts,
+    first_of_each_task,
+    plan_starts,
+    read_starts,
+    write_starts,
+)
 
 
 def suite(*states: int, seeded: bool = True, name: str = "toy") -> Suite:
@@ -42,6 +49,16 @@ def test_tasks_and_states_are_taken_as_they_are_named():
         Start("toy", 2, 3, 0), Start("toy", 2, 1, 0), Start("toy", 2, 3, 1),
         Start("toy", 0, 3, 0), Start("toy", 0, 1, 0), Start("toy", 0, 3, 1),
     )  # fmt: skip
+
+
+def test_the_first_starts_of_each_task_are_those_a_list_names_first():
+    listed = [Start(*entry) for entry in (("toy", 1, 5, 0), ("other", 1, 2, 0), ("toy", 1, 3, 0), ("other", 1, 0, 4))]
+    assert first_of_each_task(listed, 1) == (listed[0], listed[1])
+    assert first_of_each_task(listed, 2) == (listed[0], listed[2], listed[1], listed[3])
+    with pytest.raises(ConfigError, match=r"3 episodes .* there are 2 starts for task 1 of 'toy'"):
+        first_of_each_task(listed, 3)
+    with pytest.raises(ConfigError, match="at least 1 of each task, not 0"):
+        first_of_each_task(listed, 0)
 
 
 def test_no_episode_is_repeated_where_the_seed_changes_nothing():

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from tokenprune.rollout.summary import Summary
 
 
+EPISODES = 50
+
+
 class EngineName(StrEnum):
     """Where episodes run."""
 
@@ -68,7 +71,9 @@ def evaluate(
     ],
     environments: Environments = None,
     tasks: Tasks = None,
-    episodes: Annotated[int, typer.Option(help="Of each task and variant.")] = 50,
+    episodes: Annotated[
+        int | None, typer.Option(help=f"Of each task and variant; {EPISODES}, or all of --starts, when left out.")
+    ] = None,
     init_states: Annotated[
         str | None, typer.Option(help="Initial states to begin in, 25:50 or 0,3,7; all when left out.")
     ] = None,
@@ -115,16 +120,16 @@ def evaluate(
     from tokenprune.cli.explain import describe_backbone
     from tokenprune.rollout.jobs import plan_jobs
     from tokenprune.rollout.records import ResultsFile
-    from tokenprune.rollout.starts import check_starts
+    from tokenprune.rollout.starts import check_starts, first_of_each_task
     from tokenprune.rollout.variant import black_views, parse_variant
     from tokenprune.rollout.worker import WorkerSpec
 
     found = registry(plugins)
     parsed = [parse_variant(text, found, sets or ()) for text in variants]
     chosen = key_values("--env-option", env_options)
-    begin = _read_starts(starts, environments, tasks, init_states)
+    begin = _read_starts(starts, environments, tasks, init_states, episodes)
     suites = _suites(found, list(dict.fromkeys(s.environment for s in begin)) or environments or [], chosen)
-    planned = begin or _planned(suites, tasks, episodes, init_states, start_seed)
+    planned = begin or _planned(suites, tasks, EPISODES if episodes is None else episodes, init_states, start_seed)
     check_starts(planned, suites)
     preset, checkpoint = source(preset, checkpoint)
     spec = WorkerSpec(
@@ -142,7 +147,7 @@ def evaluate(
         replan=replan,
         plugins=tuple(str(path) for path in plugins or ()),
         videos=None if videos is None else str(videos),
-        filmed=() if videos is None else _first_of_each_task(planned),
+        filmed=() if videos is None else first_of_each_task(planned, 1),
     )
     if videos is not None:
         from tokenprune.viz.video import imageio
@@ -187,9 +192,13 @@ def report(
 
 
 def _read_starts(
-    path: Path | None, environments: Sequence[str] | None, tasks: Sequence[str] | None, init_states: str | None
+    path: Path | None,
+    environments: Sequence[str] | None,
+    tasks: Sequence[str] | None,
+    init_states: str | None,
+    episodes: int | None,
 ) -> tuple[Start, ...]:
-    from tokenprune.rollout.starts import read_starts
+    from tokenprune.rollout.starts import first_of_each_task, read_starts
 
     if path is None:
         if not environments:
@@ -197,7 +206,8 @@ def _read_starts(
         return ()
     if environments or tasks or init_states:
         raise ConfigError("--starts says where every episode begins; leave out --env, --tasks and --init-states")
-    return read_starts(path)
+    read = read_starts(path)
+    return read if episodes is None else first_of_each_task(read, episodes)
 
 
 def _suites(found: Registry, names: Sequence[str], options: Mapping[str, Any]) -> dict[str, Suite]:
@@ -232,13 +242,6 @@ def initial_states(text: str) -> list[int]:
 
 def _tasks_of(planned: Iterable[Start], name: str) -> list[int]:
     return list(dict.fromkeys(start.task for start in planned if start.environment == name))
-
-
-def _first_of_each_task(planned: Iterable[Start]) -> tuple[Start, ...]:
-    first: dict[tuple[str, int], Start] = {}
-    for start in planned:
-        first.setdefault((start.environment, start.task), start)
-    return tuple(first.values())
 
 
 def _engine(name: EngineName, workers: int, threads: int, gpus: float, address: str | None) -> Any:  # noqa: ANN401

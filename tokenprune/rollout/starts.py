@@ -79,6 +79,26 @@ def plan_starts(
     return tuple(starts)
 
 
+def first_of_each_task(starts: Iterable[Start], episodes: int) -> tuple[Start, ...]:
+    """The first `episodes` starts of each task, in their order.
+
+    Raises:
+        ConfigError: If `episodes` is not positive, or a task has fewer starts.
+    """
+    if episodes < 1:
+        raise ConfigError(f"episodes: at least 1 of each task, not {episodes}")
+    by_task: dict[tuple[str, int], list[Start]] = {}
+    for start in starts:
+        by_task.setdefault((start.environment, start.task), []).append(start)
+    for (environment, task), mine in by_task.items():
+        if len(mine) < episodes:
+            raise ConfigError(
+                f"{episodes} episodes of each task were asked for, but there are {len(mine)} starts for task {task} "
+                f"of '{environment}'"
+            )
+    return tuple(start for mine in by_task.values() for start in mine[:episodes])
+
+
 def check_starts(starts: Iterable[Start], suites: Mapping[str, Suite]) -> None:
     """Refuse starts that an environment does not have.
 
