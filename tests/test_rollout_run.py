@@ -357,16 +357,21 @@ def test_a_worker_refuses_what_does_not_fit_before_any_episode():
         spec_of("dense", "fastv", "dense")
 
 
-def test_settings_hold_what_changes_results():
+def test_settings_hold_what_changes_results(tmp_path):
     suites = {"toy": toy.Factory.describe("toy", {})}
     spec = spec_of("dense", "dense+other-instruction", options={"views": ["wrist"]}, execute=2, replan=False)
     assert spec.settings(suites) == {
-        "backbone": "toy-policy", "checkpoint": None, "preset": "tiny", "options": {"views": ["wrist"]},
-        "device": "cpu", "dtype": "float32", "seed": 0, "execute": 2, "replan": False,
+        "backbone": "toy-policy", "checkpoint": None, "weights": None, "preset": "tiny",
+        "options": {"views": ["wrist"]}, "device": "cpu", "dtype": "float32", "seed": 0, "execute": 2, "replan": False,
         "environments": {"toy": {
             "options": {}, "views": ["primary", "wrist"], "horizon": 20, "control_hz": 20.0, "settings": {"side": 64},
         }},
     }  # fmt: skip
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    trained = replace(spec, checkpoint=str(tmp_path), preset=None)
+    before = trained.settings(suites)["weights"]
+    (tmp_path / "model.safetensors").write_bytes(b"trained")
+    assert None is not before != trained.settings(suites)["weights"]
     assert replace(spec, dtype="auto").settings(suites)["dtype"] in ("float32", "bfloat16")
     assert spec.describe(spec.variants[0], suites) == {"pipeline": spec.variants[0].pipeline, "condition": ""}
     told = spec.describe(spec.variants[1], suites)["instructions"]

@@ -13,7 +13,6 @@ import argparse
 import itertools
 from pathlib import Path
 
-import mujoco
 import numpy as np
 import numpy.typing as npt
 from pictures import KINDS, LABELLED, steps_of
@@ -36,28 +35,11 @@ def kind_of(body: str) -> int:
     return KINDS.index("robot" if body.startswith("robot") else "background")
 
 
-class Labeller:
-    """Draws what is where."""
-
-    def __init__(self, simulator: Simulator) -> None:
-        """Find out which geometry belongs to what."""
-        model = simulator.model
-        self.simulator = simulator
-        bodies = [model.body(model.geom_bodyid[geom]).name for geom in range(model.ngeom)]
-        # One more than the geometries: -1, where nothing is drawn, finds the last.
-        self.kinds = np.array([kind_of(body) for body in bodies] + [0], dtype=np.uint8)
-
-    def __call__(self) -> list[npt.NDArray[np.uint8]]:
-        """Kinds at every second pixel `[112, 112]` of what was drawn last, per view."""
-        labels = []
-        self.simulator.renderer.enable_segmentation_rendering()
-        for camera in VIEWS.values():
-            self.simulator.renderer.update_scene(self.simulator._drawn, camera, self.simulator._visible)
-            ids, kinds = np.moveaxis(self.simulator.renderer.render(), -1, 0)
-            geoms = np.where(kinds == mujoco.mjtObj.mjOBJ_GEOM, ids, -1)
-            labels.append(mirrored(self.kinds[geoms])[1::2, ::2])
-        self.simulator.renderer.disable_segmentation_rendering()
-        return labels
+def kinds_of(simulator: Simulator) -> npt.NDArray[np.uint8]:
+    """Kind of each geometry, and of nothing at the end, where -1 finds it."""
+    model = simulator.model
+    bodies = [model.body(model.geom_bodyid[geom]).name for geom in range(model.ngeom)]
+    return np.array([kind_of(body) for body in bodies] + [0], dtype=np.uint8)
 
 
 def main() -> None:
@@ -79,7 +61,7 @@ def main() -> None:
         libero = LiberoSuite(suite)
         simulator = Simulator(libero.task_file(int(task)), ENVIRONMENT_OPTIONS["size"], "fast")
         first = libero.init_states(int(task))[0]
-        labeller = Labeller(simulator)
+        kinds = kinds_of(simulator)
         for path in missing:
             with np.load(path) as demonstration:
                 configurations = demonstration["configuration"]
@@ -92,7 +74,8 @@ def main() -> None:
                 drawn = simulator.draw(configurations[step])
                 frames.append([mirrored(drawn[view]) for view in VIEWS])
                 if row % LABELLED == 0:
-                    labels.append(labeller())
+                    shown = simulator.draw_geometry(configurations[step])
+                    labels.append([mirrored(kinds[shown[view]])[1::2, ::2] for view in VIEWS])
             np.save(arguments.out / f"{path.stem}.frames.npy", np.asarray(frames))
             np.save(arguments.out / f"{path.stem}.labels.npy", np.asarray(labels))
             print(f"{path.stem}: {len(steps)} moments", flush=True)

@@ -2,7 +2,7 @@ r"""Record one episode of the scripted expert, with its pictures, as a file that
 
 The episode that comes with the package was made, from the root of the checkout, with
 
-    MUJOCO_GL=egl python examples/mini_policy/episode.py --suite libero_spatial --task 0 --init-state 25 \
+    python examples/mini_policy/episode.py --suite libero_spatial --task 0 --init-state 25 \
         --out adapters/tokenprune_adapters/episodes/libero_spatial.npz
 
 The simulator, its pictures and the conventions are those the mini policy is trained in. The expert knows where

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -118,7 +119,7 @@ def evaluate(
 
     from tokenprune.bench.provenance import provenance
     from tokenprune.cli.explain import describe_backbone
-    from tokenprune.rollout.jobs import plan_jobs
+    from tokenprune.rollout.jobs import Job, plan_jobs
     from tokenprune.rollout.records import ResultsFile
     from tokenprune.rollout.starts import check_starts, first_of_each_task
     from tokenprune.rollout.variant import black_views, parse_variant
@@ -164,7 +165,9 @@ def evaluate(
             results.declare(label, what)
         jobs = plan_jobs(planned, [variant.label for variant in parsed])
         missing = [job for job in jobs if not results.holds(job.start, job.variant)]
-        with _progress(len(jobs), results.results.records) as show:
+        wanted = set(jobs)
+        done = [record for record in results.results.records if Job(record.start, record.variant) in wanted]
+        with _progress(len(jobs), done) as show:
             for record in running.run(spec, missing):
                 results.append(record)
                 show(record)
@@ -317,16 +320,19 @@ def _progress(total: int, done: Sequence[EpisodeRecord]) -> Iterator[Callable[[E
         TextColumn("episodes"), BarColumn(), MofNCompleteColumn(), TextColumn("success {task.fields[share]}"),
         TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
-    counts = {True: 0, False: 0}
+    counts = Counter(record.success for record in done)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("episodes", total=total, share="-")
+
+        def share() -> str:
+            return f"{counts[True] / counts.total():.0%}" if counts else "-"
+
+        task = bar.add_task("episodes", total=total, completed=len(done), share=share())
 
         def show(record: EpisodeRecord) -> None:
             counts[record.success] += 1
-            bar.update(task, advance=1, share=f"{counts[True] / sum(counts.values()):.0%}")
+            bar.update(task, advance=1, share=share())
             if not console.is_terminal:
                 outcome = "success" if record.success else "failure"
                 print(f"{record.start}: {record.variant}: {outcome} after {record.steps} steps", file=sys.stderr)
 
-        bar.update(task, completed=min(len(done), total))
         yield show

@@ -17,6 +17,7 @@ from tokenprune.loader import parse_pipeline
 from tokenprune.policy import Policy
 from tokenprune.registry import Registry
 from tokenprune.rollout.environment import Environment, Suite
+from tokenprune.rollout.fingerprint import fingerprint
 from tokenprune.rollout.jobs import Answer, Crash, Job
 from tokenprune.rollout.records import EpisodeRecord
 from tokenprune.rollout.run import check_fit, run_episode
@@ -86,6 +87,9 @@ class WorkerSpec:
         return {
             "backbone": self.backbone,
             "checkpoint": self.checkpoint,
+            "weights": fingerprint(Path(self.checkpoint))
+            if self.checkpoint and Path(self.checkpoint).is_dir()
+            else None,
             "preset": self.preset,
             "options": dict(self.options),
             "device": device.type,

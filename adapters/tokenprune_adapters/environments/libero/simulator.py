@@ -148,6 +148,19 @@ class Simulator:
             pictures[view] = self.renderer.render()
         return pictures
 
+    def draw_geometry(self, configuration: Vector) -> dict[str, npt.NDArray[np.int32]]:
+        """Index of the geometry that each pixel shows `[S, S]`, -1 for none, upright, by view."""
+        self._drawn.qpos[:] = configuration
+        mujoco.mj_forward(self.model, self._drawn)
+        shown = {}
+        self.renderer.enable_segmentation_rendering()
+        for view, camera in VIEWS.items():
+            self.renderer.update_scene(self._drawn, camera, self._visible)
+            index, kind = np.moveaxis(self.renderer.render(), -1, 0)
+            shown[view] = np.where(kind == mujoco.mjtObj.mjOBJ_GEOM, index, -1)
+        self.renderer.disable_segmentation_rendering()
+        return shown
+
     def close(self) -> None:
         """Free the scene and the renderer."""
         self.renderer.close()

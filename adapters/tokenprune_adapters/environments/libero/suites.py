@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +27,6 @@ class LiberoSuite:
         """
         if name not in HORIZONS:
             raise SimulatorError(f"LIBERO has no suite '{name}'{nearest(name, HORIZONS)}")
-        if sys.platform == "linux":
-            # Software or GPU, but never a window; MuJoCo reads it when it is first imported, which LIBERO may do.
-            os.environ.setdefault("MUJOCO_GL", "egl")
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 from libero.libero.benchmark import get_benchmark
@@ -43,6 +38,7 @@ class LiberoSuite:
             ) from error
         self.name = name
         self.horizon = HORIZONS[name]
+        self._init_states: dict[int, Vector] = {}
         self.tasks: list[tuple[str, str]] = [(task.name, task.language) for task in self._suite.tasks]
 
     def task_file(self, task: int) -> Path:
@@ -51,7 +47,11 @@ class LiberoSuite:
 
     def init_states(self, task: int) -> Vector:
         """Flattened initial states of a task, `[N, S]`."""
-        return np.asarray(self._suite.get_task_init_states(task), dtype=np.float64)
+        if task not in self._init_states:
+            states = np.asarray(self._suite.get_task_init_states(task), dtype=np.float64)
+            states.flags.writeable = False
+            self._init_states[task] = states
+        return self._init_states[task]
 
     def targets(self) -> frozenset[str]:
         """Names of everything some task of the suite is about."""
