@@ -21,6 +21,7 @@ REACH = 0.2
 """Metres that are 1 for the places a policy is asked to name while it is trained."""
 
 Array = npt.NDArray[np.float32]
+RawStatistics = dict[str, dict[str, list[float] | list[bool]]]
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Batch:
     places: Tensor
 
 
-def statistics_of(demos: list[dict[str, Array]]) -> dict[str, dict[str, list[float] | list[bool]]]:
+def statistics_of(demos: list[dict[str, Array]]) -> RawStatistics:
     """What `dataset_statistics.json` says: quantiles per number; the gripper, 0 or 1, is passed through."""
     found = {}
     for name, key in (("action", "actions"), ("proprio", "state")):
@@ -59,14 +60,14 @@ def statistics_of(demos: list[dict[str, Array]]) -> dict[str, dict[str, list[flo
 class Samples:
     """All demonstrations whose features exist."""
 
-    def __init__(self, demos: Path, features: Path, held_out: bool, statistics: Statistics | None = None) -> None:
+    def __init__(self, demos: Path, features: Path, held_out: bool, statistics: RawStatistics | None = None) -> None:
         """Read the demonstrations for training, or those held out.
 
         Args:
             demos: Folder of `record.py`.
             features: Folder of `features.py`.
             held_out: Which part.
-            statistics: The training part's, for the other.
+            statistics: Those that training began with; this part's own when left out.
         """
         paths = [
             path
@@ -75,14 +76,8 @@ class Samples:
             and (int(path.stem.rsplit("-", 1)[1]) % HELD_OUT == HELD_OUT - 1) == held_out
         ]
         loaded = [dict(np.load(path)) for path in paths]
-        self.raw_statistics = statistics_of(loaded)
-        self.statistics = statistics or Statistics.read(
-            {"mini": {**self.raw_statistics, "num_transitions": 0, "num_trajectories": len(loaded)}},
-            "mini",
-            7,
-            8,
-            "here",
-        )
+        self.raw_statistics = statistics or statistics_of(loaded)
+        self.statistics = Statistics.read({"mini": self.raw_statistics}, "mini", 7, 8, "the demonstrations")
         assert self.statistics.state is not None
         self.black = torch.from_numpy(np.load(features / "black.npy")).float()
         self._features = [np.load(features / f"{path.stem}.npy", mmap_mode="r") for path in paths]

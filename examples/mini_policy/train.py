@@ -3,9 +3,10 @@
     python train.py --demos data/demos --features data/features --out data/policy --hours 2 --pool 2
     python train.py --demos data/demos --features data/features --out data/policy --hours 1 --decay
 
-With `--pool 2` four patches become one token, at the position of the first of them: four times as fast, for most of the
-training. No token is ever left out. Now and then one camera is black, so that neither is relied on alone. Beside the
-actions the policy names where the item and the target are; that head is thrown away.
+With `--pool 2` four patches become one token in most batches, at the position of the first of them: three times as
+fast, and the other batches make a policy that can act at any moment. No token is ever left out. Now and then one camera
+is black, so that neither is relied on alone. Beside the actions the policy names where the item and the target are;
+that head is thrown away.
 
 Stopped at any moment and started again, training goes on. Each validation is a line of `curve.jsonl`.
 """
@@ -50,12 +51,12 @@ def dropped(batch: Batch, black: Tensor, generator: np.random.Generator) -> Batc
 
 
 @torch.no_grad()
-def validate(learner: Learner, samples: Samples, pool: int) -> dict[str, float]:
+def validate(learner: Learner, samples: Samples) -> dict[str, float]:
     """Errors on held-out demonstrations: as they are, without each camera, and with another instruction."""
     told: dict[str, list[tuple[float, int]]] = {}
 
     def tell(name: str, batch: Batch) -> None:
-        action, places = losses(learner, batch, pool)
+        action, places = losses(learner, batch, 1)
         told.setdefault(name, []).append((action.item(), len(batch.text)))
         if name == "l1":
             told.setdefault("places", []).append((places.item(), len(batch.text)))
@@ -102,6 +103,7 @@ def main() -> None:
         parser.add_argument(name, type=Path, required=True)
     parser.add_argument("--hours", type=float, default=1.0)
     parser.add_argument("--pool", type=int, choices=(1, 2, 4), default=1, help="side of the patches that share a token")
+    parser.add_argument("--whole", type=float, default=0.2, help="share of the batches with a token for every patch")
     parser.add_argument("--decay", action="store_true", help="let the learning rate fall to zero over these hours")
     parser.add_argument("--every", type=int, default=500, help="steps between validations")
     arguments = parser.parse_args()
@@ -118,9 +120,12 @@ def main() -> None:
         for stepper, state in zip(steppers, saved["optimisers"], strict=True):
             stepper.load_state_dict(state)
         step, seen = saved["step"], saved["seen"]
-    training = Samples(arguments.demos, arguments.features, held_out=False)
-    held_out = Samples(arguments.demos, arguments.features, True, training.statistics)
-    (arguments.out / "statistics.json").write_text(json.dumps(training.raw_statistics))
+    statistics = arguments.out / "statistics.json"
+    # Demonstrations added later must not change what the numbers mean.
+    begun = json.loads(statistics.read_text()) if statistics.exists() else None
+    training = Samples(arguments.demos, arguments.features, False, begun)
+    held_out = Samples(arguments.demos, arguments.features, True, training.raw_statistics)
+    statistics.write_text(json.dumps(training.raw_statistics))
     print(f"{len(training)} samples, {len(held_out)} held out, from step {step}", flush=True)
     started, budget = time.time(), arguments.hours * 3600
     recent: list[tuple[float, float]] = []
@@ -134,7 +139,8 @@ def main() -> None:
             stepper.zero_grad()
         for _ in range(ACCUMULATED):
             batch = dropped(training.draw(generator, BATCH), training.black, generator)
-            action, places = losses(learner, batch, arguments.pool)
+            pool = 1 if generator.random() < arguments.whole else arguments.pool
+            action, places = losses(learner, batch, pool)
             ((action + PLACES_WEIGHT * places) / ACCUMULATED).backward()
             recent.append((action.item(), places.item()))
         nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
@@ -151,7 +157,7 @@ def main() -> None:
             point = {"step": step, "samples": seen, "pool": arguments.pool, "rate": rate}
             live = {name: value.clone() for name, value in learner.state_dict().items()}
             learner.load_state_dict(average)
-            point |= validate(learner, held_out, arguments.pool)
+            point |= validate(learner, held_out)
             learner.load_state_dict(live)
             print(json.dumps(point), flush=True)
             with (arguments.out / "curve.jsonl").open("a") as file:
