@@ -14,11 +14,13 @@ from pathlib import Path
 
 import torch
 from learner import Learner
+from samples import RawStatistics
 from tower import Labelled
 
 from tokenprune_adapters.backbones.openvla_oft.backbone import OFTModel
-from tokenprune_adapters.backbones.openvla_oft.config import MINI
+from tokenprune_adapters.backbones.openvla_oft.config import MINI, TRAINED_OPTIONS
 from tokenprune_adapters.backbones.openvla_oft.export import export_oft
+from tokenprune_adapters.backbones.openvla_oft.release import load_oft
 from tokenprune_adapters.prompt import BUNDLED
 
 CARD = Path(__file__).with_name("CARD.md")
@@ -35,6 +37,12 @@ def assemble(tower: Path, policy: Path) -> OFTModel:
     assert not unexpected
     assert all(name.startswith("vision_backbone.") for name in missing)
     return model
+
+
+def read_back(folder: Path) -> tuple[OFTModel, RawStatistics]:
+    """The weights of an exported policy, in float32, and its statistics, to go on from."""
+    model = load_oft(folder, TRAINED_OPTIONS["mini"], torch.device("cpu"), torch.float32).model
+    return model, json.loads((folder / "dataset_statistics.json").read_text())[DATASET]
 
 
 def main() -> None:

@@ -13,16 +13,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from export import read_back
 from tower import Labelled
 
 from tokenprune_adapters.backbones.openvla_oft.config import MINI
+from tokenprune_adapters.vision import VisionTower
 
 
 @torch.inference_mode()
-def encode(model: Labelled, frames: np.ndarray) -> np.ndarray:
+def encode(tower: VisionTower, frames: np.ndarray) -> np.ndarray:
     """Features `[n, patches, width]` of frames `[n, S, S, 3]`."""
     pixels = torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 3, 1, 2)))
-    features = [model.tower(MINI.transform.normalise(part, 0, torch.float32)) for part in pixels.split(16)]
+    features = [tower(MINI.transform.normalise(part, 0, torch.float32)) for part in pixels.split(16)]
     return torch.cat(features).half().numpy()
 
 
@@ -30,18 +32,22 @@ def main() -> None:
     """Encode what is missing."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--frames", type=Path, required=True)
-    parser.add_argument("--tower", type=Path, required=True)
+    parser.add_argument("--tower", type=Path, required=True, help="checkpoint of tower.py, or an exported policy")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    model = Labelled()
-    model.load_state_dict(torch.load(arguments.tower, weights_only=True)["model"])
-    np.save(arguments.out / "black.npy", encode(model, np.zeros((1, 224, 224, 3), np.uint8))[0])
+    if arguments.tower.is_dir():
+        tower = read_back(arguments.tower)[0].vision_backbone.featurizer
+    else:
+        labelled = Labelled()
+        labelled.load_state_dict(torch.load(arguments.tower, weights_only=True)["model"])
+        tower = labelled.tower
+    np.save(arguments.out / "black.npy", encode(tower, np.zeros((1, 224, 224, 3), np.uint8))[0])
     for path in sorted(arguments.frames.glob("*.frames.npy")):
         out = arguments.out / path.name.replace(".frames", "")
         if not out.exists():
             frames = np.load(path)
-            np.save(out, encode(model, frames.reshape(-1, *frames.shape[2:])).reshape(*frames.shape[:2], -1, 192))
+            np.save(out, encode(tower, frames.reshape(-1, *frames.shape[2:])).reshape(*frames.shape[:2], -1, 192))
             print(out.stem, flush=True)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from pictures import KINDS, LABELLED
+from precision import mixed_precision
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -122,7 +123,9 @@ def main() -> None:
         warm = min(1.0, (step + 1) / 100)
         for group in optimiser.param_groups:
             group["lr"] = arguments.lr * warm * 0.5 * (1 + math.cos(math.pi * step / arguments.steps))
-        loss = functional.cross_entropy(model(pixels), by_patch(labels), weight=weights)
+        with mixed_precision():
+            scores = model(pixels)
+        loss = functional.cross_entropy(scores.float(), by_patch(labels), weight=weights)
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -21,8 +21,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from export import read_back
 from learner import Learner
 from muon import Muon
+from precision import mixed_precision
 from samples import Batch, Samples
 from torch import Tensor, nn
 from torch.nn import functional
@@ -37,9 +39,13 @@ VALIDATED = 96
 
 def losses(learner: Learner, batch: Batch, pool: int) -> tuple[Tensor, Tensor]:
     """Mean absolute error of the actions that have demonstrations, and of the places."""
-    actions, places = learner(batch, pool)
+    with mixed_precision():
+        actions, places = learner(batch, pool)
     moving = [0, 1, 2, 6]
-    return functional.l1_loss(actions[..., moving], batch.chunk[..., moving]), functional.l1_loss(places, batch.places)
+    return (
+        functional.l1_loss(actions[..., moving].float(), batch.chunk[..., moving]),
+        functional.l1_loss(places.float(), batch.places),
+    )
 
 
 def dropped(batch: Batch, black: Tensor, generator: np.random.Generator) -> Batch:
@@ -106,10 +112,17 @@ def main() -> None:
     parser.add_argument("--whole", type=float, default=0.2, help="share of the batches with a token for every patch")
     parser.add_argument("--decay", action="store_true", help="let the learning rate fall to zero over these hours")
     parser.add_argument("--every", type=int, default=500, help="steps between validations")
+    parser.add_argument("--begin", type=Path, help="an exported policy to begin with; features must be of its tower")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     learner = Learner()
+    statistics = arguments.out / "statistics.json"
+    if arguments.begin and not statistics.exists():
+        exported, meant = read_back(arguments.begin)
+        del exported.vision_backbone
+        learner.model.load_state_dict(exported.state_dict())
+        statistics.write_text(json.dumps(meant))
     average = {name: value.detach().clone() for name, value in learner.state_dict().items()}
     steppers = optimisers(learner)
     checkpoint, step, seen = arguments.out / "checkpoint.pt", 0, 0
@@ -120,7 +133,6 @@ def main() -> None:
         for stepper, state in zip(steppers, saved["optimisers"], strict=True):
             stepper.load_state_dict(state)
         step, seen = saved["step"], saved["seen"]
-    statistics = arguments.out / "statistics.json"
     # Demonstrations added later must not change what the numbers mean.
     begun = json.loads(statistics.read_text()) if statistics.exists() else None
     training = Samples(arguments.demos, arguments.features, False, begun)
