@@ -30,6 +30,13 @@ _STAGES = (
         paper="FastV, arXiv 2403.06764 (ECCV 2024)",
     ),
     StageSpec(
+        "divprune",
+        "selector",
+        "keeps the patches whose embeddings differ most from each other",
+        f"{__name__}.divprune:DivPrune",
+        paper="DivPrune, arXiv 2503.02175 (CVPR 2025)",
+    ),
+    StageSpec(
         "specprune.static",
         "scorer",
         "keeps what changed, was attended to before, or is attended to by the first layers",

@@ -1,0 +1,64 @@
+"""DivPrune (arXiv 2503.02175): keep the patches whose embeddings lie farthest from each other, whatever they show.
+
+The distance of two patches is 1 minus the cosine of their projected embeddings. The first to be kept is the one whose
+nearest neighbour is farthest; then, again and again, the one farthest from all that are kept already. Neither text nor
+attention is looked at. The order of choosing is the score, so a larger keep contains every smaller one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from tokenprune.config import CutConfig, Keep
+from tokenprune.context import LayerContext, SelectContext
+from tokenprune.hookspecs import hookimpl
+from tokenprune.selection import Proposal
+from tokenprune.stage import Stage
+
+
+class DivPruneConfig(CutConfig):
+    """Where DivPrune cuts; the released code keeps a tenth before layer 0."""
+
+    keep: Keep = 0.1
+
+
+class DivPrune(Stage[DivPruneConfig]):
+    """Keeps a set whose smallest distance is large, found greedily; as many steps as tokens are kept."""
+
+    Config = DivPruneConfig
+
+    @hookimpl
+    def select_tokens(self, ctx: SelectContext) -> Proposal:
+        """Diversity of the projected patches."""
+        return Proposal(score=self._score(ctx, -1))
+
+    @hookimpl
+    def score_layer(self, ctx: LayerContext) -> Proposal:
+        """Diversity of the patches' hidden states, which the paper does not try."""
+        return Proposal(score=self._score(ctx, ctx.layer))
+
+    def _score(self, ctx: SelectContext, layer: int) -> Tensor:
+        return farthest_first(ctx.patches, ctx.plan.cut_after[layer].keep)
+
+
+def farthest_first(embeddings: Tensor, count: int) -> Tensor:
+    """Scores `[B, P]` of embeddings `[B, P, D]`, highest for the first of `count` choices.
+
+    Of equals the lower index is chosen. What is not chosen scores below, by its distance from what is.
+    """
+    unit = normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=-1)
+    distance = 1 - unit @ unit.mT
+    # Two patches nearest to each other tie for the first choice, and rounding must not decide it.
+    distance = torch.minimum(distance, distance.mT)
+    own = torch.eye(distance.shape[-1], dtype=torch.bool, device=distance.device)
+    best = distance.masked_fill(own, torch.inf).amin(-1).argmax(-1, keepdim=True)
+    nearest = torch.full_like(distance[:, 0], torch.inf)
+    score = torch.zeros_like(nearest)
+    for place in range(count):
+        score = score.scatter(1, best, float(3 + count - place))
+        row = distance.gather(1, best[..., None].expand(-1, -1, distance.shape[-1]))[:, 0]
+        nearest = torch.minimum(nearest, row).scatter(1, best, -torch.inf)
+        best = nearest.argmax(-1, keepdim=True)
+    return torch.where(score > 0, score, nearest.clamp(0, 2))
