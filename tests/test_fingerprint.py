@@ -23,6 +23,7 @@ def folder(tmp_path):
 def test_a_copy_elsewhere_is_the_same(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "copy")
     (tmp_path / "copy" / ".cache").write_text("no part of it")
+    (tmp_path / "copy" / "README.md").write_text("about it")
     assert fingerprint(tmp_path / "copy") == fingerprint(folder)
 
 

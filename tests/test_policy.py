@@ -269,7 +269,7 @@ def test_load_takes_plain_data() -> None:
         ({"pipeline": "fasttv"}, TokenPruneError, "did you mean 'fastv'"),
         ({"view": ["primary"]}, ConfigError, "did you mean 'views'"),
         ({"views": []}, ConfigError, "one to three"),
-        ({"unnorm_key": "libero"}, ConfigError, "a preset has none"),
+        ({"unnorm_key": "libero"}, ConfigError, "an untrained preset has none"),
     ],
 )
 def test_load_refuses_what_it_does_not_know(arguments: dict[str, Any], error: type[Exception], words: str) -> None:

@@ -360,7 +360,7 @@ def test_a_worker_refuses_what_does_not_fit_before_any_episode():
 def test_settings_hold_what_changes_results(tmp_path):
     suites = {"toy": toy.Factory.describe("toy", {})}
     spec = spec_of("dense", "dense+other-instruction", options={"views": ["wrist"]}, execute=2, replan=False)
-    assert spec.settings(suites) == {
+    assert spec.settings(suites, None) == {
         "backbone": "toy-policy", "checkpoint": None, "weights": None, "preset": "tiny",
         "options": {"views": ["wrist"]}, "device": "cpu", "dtype": "float32", "seed": 0, "execute": 2, "replan": False,
         "environments": {"toy": {
@@ -368,11 +368,10 @@ def test_settings_hold_what_changes_results(tmp_path):
         }},
     }  # fmt: skip
     (tmp_path / "model.safetensors").write_bytes(b"weights")
-    trained = replace(spec, checkpoint=str(tmp_path), preset=None)
-    before = trained.settings(suites)["weights"]
+    before = spec.settings(suites, tmp_path)["weights"]
     (tmp_path / "model.safetensors").write_bytes(b"trained")
-    assert None is not before != trained.settings(suites)["weights"]
-    assert replace(spec, dtype="auto").settings(suites)["dtype"] in ("float32", "bfloat16")
+    assert None is not before != spec.settings(suites, tmp_path)["weights"]
+    assert replace(spec, dtype="auto").settings(suites, None)["dtype"] in ("float32", "bfloat16")
     assert spec.describe(spec.variants[0], suites) == {"pipeline": spec.variants[0].pipeline, "condition": ""}
     told = spec.describe(spec.variants[1], suites)["instructions"]
     assert told == {"toy": {"0": toy.TASKS[1], "1": toy.TASKS[0]}}

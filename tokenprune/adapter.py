@@ -81,11 +81,13 @@ class Description:
         info: Dimensions, cameras, actions.
         layout: The tokens of a query by its instruction.
         pixels: A camera frame `[H, W, 3]` as the policy crops it, uint8 `[3, S, S]`.
+        weights: Folder the weights would be read from, or None where there is none yet or they would be random.
     """
 
     info: BackboneInfo
     layout: Callable[[str], TokenLayout]
     pixels: Callable[[np.ndarray], Tensor]
+    weights: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ class BackboneFactory(Protocol):
         dtype: torch.dtype,
         seed: int,
     ) -> Backbone:
-        """Make it: random weights for a preset, the checkpoint's otherwise."""
+        """Make it: with the checkpoint's weights, a trained preset's own, or random ones."""
         ...
 
     @staticmethod

@@ -318,12 +318,13 @@ def load(
     Args:
         backbone: Registered name, such as `openvla-oft`.
         checkpoint: Folder in the release's format, or a hub id.
-        preset: Size to fill with untrained random weights instead of a checkpoint.
+        preset: What the backbone offers instead of a checkpoint: a trained policy of its own, or a size to fill with
+            untrained random weights.
         pipeline: Name of a shipped pipeline, path of a file, or what a file would say as plain data.
         device: torch device.
         dtype: One of `float32`, `bfloat16`, `float16`, `float64`; `auto` is bfloat16, the releases' own, where the
             device computes it natively, and float32 elsewhere.
-        seed: Seed of a preset's random weights.
+        seed: Seed of an untrained preset's random weights.
         overrides: `stages.1.keep=0.5` and the like, applied to a named pipeline or file.
         registry: Discovered plugins; discovered now when left out.
         **options: What the backbone accepts besides, such as `unnorm_key`.

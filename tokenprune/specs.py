@@ -68,7 +68,8 @@ class BackboneSpec:
         name: What `--backbone` accepts.
         summary: One line.
         target: `"module:Class"` of its `BackboneFactory`, imported only when used.
-        presets: Sizes that exist without a checkpoint, name to one line each; their weights are untrained.
+        presets: What there is without a checkpoint, name to one line each, which says whether the weights are trained;
+            the first is taken where neither is named.
         episode: `"package:resource"` of a recorded episode that fits its presets, or an empty string.
     """
 
@@ -77,6 +78,11 @@ class BackboneSpec:
     target: str
     presets: Mapping[str, str] = field(default_factory=dict)
     episode: str = ""
+
+    @property
+    def default_preset(self) -> str | None:
+        """The first preset, None where there is none."""
+        return next(iter(self.presets), None)
 
 
 @dataclass(frozen=True, slots=True)

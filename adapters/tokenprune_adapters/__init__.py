@@ -28,8 +28,8 @@ def tokenprune_register() -> Iterable[Spec]:
             summary="OpenVLA: a causal prefill over one view, then six cached steps that spell the action",
             target=f"{__name__}.backbones.openvla.factory:OpenVLAFactory",
             presets={
-                "7b": "the release's dimensions, untrained",
                 "small": "the release's tokens, a small decoder, untrained",
+                "7b": "the release's dimensions, untrained",
                 "tiny": "milliseconds a query, for checks, untrained",
             },
             episode=f"{__name__}:episodes/libero_spatial.npz",
@@ -40,8 +40,8 @@ def tokenprune_register() -> Iterable[Spec]:
             target=f"{__name__}.backbones.openvla_oft.factory:OFTFactory",
             presets={
                 **OFT_TRAINED,
-                "7b": "the release's dimensions, untrained",
                 "small": "the release's tokens, a small decoder, untrained",
+                "7b": "the release's dimensions, untrained",
                 "tiny": "milliseconds a query, for checks, untrained",
             },
             episode=f"{__name__}:episodes/libero_spatial.npz",
@@ -51,8 +51,8 @@ def tokenprune_register() -> Iterable[Spec]:
             summary="pi0: a bidirectional prefix and ten flow steps of an action expert behind it, 1-3 views",
             target=f"{__name__}.backbones.pi0.factory:PI0Factory",
             presets={
-                "base": "the release's dimensions, untrained",
                 "small": "the release's tokens, small decoders, untrained",
+                "base": "the release's dimensions, untrained",
                 "tiny": "milliseconds a query, for checks, untrained",
             },
             episode=f"{__name__}:episodes/libero_spatial.npz",
@@ -62,8 +62,8 @@ def tokenprune_register() -> Iterable[Spec]:
             summary="pi0.5: as pi0, with the robot state in the prompt and norms that depend on the flow's time",
             target=f"{__name__}.backbones.pi0.factory:PI05Factory",
             presets={
-                "base": "the release's dimensions, untrained",
                 "small": "the release's tokens, small decoders, untrained",
+                "base": "the release's dimensions, untrained",
                 "tiny": "milliseconds a query, for checks, untrained",
             },
             episode=f"{__name__}:episodes/libero_spatial.npz",

@@ -1,4 +1,4 @@
-"""Where a policy's weights come from: a checkpoint, or a preset, which has none."""
+"""Where a policy's weights come from: a checkpoint, or a preset."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ def one_source(preset: str | None, checkpoint: Path | None) -> None:
         raise ConfigError("give a preset or a checkpoint, not both")
 
 
+def existing(checkpoint: Path | None) -> Path | None:
+    """The checkpoint, if it is a folder here and no hub id."""
+    return None if checkpoint is None or not Path(checkpoint).is_dir() else Path(checkpoint)
+
+
 def preset_of(backbone: str, name: str | None, presets: Iterable[str], options: Mapping[str, Any]) -> str:
     """The preset's name, with options that a preset can have.
 
@@ -26,7 +31,7 @@ def preset_of(backbone: str, name: str | None, presets: Iterable[str], options: 
         ConfigError: If no preset is named, or an option needs a checkpoint.
     """
     if name is None:
-        raise ConfigError(f"backbone '{backbone}' needs a checkpoint, or a preset ({', '.join(presets)}), untrained")
+        raise ConfigError(f"backbone '{backbone}' needs a checkpoint, or a preset ({', '.join(presets)})")
     if "unnorm_key" in options:
-        raise ConfigError("unnorm_key names statistics of a checkpoint; a preset has none")
+        raise ConfigError("unnorm_key names statistics of a checkpoint; an untrained preset has none")
     return name

@@ -20,6 +20,7 @@ from record import FIRST_SEED
 from tasks import ENVIRONMENT_OPTIONS
 
 from tokenprune_adapters.environments.libero.conventions import VIEWS, mirrored
+from tokenprune_adapters.environments.libero.environment import pictures
 from tokenprune_adapters.environments.libero.simulator import Simulator
 from tokenprune_adapters.environments.libero.suites import LiberoSuite
 
@@ -71,8 +72,8 @@ def main() -> None:
             steps = steps_of(len(configurations), number)
             frames, labels = [], []
             for row, step in enumerate(steps):
-                drawn = simulator.draw(configurations[step])
-                frames.append([mirrored(drawn[view]) for view in VIEWS])
+                drawn = pictures(simulator, configurations[step])
+                frames.append([drawn[view] for view in VIEWS])
                 if row % LABELLED == 0:
                     shown = simulator.draw_geometry(configurations[step])
                     labels.append([mirrored(kinds[shown[view]])[1::2, ::2] for view in VIEWS])

@@ -23,8 +23,8 @@ from record import record
 from tasks import ENVIRONMENT_OPTIONS, TASKS
 
 from tokenprune.episode import save_episode
-from tokenprune_adapters.environments.libero.conventions import VIEWS, mirrored
-from tokenprune_adapters.environments.libero.environment import LiberoFactory
+from tokenprune_adapters.environments.libero.conventions import VIEWS
+from tokenprune_adapters.environments.libero.environment import LiberoFactory, pictures
 
 JPEG_QUALITY = 95
 
@@ -61,8 +61,8 @@ def main() -> None:
     if rows is None:
         raise SystemExit("the expert failed; nothing is written")
     suite, simulator = environment.suite, environment.simulator
-    moments = [simulator.draw(configuration) for configuration in rows["configuration"]]
-    frames = {view: [jpeg(mirrored(moment[view])) for moment in moments] for view in VIEWS}
+    moments = [pictures(simulator, configuration) for configuration in rows["configuration"]]
+    frames = {view: [jpeg(moment[view]) for moment in moments] for view in VIEWS}
     meta = {
         "instruction": suite.tasks[arguments.task].instruction,
         "suite": suite.name,

@@ -132,7 +132,7 @@ def evaluate(
     suites = _suites(found, list(dict.fromkeys(s.environment for s in begin)) or environments or [], chosen)
     planned = begin or _planned(suites, tasks, EPISODES if episodes is None else episodes, init_states, start_seed)
     check_starts(planned, suites)
-    preset, checkpoint = source(preset, checkpoint)
+    preset, checkpoint = source(found, backbone, preset, checkpoint)
     spec = WorkerSpec(
         backbone=backbone,
         checkpoint=checkpoint,
@@ -155,20 +155,18 @@ def evaluate(
 
         imageio()
     running = _engine(engine, workers, threads, gpus, address)
-    info = describe_backbone(found, backbone, preset, checkpoint, spec.options).info
-    settings = {**spec.settings(suites), "untrained": info.untrained}
+    policy = describe_backbone(found, backbone, preset, checkpoint, spec.options)
+    settings = {**spec.settings(suites, policy.weights), "untrained": policy.info.untrained}
     described = {variant.label: spec.describe(variant, suites) for variant in parsed}
     for variant in parsed:
-        black_views(variant, info.views)
+        black_views(variant, policy.info.views)
     with ResultsFile(out, settings, provenance(torch.device(device))) as results:
         for label, what in described.items():
             results.declare(label, what)
         jobs = plan_jobs(planned, [variant.label for variant in parsed])
-        missing = [job for job in jobs if not results.holds(job.start, job.variant)]
-        wanted = set(jobs)
-        done = [record for record in results.results.records if Job(record.start, record.variant) in wanted]
-        with _progress(len(jobs), done) as show:
-            for record in running.run(spec, missing):
+        finished = {Job(record.start, record.variant): record for record in results.results.records}
+        with _progress(len(jobs), [finished[job] for job in jobs if job in finished]) as show:
+            for record in running.run(spec, [job for job in jobs if job not in finished]):
                 results.append(record)
                 show(record)
         _tell(out, results.results, baseline, [v.label for v in parsed], planned, csv, chart, as_json)

@@ -46,7 +46,7 @@ def describe_backbone(
     found: Registry, name: str, preset: str | None, checkpoint: str | None, options: Mapping[str, Any]
 ) -> Description:
     """A backbone without its weights."""
-    preset, checkpoint = source(preset, checkpoint)
+    preset, checkpoint = source(found, name, preset, checkpoint)
     folder = None if checkpoint is None else Path(checkpoint)
     described: Description = found.backbone_factory(name).describe(preset, folder, options)
     return described

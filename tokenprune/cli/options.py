@@ -21,7 +21,7 @@ Sets = Annotated[
 ]
 BackboneName = Annotated[str, typer.Option("--backbone", help="A registered backbone.")]
 Preset = Annotated[
-    str | None, typer.Option(help="Size of untrained random weights; `small` when no checkpoint is given.")
+    str | None, typer.Option(help="What the backbone offers without a checkpoint; its first when neither is given.")
 ]
 Checkpoint = Annotated[str | None, typer.Option(help="Folder in the release's format, or a hub id.")]
 Options = Annotated[
@@ -63,9 +63,9 @@ def key_values(option: str, given: Sequence[str] | None) -> dict[str, Any]:
     return parsed
 
 
-def source(preset: str | None, checkpoint: str | None) -> tuple[str | None, str | None]:
-    """Preset and checkpoint; the small preset when neither is given."""
-    return (preset, checkpoint) if preset or checkpoint else ("small", None)
+def source(found: Registry, backbone: str, preset: str | None, checkpoint: str | None) -> tuple[str | None, str | None]:
+    """Preset and checkpoint; the backbone's first preset when neither is given."""
+    return (preset, checkpoint) if preset or checkpoint else (found.backbone(backbone).spec.default_preset, None)
 
 
 def bundled_episode(found: Registry, backbone: str) -> Path:

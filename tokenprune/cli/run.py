@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:0.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64; auto: bfloat16 where it is native.")]
-Seed = Annotated[int, typer.Option(help="Seed of a preset's random weights.")]
+Seed = Annotated[int, typer.Option(help="Seed of an untrained preset's random weights.")]
 Queries = Annotated[int | None, typer.Option(help="Queries from the start of the episode; all when left out.")]
 Out = Annotated[Path, typer.Option(help="Folder for the result file.")]
 
@@ -182,7 +182,7 @@ def _open(
     from tokenprune.backbones import load_backbone
     from tokenprune.episode import load_episode
 
-    preset, checkpoint = source(preset, checkpoint)
+    preset, checkpoint = source(found, backbone, preset, checkpoint)
     recorded = load_episode(episode or bundled_episode(found, backbone))
     chosen = key_values("--option", options)
     settings = {

@@ -32,7 +32,7 @@ class WorkerSpec:
     Attributes:
         backbone: Registered name.
         checkpoint: Folder or hub id, or None.
-        preset: Size of untrained random weights, or None.
+        preset: What the backbone offers without a checkpoint, or None.
         options: The backbone's own.
         device: torch device.
         dtype: As in `tokenprune.load`.
@@ -76,20 +76,19 @@ class WorkerSpec:
             if labels.count(label) > 1:
                 raise ConfigError(f"two variants are called '{label}'; name each once")
 
-    def settings(self, suites: Mapping[str, Suite]) -> dict[str, Any]:
+    def settings(self, suites: Mapping[str, Suite], weights: Path | None) -> dict[str, Any]:
         """Everything that changes results, but the variants: what the header of a results file holds.
 
         Args:
             suites: What each environment offers, by name.
+            weights: Folder the weights are in; see `Description`.
         """
         device = torch.device(self.device)
         auto = str(native_dtype(device)).removeprefix("torch.")
         return {
             "backbone": self.backbone,
             "checkpoint": self.checkpoint,
-            "weights": fingerprint(Path(self.checkpoint))
-            if self.checkpoint and Path(self.checkpoint).is_dir()
-            else None,
+            "weights": None if weights is None else fingerprint(weights),
             "preset": self.preset,
             "options": dict(self.options),
             "device": device.type,

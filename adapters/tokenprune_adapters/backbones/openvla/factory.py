@@ -15,7 +15,7 @@ from tokenprune_adapters.backbones.openvla.config import PRESETS, OpenVLAConfig,
 from tokenprune_adapters.backbones.openvla.release import adopt_openvla, load_openvla, read_config, verify_openvla
 from tokenprune_adapters.prismatic import fill_untrained
 from tokenprune_adapters.prompt import PromptTokenizer
-from tokenprune_adapters.sources import one_source, preset_of
+from tokenprune_adapters.sources import existing, one_source, preset_of
 from tokenprune_adapters.statistics import Statistics
 
 
@@ -36,6 +36,7 @@ class OpenVLAFactory:
             info,
             lambda instruction: config.layout(tokenizer.encode(instruction, config.max_text, config.prompt)),
             config.transform.cropped,
+            existing(checkpoint),
         )
 
     @staticmethod

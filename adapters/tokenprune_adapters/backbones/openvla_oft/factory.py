@@ -25,7 +25,7 @@ from tokenprune_adapters.backbones.openvla_oft.config import (
 from tokenprune_adapters.backbones.openvla_oft.release import load_oft, read_config, verify_oft
 from tokenprune_adapters.prismatic import fill_untrained
 from tokenprune_adapters.prompt import PromptTokenizer
-from tokenprune_adapters.sources import one_source, preset_of
+from tokenprune_adapters.sources import existing, one_source, preset_of
 from tokenprune_adapters.statistics import Statistics
 
 _CHECKPOINTS = Path(tokenprune_adapters.__file__).parent / "checkpoints"
@@ -57,6 +57,7 @@ class OFTFactory:
             info,
             lambda instruction: config.layout(tokenizer.encode(instruction, config.max_text)),
             config.transform.cropped,
+            existing(None if weights is None else weights.folder),
         )
 
     @staticmethod

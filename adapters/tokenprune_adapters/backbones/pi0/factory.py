@@ -18,7 +18,7 @@ from tokenprune_adapters.backbones.pi0.model import PI0Model
 from tokenprune_adapters.backbones.pi0.release import adopt_pi0, load_pi0, read_pi0, verify_pi0
 from tokenprune_adapters.gemma_prompt import GemmaTokenizer
 from tokenprune_adapters.prismatic import fill_untrained
-from tokenprune_adapters.sources import one_source, preset_of
+from tokenprune_adapters.sources import existing, one_source, preset_of
 from tokenprune_adapters.statistics import Normaliser, Quantiles, Standard, Statistics
 
 
@@ -42,6 +42,7 @@ class PI0Factory:
             info,
             lambda instruction: config.layout(tokenizer.encode(instruction, config.max_text, config.spelled(None))),
             config.transform.cropped,
+            existing(checkpoint),
         )
 
     @classmethod

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -93,9 +94,7 @@ class LiberoEnvironment:
 
     def frames(self) -> Frames:
         """This moment's pictures, drawn when they are asked for."""
-        simulator = self.simulator
-        configuration = simulator.configuration
-        return lambda: {view: conventions.mirrored(drawn) for view, drawn in simulator.draw(configuration).items()}
+        return partial(pictures, self.simulator, self.simulator.configuration)
 
     def step(self, action: npt.NDArray[np.floating]) -> Step:
         """Execute one action of a policy."""
@@ -107,6 +106,11 @@ class LiberoEnvironment:
         if self._open is not None:
             self._open.close()
         self._open, self._task = None, None
+
+
+def pictures(simulator: Simulator, configuration: conventions.Vector) -> dict[str, npt.NDArray[np.uint8]]:
+    """What a policy sees of a configuration of the scene, uint8 `[S, S, 3]` by view."""
+    return {view: conventions.mirrored(drawn) for view, drawn in simulator.draw(configuration).items()}
 
 
 class LiberoFactory:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -137,11 +137,8 @@ class Simulator:
 
     def draw(self, configuration: Vector) -> dict[str, npt.NDArray[np.uint8]]:
         """Upright pictures `[S, S, 3]` of a configuration, by view."""
-        self._drawn.qpos[:] = configuration
-        mujoco.mj_forward(self.model, self._drawn)
         pictures = {}
-        for view, camera in VIEWS.items():
-            self.renderer.update_scene(self._drawn, camera, self._visible)
+        for view in self._looks(configuration):
             if self._fast:
                 self.renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
                 self.renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
@@ -150,16 +147,21 @@ class Simulator:
 
     def draw_geometry(self, configuration: Vector) -> dict[str, npt.NDArray[np.int32]]:
         """Index of the geometry that each pixel shows `[S, S]`, -1 for none, upright, by view."""
-        self._drawn.qpos[:] = configuration
-        mujoco.mj_forward(self.model, self._drawn)
         shown = {}
         self.renderer.enable_segmentation_rendering()
-        for view, camera in VIEWS.items():
-            self.renderer.update_scene(self._drawn, camera, self._visible)
+        for view in self._looks(configuration):
             index, kind = np.moveaxis(self.renderer.render(), -1, 0)
             shown[view] = np.where(kind == mujoco.mjtObj.mjOBJ_GEOM, index, -1)
         self.renderer.disable_segmentation_rendering()
         return shown
+
+    def _looks(self, configuration: Vector) -> Iterator[str]:
+        """The views, the renderer looking from each at a configuration."""
+        self._drawn.qpos[:] = configuration
+        mujoco.mj_forward(self.model, self._drawn)
+        for view, camera in VIEWS.items():
+            self.renderer.update_scene(self._drawn, camera, self._visible)
+            yield view
 
     def close(self) -> None:
         """Free the scene and the renderer."""
