@@ -17,6 +17,7 @@ import pytest
 
 from tests.rollout_engines import by_job, evaluation, expected
 from tokenprune.errors import ConfigError, RolloutError
+from tokenprune.rollout import local
 from tokenprune.rollout.jobs import Job
 from tokenprune.rollout.local import LocalEngine
 from tokenprune.rollout.records import ResultsFile, read_results
@@ -93,6 +94,17 @@ def test_an_error_of_a_worker_is_raised_here_and_its_like_nowhere_else():
     assert children() == []
 
 
+def test_a_simulator_that_hangs_is_replaced_and_counted(tmp_path, monkeypatch):
+    """The clock stands still, but for the jump it makes when an episode hangs."""
+    hanging = tmp_path / "0-1-hang"
+    monkeypatch.setattr(local, "monotonic", lambda: 60.0 if hanging.exists() else 0.0)
+    spec, jobs = evaluation(hang={"0-1": 1}, count=str(tmp_path))
+    plain, crashes = by_job(LocalEngine(workers=1, limit_s=59).run(spec, jobs), jobs)
+    assert plain == expected()
+    assert [(job.start.task, job.start.init_state, count) for job, count in crashes.items()] == [(0, 1, 1)]
+    assert children() == []
+
+
 def test_an_interrupted_evaluation_leaves_no_process():
     spec, jobs = evaluation()
     running = LocalEngine(1).run(spec, jobs)
@@ -107,6 +119,8 @@ def test_an_interrupted_evaluation_leaves_no_process():
 def test_nothing_to_do_starts_nothing():
     spec, _ = evaluation()
     assert list(LocalEngine(4).run(spec, [])) == []
+    with pytest.raises(RolloutError, match="needs some time, not 0 s"):
+        LocalEngine(limit_s=0)
     for workers, threads in ((0, 1), (1, 0)):
         with pytest.raises(RolloutError, match="at least 1 worker with 1 thread"):
             LocalEngine(workers, threads)
@@ -120,7 +134,7 @@ from tokenprune.rollout.local import LocalEngine
 from tokenprune.rollout.records import ResultsFile
 
 if __name__ == "__main__":
-    spec, jobs = evaluation(log=sys.argv[2], hang="0-1")
+    spec, jobs = evaluation(log=sys.argv[2], hang={"0-1": 1}, count=str(Path(sys.argv[2]).parent))
     with ResultsFile(Path(sys.argv[1]), {"seed": 0}, {}) as results:
         for variant in spec.variants:
             results.declare(variant.label, {"pipeline": variant.pipeline})

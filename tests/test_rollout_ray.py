@@ -55,6 +55,17 @@ def test_actors_and_crashes_come_to_the_records_of_one_process(cluster, tmp_path
 
 
 @needs_ray
+def test_a_simulator_that_hangs_is_replaced_and_counted(cluster, tmp_path, monkeypatch):
+    """The clock stands still, but for the jump it makes when an episode hangs."""
+    hanging = tmp_path / "0-1-hang"
+    monkeypatch.setattr(ray_engine, "monotonic", lambda: 60.0 if hanging.exists() else 0.0)
+    spec, jobs = evaluation(hang={"0-1": 1}, count=str(tmp_path))
+    plain, crashes = by_job(RayEngine(workers=1, limit_s=59).run(spec, jobs), jobs)
+    assert plain == expected()
+    assert [(job.start.task, job.start.init_state, count) for job, count in crashes.items()] == [(0, 1, 1)]
+
+
+@needs_ray
 def test_a_cluster_of_one_machine_listens_to_nobody_else(cluster):
     found = listening(cluster)
     assert found

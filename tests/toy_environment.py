@@ -52,9 +52,9 @@ def needed(task: int, init_state: int, seed: int) -> int:
 
 
 class Factory:
-    """Its options: `crash` and `raise` give how often an episode `task-init_state` ends the process or fails, `count`
-    a folder where the attempts are counted; `hang` an episode that never ends; `log` a file to which each reset and
-    close is written.
+    """Its options: `crash`, `raise` and `hang` give how often an episode `task-init_state` ends the process, fails or
+    never ends, `count` a folder where the attempts are counted; `log` a file to which each reset and close is
+    written.
     """
 
     @staticmethod
@@ -95,9 +95,7 @@ class Toy:
         self.fails = self._fails(f"{task}-{init_state}")
 
     def _fails(self, episode: str) -> str:
-        if episode == self.options.get("hang"):
-            return "hang"
-        for how in ("crash", "raise"):
+        for how in ("crash", "raise", "hang"):
             times = self.options.get(how, {}).get(episode, 0)
             attempts = Path(self.options["count"], f"{episode}-{how}") if times else None
             if attempts is not None:

@@ -1,16 +1,18 @@
 """List held-out starts that the expert solves, for `tokenprune eval --starts`.
 
-    python examples/mini_policy/starts.py --out examples/mini_policy/starts-widened.json --each 50
-    python examples/mini_policy/starts.py --out examples/mini_policy/starts-stock.json --stock
+    python examples/mini_policy/starts.py --out examples/mini_policy/starts-widened.json --each 50 --workers 2
+    python examples/mini_policy/starts.py --out examples/mini_policy/starts-stock.json --each 50 --workers 2 --stock
 
 A start that no expert solves says nothing about a policy. Widened: the first 50 solved ones of each task, from initial
-states 25 to 49 with as many seeds as it takes. Stock: all of these states that are solved. What the expert failed at is
-counted and printed. Tasks that the file has are not tried again.
+states 25 to 49 with as many seeds as it takes. Stock: those of the 25 states that are solved. How many had to be tried
+is printed. With a larger number, a file that is there is added to.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+from dataclasses import dataclass
 from pathlib import Path
 
 from expert import JOBS, Expert
@@ -18,6 +20,36 @@ from tasks import ENVIRONMENT_OPTIONS, SPREAD, TASKS, TEST_STATES
 
 from tokenprune.rollout.starts import Start, read_starts, write_starts
 from tokenprune_adapters.environments.libero.environment import LiberoEnvironment, LiberoFactory
+
+SEEDS = 20
+
+
+@dataclass(frozen=True)
+class Search:
+    """What to look for: starts of one task, after those that are known."""
+
+    suite: str
+    task: int
+    stock: bool
+    known: tuple[Start, ...]
+    each: int
+
+    def run(self) -> tuple[tuple[Start, ...], int]:
+        """All starts found so far, and how many were tried for the new ones."""
+        options = ENVIRONMENT_OPTIONS | ({} if self.stock else {"spread": SPREAD})
+        environment = LiberoFactory.build(self.suite, options)
+        seeds = range(1 if self.stock else SEEDS)
+        every = [Start(self.suite, self.task, state, seed) for seed in seeds for state in TEST_STATES]
+        found, first = list(self.known), every.index(self.known[-1]) + 1 if self.known else 0
+        tried = 0
+        for start in every[first:]:
+            if len(found) >= self.each:
+                break
+            tried += 1
+            if solved(environment, start):
+                found.append(start)
+        environment.close()
+        return tuple(found), tried
 
 
 def solved(environment: LiberoEnvironment, start: Start) -> bool:
@@ -33,27 +65,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--each", type=int, default=50, help="starts of each task")
     parser.add_argument("--stock", action="store_true", help="initial positions as LIBERO has them, one seed")
+    parser.add_argument("--workers", type=int, default=1)
     arguments = parser.parse_args()
-    found = list(read_starts(arguments.out)) if arguments.out.exists() else []
-    for suite, tasks in TASKS.items():
-        options = ENVIRONMENT_OPTIONS | ({} if arguments.stock else {"spread": SPREAD})
-        environment = LiberoFactory.build(suite, options)
-        for task in tasks:
-            if any((start.environment, start.task) == (suite, task) for start in found):
-                continue
-            mine: list[Start] = []
-            tried = 0
-            seeds = range(1 if arguments.stock else 20)
-            for start in (Start(suite, task, state, seed) for seed in seeds for state in TEST_STATES):
-                if len(mine) == arguments.each:
-                    break
-                tried += 1
-                if solved(environment, start):
-                    mine.append(start)
-            found += mine
-            write_starts(arguments.out, found)
-            print(f"{suite} {task}: {len(mine)} of {tried} solved", flush=True)
-        environment.close()
+    tasks = [(suite, task) for suite, numbers in TASKS.items() for task in numbers]
+    found: dict[tuple[str, int], list[Start]] = {key: [] for key in tasks}
+    for start in read_starts(arguments.out) if arguments.out.exists() else ():
+        found[start.environment, start.task].append(start)
+    searches = [Search(*key, arguments.stock, tuple(found[key]), arguments.each) for key in tasks]
+    with multiprocessing.get_context("spawn").Pool(arguments.workers, maxtasksperchild=1) as pool:
+        for (suite, task), (starts, tried) in zip(tasks, pool.imap(Search.run, searches), strict=True):
+            print(f"{suite} {task}: {len(starts) - len(found[suite, task])} of {tried} solved", flush=True)
+            found[suite, task] = list(starts)
+            write_starts(arguments.out, [start for key in tasks for start in found[key]])
 
 
 if __name__ == "__main__":

@@ -33,6 +33,8 @@ from tokenprune.errors import ConfigError
 if TYPE_CHECKING:
     from tokenprune.registry import Registry
     from tokenprune.rollout.environment import Suite
+    from tokenprune.rollout.local import LocalEngine
+    from tokenprune.rollout.ray_engine import RayEngine
     from tokenprune.rollout.records import EpisodeRecord, Results
     from tokenprune.rollout.starts import Start
     from tokenprune.rollout.summary import Summary
@@ -99,6 +101,9 @@ def evaluate(
     engine: Annotated[EngineName, typer.Option(help="Processes of this machine, or a Ray cluster.")] = EngineName.local,
     workers: Annotated[int, typer.Option(help="Episodes at the same time.")] = 1,
     threads: Annotated[int, typer.Option(help="torch threads, and with Ray CPUs, of each worker.")] = 1,
+    limit: Annotated[
+        float, typer.Option("--episode-limit", help="Seconds; a longer episode has hung, which counts as a crash.")
+    ] = 3600.0,
     gpus: Annotated[float, typer.Option("--gpus-per-worker", help="With Ray; 0.5 lets two workers share one.")] = 0.0,
     address: Annotated[
         str | None, typer.Option(help="HOST:PORT of a Ray cluster; one is started when left out.")
@@ -154,7 +159,7 @@ def evaluate(
         from tokenprune.viz.video import imageio
 
         imageio()
-    running = _engine(engine, workers, threads, gpus, address)
+    running = _engine(engine, workers, threads, limit, gpus, address)
     policy = describe_backbone(found, backbone, preset, checkpoint, spec.options)
     settings = {**spec.settings(suites, policy.weights), "untrained": policy.info.untrained}
     described = {variant.label: spec.describe(variant, suites) for variant in parsed}
@@ -245,16 +250,18 @@ def _tasks_of(planned: Iterable[Start], name: str) -> list[int]:
     return list(dict.fromkeys(start.task for start in planned if start.environment == name))
 
 
-def _engine(name: EngineName, workers: int, threads: int, gpus: float, address: str | None) -> Any:  # noqa: ANN401
+def _engine(
+    name: EngineName, workers: int, threads: int, limit: float, gpus: float, address: str | None
+) -> LocalEngine | RayEngine:
     if name == EngineName.ray:
         from tokenprune.rollout.ray_engine import RayEngine
 
-        return RayEngine(workers, address, threads, gpus)
+        return RayEngine(workers, address, threads, gpus, limit)
     if gpus or address is not None:
         raise ConfigError("--gpus-per-worker and --address belong to --engine ray")
     from tokenprune.rollout.local import LocalEngine
 
-    return LocalEngine(workers, threads)
+    return LocalEngine(workers, threads, limit)
 
 
 def _tell(

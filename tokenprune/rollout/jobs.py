@@ -14,6 +14,12 @@ from tokenprune.rollout.starts import Start
 CRASHES = 3
 """So many crashes of one episode end the evaluation."""
 
+LIMIT_S = 3600.0
+"""An episode that takes longer has hung, which counts as a crash; a worker's start is part of its first."""
+
+GLANCE_S = 1.0
+"""Seconds between looks at whether an episode has hung."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -36,6 +42,22 @@ class Crash:
     """A worker answers this when its simulator failed; it cannot be used any more."""
 
     why: str
+
+
+def checked_limit(limit_s: float) -> float:
+    """The limit, if it is one.
+
+    Raises:
+        RolloutError: If it is not positive.
+    """
+    if not limit_s > 0:
+        raise RolloutError(f"an episode needs some time, not {limit_s:g} s")
+    return limit_s
+
+
+def hung(limit_s: float) -> Crash:
+    """What becomes of an episode that takes too long."""
+    return Crash(f"it had not ended after {limit_s:g} s")
 
 
 Answer = EpisodeRecord | Crash | TokenPruneError

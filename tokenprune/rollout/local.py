@@ -11,10 +11,10 @@ from contextlib import suppress
 from dataclasses import replace
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
-from typing import cast
+from time import monotonic
 
 from tokenprune.errors import RolloutError
-from tokenprune.rollout.jobs import Answer, Crash, Job, JobQueue
+from tokenprune.rollout.jobs import GLANCE_S, LIMIT_S, Answer, Crash, Job, JobQueue, checked_limit, hung
 from tokenprune.rollout.records import EpisodeRecord
 from tokenprune.rollout.worker import Attempts, WorkerSpec
 
@@ -26,25 +26,26 @@ _PATIENCE_S = 10.0
 class LocalEngine:
     """Processes of this machine, each with a backbone and a simulator of its own."""
 
-    def __init__(self, workers: int = 1, threads: int = 1) -> None:
+    def __init__(self, workers: int = 1, threads: int = 1, limit_s: float = LIMIT_S) -> None:
         """Nothing is started before `run`.
 
         Args:
             workers: Processes.
             threads: torch threads of each.
+            limit_s: Seconds after which an episode has hung.
 
         Raises:
-            RolloutError: If one of them is less than one.
+            RolloutError: If there is less than one worker or thread, or no time.
         """
         if workers < 1 or threads < 1:
             raise RolloutError(f"at least 1 worker with 1 thread, not {workers} with {threads}")
-        self.workers, self.threads = workers, threads
+        self.workers, self.threads, self.limit_s = workers, threads, checked_limit(limit_s)
 
     def run(self, spec: WorkerSpec, jobs: Sequence[Job]) -> Iterator[EpisodeRecord]:
         """Run episodes; yields their records as they end.
 
-        A process that dies, or whose simulator fails, is replaced and its episode run again. However this ends, no
-        process is left behind.
+        A process that dies or hangs, or whose simulator fails, is replaced and its episode run again. However this
+        ends, no process is left behind.
 
         Raises:
             RolloutError: If one episode crashes three times, or a worker cannot go on.
@@ -57,11 +58,18 @@ class LocalEngine:
                 crew.append(_Process(spec))
                 crew[-1].begin(queue.take(None))
             while busy := {process.connection: process for process in crew if process.job is not None}:
-                for connection in wait(list(busy)):
-                    process = busy[cast(Connection, connection)]
-                    job, answer = process.job, process.answer()
+                answered = wait(list(busy), GLANCE_S)
+                for connection, process in busy.items():
+                    if connection in answered:
+                        answer = process.answer()
+                    elif monotonic() - process.since > self.limit_s:
+                        answer = hung(self.limit_s)
+                    else:
+                        continue
+                    job = process.job
                     assert job is not None
                     if isinstance(answer, Crash):
+                        process.dismiss()
                         process.end()
                         crew.remove(process)
                     record = queue.settle(job, answer)
@@ -84,6 +92,7 @@ class _Process:
     def __init__(self, spec: WorkerSpec) -> None:
         """Start it."""
         self.job: Job | None = None
+        self.since = monotonic()
         self.connection, theirs = _SPAWN.Pipe()
         self._process = _SPAWN.Process(target=_serve, args=(theirs, spec), daemon=True)
         # Ctrl-C in a terminal goes to every process of the group, and is the parent's alone to answer: a child inherits
@@ -98,7 +107,7 @@ class _Process:
 
     def begin(self, job: Job | None) -> None:
         """Give it something to do; without a job it frees its simulator and ends."""
-        self.job = job
+        self.job, self.since = job, monotonic()
         if job is None:
             self.dismiss()
             return

@@ -10,10 +10,11 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from time import monotonic
+from typing import Any, NamedTuple
 
 from tokenprune.errors import RolloutError
-from tokenprune.rollout.jobs import Answer, Crash, Job, JobQueue
+from tokenprune.rollout.jobs import GLANCE_S, LIMIT_S, Answer, Crash, Job, JobQueue, checked_limit, hung
 from tokenprune.rollout.records import EpisodeRecord
 from tokenprune.rollout.worker import Attempts, WorkerSpec
 
@@ -32,6 +33,14 @@ _LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 _PROBE = "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False, configure_logging=False)"
 
 
+class _Running(NamedTuple):
+    """An actor, what it runs, and since when."""
+
+    actor: Any
+    job: Job
+    since: float
+
+
 class RayEngine:
     """Actors of a Ray cluster, each with a backbone and a simulator of its own.
 
@@ -39,7 +48,12 @@ class RayEngine:
     """
 
     def __init__(
-        self, workers: int = 1, address: str | None = None, cpus_per_worker: float = 1.0, gpus_per_worker: float = 0.0
+        self,
+        workers: int = 1,
+        address: str | None = None,
+        cpus_per_worker: float = 1.0,
+        gpus_per_worker: float = 0.0,
+        limit_s: float = LIMIT_S,
     ) -> None:
         """Nothing is started or connected to before `run`.
 
@@ -49,23 +63,24 @@ class RayEngine:
                 address is started and ended when left out.
             cpus_per_worker: CPUs each reserves, and torch threads.
             gpus_per_worker: GPUs each reserves; 0.5 lets two share one.
+            limit_s: Seconds after which an episode has hung.
 
         Raises:
-            RolloutError: If there is less than one worker, or a reservation is not positive.
+            RolloutError: If there is less than one worker, no time, or a reservation is not positive.
         """
         if workers < 1 or cpus_per_worker <= 0 or gpus_per_worker < 0:
             raise RolloutError(
                 f"at least 1 worker with some CPU and 0 or more GPUs, "
                 f"not {workers} with {cpus_per_worker:g} and {gpus_per_worker:g}"
             )
-        self.workers, self.address = workers, address
+        self.workers, self.address, self.limit_s = workers, address, checked_limit(limit_s)
         self.reserved = {"CPU": cpus_per_worker, "GPU": gpus_per_worker}
 
     def run(self, spec: WorkerSpec, jobs: Sequence[Job]) -> Iterator[EpisodeRecord]:
         """Run episodes; yields their records as they end.
 
-        An actor that dies, or whose simulator fails, is replaced and its episode run again. However this ends, no actor
-        is left behind.
+        An actor that dies or hangs, or whose simulator fails, is replaced and its episode run again. However this ends,
+        no actor is left behind.
 
         Raises:
             RolloutError: If Ray is missing or does not answer, no machine has what a worker reserves, one episode
@@ -75,7 +90,7 @@ class RayEngine:
         ray = self._import()
         spec, queue = replace(spec, threads=max(1, int(self.reserved["CPU"]))), JobQueue(jobs)
         started = not ray.is_initialized()
-        running: dict[Any, tuple[Any, Job]] = {}
+        running: dict[Any, _Running] = {}
         try:
             if started:
                 self._connect(ray)
@@ -84,11 +99,15 @@ class RayEngine:
             for _ in range(min(self.workers, len(jobs))):
                 actor, first = make.remote(spec), queue.take(None)
                 assert first is not None
-                running[actor.run.remote(first)] = actor, first
+                running[actor.run.remote(first)] = _Running(actor, first, monotonic())
             while running:
-                reference = ray.wait(list(running))[0][0]
-                actor, job = running.pop(reference)
-                answer = _answer(ray, reference)
+                answered = ray.wait(list(running), timeout=GLANCE_S)[0]
+                late = [of for of, episode in running.items() if monotonic() - episode.since > self.limit_s]
+                if not (answered or late):
+                    continue
+                reference = (answered or late)[0]
+                actor, job, _ = running.pop(reference)
+                answer = _answer(ray, reference) if answered else hung(self.limit_s)
                 following = None
                 try:
                     record = queue.settle(job, answer)
@@ -98,12 +117,12 @@ class RayEngine:
                         ray.kill(actor)
                 if following is not None:
                     actor = make.remote(spec) if isinstance(answer, Crash) else actor
-                    running[actor.run.remote(following)] = actor, following
+                    running[actor.run.remote(following)] = _Running(actor, following, monotonic())
                 if record is not None:
                     yield record
         finally:
-            for actor, _ in running.values():
-                ray.kill(actor)
+            for episode in running.values():
+                ray.kill(episode.actor)
             if started:
                 ray.shutdown()
 
