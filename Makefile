@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml Makefile
 
 demo: setup
 	$(BIN)/tokenprune compare dense random uniform_grid fastv specprune.static specprune.dynamic \
-		specprune.controller specprune --backbone openvla-oft --preset small
+		specprune.controller specprune --backbone openvla-oft --preset mini
 
 test: lint docs rendering
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -279,3 +281,28 @@ def naive_rope(x: torch.Tensor) -> torch.Tensor:
         out[:, i] = x[:, i] * cos - x[:, i + dim // 2] * sin
         out[:, i + dim // 2] = x[:, i + dim // 2] * cos + x[:, i] * sin
     return out
+
+
+@contextmanager
+def entering(layer: Any) -> Iterator[list[torch.Tensor]]:
+    """Inputs `[n, D]` of a decoder layer in the queries run meanwhile, first batch row."""
+    seen: list[torch.Tensor] = []
+    handle = layer.input_layernorm.register_forward_hook(lambda _module, given, _out: seen.append(given[0][0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def attention_map(backbone: OpenVLAOFT, layer: int, inputs: torch.Tensor) -> torch.Tensor:
+    """The whole attention map `[heads, n, n]` of a layer that no token left before, from its input `[n, D]`."""
+    weights, shape = backbone.model.state_dict(), backbone.config.body.decoder
+    name = f"language_model.model.layers.{layer}"
+    normed, dim = naive_rms(inputs, weights[f"{name}.input_layernorm.weight"], 1e-6), shape.head_dim
+    q, k = (normed @ weights[f"{name}.self_attn.{part}_proj.weight"].T for part in "qk")
+    maps = []
+    for head in range(shape.heads):
+        group = head // (shape.heads // shape.kv_heads)
+        logits = naive_rope(q[:, head * dim : (head + 1) * dim]) @ naive_rope(k[:, group * dim : (group + 1) * dim]).T
+        maps.append(torch.softmax(logits / dim**0.5, dim=-1))
+    return torch.stack(maps)

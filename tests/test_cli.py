@@ -72,11 +72,12 @@ def test_explain_counts_without_weights() -> None:
     assert mode["gflops"]["dense"] == pytest.approx(8629, rel=0.001)
 
 
-def test_explain_prints_a_table() -> None:
-    done = call("explain", "uniform_grid@keep=0.25")
+@pytest.mark.parametrize("preset", ["mini", "small"])
+def test_explain_prints_a_table(preset: str) -> None:
+    done = call("explain", "uniform_grid@keep=0.25", "--preset", preset)
     assert done.returncode == 0
     assert "times fewer" in done.stdout
-    assert "untrained" in done.stdout
+    assert ("untrained" in done.stdout) == (preset == "small")
 
 
 @pytest.mark.parametrize(
@@ -86,7 +87,7 @@ def test_explain_prints_a_table() -> None:
         (("explain", "fastv", "--preset", "8b"), "did you mean '7b'"),
         (("explain", "fastv", "--backbone", "openvla-of"), "did you mean 'openvla-oft'"),
         (("explain", "fastv@kep=0.5"), "keep"),
-        (("explain", "fastv", "--set", "stages.0.after=40"), "0 to 6"),
+        (("explain", "fastv", "--set", "stages.0.after=40"), "0 to 4"),
         (("explain", "fastv", "--option", "proprio"), "key=value"),
         (("explain", "missing.yaml"), "missing.yaml"),
         (("show", "fastvv"), "did you mean 'fastv'"),
@@ -169,10 +170,17 @@ def test_a_plugin_file_and_a_pipeline_of_ones_own_are_compared(tmp_path: Path) -
 
 
 def test_run_prints_each_query(tmp_path: Path) -> None:
-    done = call("run", "fastv", "--queries", "1", cwd=tmp_path)
+    done = call("run", "fastv", "--preset", "tiny", "--queries", "1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "kept after 1:" in done.stdout
     assert "untrained" in done.stdout
+
+
+def test_the_first_preset_is_the_default_and_trained(tmp_path: Path) -> None:
+    done = call("run", "fastv", "--queries", "1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "openvla-oft mini" in done.stdout
+    assert "untrained" not in done.stdout
 
 
 def test_doctor_shows_a_broken_plugin(tmp_path: Path) -> None:

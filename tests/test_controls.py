@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.naive_oft import naive_rms, naive_rope
+from tests.naive_oft import attention_map, entering
 from tests.planting import REGISTRY, pipeline
 from tests.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
 from tokenprune.backbone import DecoderShape
@@ -91,25 +91,11 @@ def test_fastv_keeps_the_most_attended_patches(rows: str) -> None:
     backbone = tiny_policy_parts(tiny_config())
     policy = Policy(backbone, pipeline(FastVConfig(use="fastv", after=(1,), keep=10, rows=rows)), REGISTRY)
     policy.reset(INSTRUCTION)
-    obs = observation(backbone.config)
-    inputs: list[torch.Tensor] = []
-    layer = backbone.decoder.layers[1]
-    handle = layer.input_layernorm.register_forward_hook(lambda _m, args, _o: inputs.append(args[0][0]))
-    kept = policy.act(obs).trace.kept[1][0].tolist()
-    handle.remove()
-
-    weights, shape = backbone.model.state_dict(), backbone.config.body.decoder
-    name = "language_model.model.layers.1"
-    normed = naive_rms(inputs[0], weights[f"{name}.input_layernorm.weight"], 1e-6)
-    q, k = (normed @ weights[f"{name}.self_attn.{part}_proj.weight"].T for part in "qk")
-    layout, dim = backbone.layout(INSTRUCTION), shape.head_dim
-    total = torch.zeros(len(normed), dtype=torch.float64)
-    for head in range(shape.heads):
-        group = head // (shape.heads // shape.kv_heads)
-        logits = naive_rope(q[:, head * dim : (head + 1) * dim]) @ naive_rope(k[:, group * dim : (group + 1) * dim]).T
-        attention = torch.softmax(logits / dim**0.5, dim=-1)
-        for row in layout.span("text" if rows == "auto" else rows):
-            total += attention[row]
+    with entering(backbone.decoder.layers[1]) as inputs:
+        kept = policy.act(observation(backbone.config)).trace.kept[1][0].tolist()
+    layout = backbone.layout(INSTRUCTION)
+    chosen = list(layout.span("text" if rows == "auto" else rows))
+    total = attention_map(backbone, 1, inputs[0]).sum(0)[chosen].sum(0)
     expected = sorted(sorted(layout.prunable, key=lambda i: (-float(total[i]), i))[:10])
     assert kept == expected
 

@@ -37,6 +37,13 @@ _STAGES = (
         paper="DivPrune, arXiv 2503.02175 (CVPR 2025)",
     ),
     StageSpec(
+        "efficientvla_tokens",
+        "scorer",
+        "keeps patches the text attends to, and some unlike them",
+        f"{__name__}.efficientvla:EfficientVLATokens",
+        paper="EfficientVLA, arXiv 2506.10100 (NeurIPS 2025), token half",
+    ),
+    StageSpec(
         "specprune.static",
         "scorer",
         "keeps what changed, was attended to before, or is attended to by the first layers",

@@ -1,0 +1,46 @@
+"""Put what `tokenprune report` says of result files into a page, between the markers that name them.
+
+    python tools/evidence_page.py docs/evidence.md
+
+A marker is a line `<!-- report FILE [VARIANT …] -->`; what follows up to `<!-- end -->` is replaced. A test holds the
+page to the files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import shlex
+import sys
+from pathlib import Path
+
+from tokenprune.cli.eval import report
+
+ROOT = Path(__file__).resolve().parents[1]
+_BLOCK = re.compile(r"(<!-- report (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def told(words: str) -> str:
+    """What `tokenprune report` prints for a file and variants, without the last line, which names the file."""
+    path, *variants = shlex.split(words)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        report(ROOT / path, variants or None)
+    lines = [line.rstrip() for line in printed.getvalue().splitlines()]
+    return "\n".join(lines[: lines.index(f"results: {ROOT / path}")]).strip("\n")
+
+
+def filled(page: str) -> str:
+    """The page with every marked block as its file has it now."""
+    return _BLOCK.sub(lambda block: f"{block[1]}```text\n{told(block[2])}\n```\n{block[3]}", page)
+
+
+def main() -> None:
+    """Rewrite the page."""
+    path = Path(sys.argv[1])
+    path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
