@@ -22,7 +22,10 @@ from tokenprune_plugins.specprune import signals
 WAITING = ("nonzero", "masked_select", "_unique2", "equal")
 # On a CPU these do not pass the dispatcher.
 READING = ("item", "tolist", "cpu", "numpy", "__int__", "__float__", "__bool__", "__index__")
-GRAPH_SAFE = ("none", "random", "uniform_grid", "fastv", "specprune", "specprune.static", "specprune.dynamic")
+GRAPH_SAFE = (
+    "none", "random", "uniform_grid", "fastv", "divprune", "efficientvla_tokens", "specprune", "specprune.static",
+    "specprune.dynamic",
+)  # fmt: skip
 
 
 class NoWaiting(TorchDispatchMode):

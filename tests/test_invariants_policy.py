@@ -80,11 +80,15 @@ def test_I10_notices_renumbering() -> None:
     i10.notices(decoder, "rotary", lambda tokens, positions, *rest: real(tokens, "compact", *rest))
 
 
-@prop(policies(), st.sampled_from(["none", "random", "uniform_grid", "fastv"]), examples=15)
+@prop(
+    policies(),
+    st.sampled_from(["none", "random", "uniform_grid", "fastv", "divprune", "efficientvla_tokens"]),
+    examples=20,
+)
 def i11(case: tuple[OpenVLAOFT, PipelineConfig, list[dict[str, Any]], str], name: str) -> None:
     backbone, _, observations, instruction = case
     config = REGISTRY.stage_class(name).Config
-    after = (1,) if name == "fastv" else ("embedding", 0, 1)
+    after = (1,) if name in ("fastv", "efficientvla_tokens") else ("embedding", 0, 1)
     everything = pipeline(config(use=name, after=after, keep=1.0))
     dense = act(backbone, DENSE, observations, instruction)
     for own, plain in zip(act(backbone, everything, observations, instruction), dense, strict=True):
