@@ -4,9 +4,9 @@
     python train.py --demos data/demos --features data/features --out data/policy --hours 1 --decay
 
 With `--pool 2` four patches become one token in most batches, at the position of the first of them: three times as
-fast, and the other batches make a policy that can act at any moment. No token is ever left out. Now and then one camera
-is black, so that neither is relied on alone. Beside the actions the policy names where the item and the target are;
-that head is thrown away.
+fast, and the other batches make a policy that can act at any moment. No token is ever left out. Now and then the wrist
+camera is black, so that it is not relied on alone. Beside the actions the policy names where the item and the target
+are; that head is thrown away.
 
 Stopped at any moment and started again, training goes on. Each validation is a line of `curve.jsonl`.
 """
@@ -31,7 +31,7 @@ from torch.nn import functional
 
 BATCH, ACCUMULATED = 16, 2
 LR, WARMUP = 1.0e-3, 100
-NO_WRIST, NO_PRIMARY = 0.25, 0.1
+NO_WRIST = 0.25
 PLACES_WEIGHT = 0.3
 AVERAGED = 0.998
 VALIDATED = 96
@@ -49,10 +49,8 @@ def losses(learner: Learner, batch: Batch, pool: int) -> tuple[Tensor, Tensor]:
 
 
 def dropped(batch: Batch, black: Tensor, generator: np.random.Generator) -> Batch:
-    """Make one camera black in some samples."""
-    chance = torch.from_numpy(generator.random(len(batch.text)))
-    batch.features[chance < NO_WRIST, 1] = black
-    batch.features[chance > 1 - NO_PRIMARY, 0] = black
+    """Make the wrist camera black in some samples."""
+    batch.features[torch.from_numpy(generator.random(len(batch.text)) < NO_WRIST), 1] = black
     return batch
 
 
