@@ -15,7 +15,7 @@ from tokenprune_adapters.prompt import BUNDLED, PromptTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "mini_policy"))
 
-from export import DATASET, assemble
+from export import DATASET, assemble, read_back
 from learner import Learner
 from samples import Batch, statistics_of
 from tower import CELLS, Labelled, by_patch
@@ -69,6 +69,17 @@ def test_what_is_trained_is_what_acts(trained):
     actions, _ = learner(batch, pool=1)
     assert np.allclose(actions[0].numpy(), chunk.normalised, atol=1e-4)
     assert np.abs(chunk.actions[:, 3:6]).max() < 1e-6, "what no demonstration does, the policy cannot do"
+
+
+def test_an_exported_policy_is_read_back_to_go_on_from(trained):
+    labelled, learner, folder = trained
+    model, statistics = read_back(folder)
+    tower = model.vision_backbone.featurizer.state_dict()
+    assert all(torch.equal(tower[name], labelled.tower.state_dict()[name]) for name in tower)
+    del model.vision_backbone
+    assert model.state_dict().keys() == learner.model.state_dict().keys()
+    assert all(torch.equal(value, learner.model.state_dict()[name]) for name, value in model.state_dict().items())
+    assert statistics == json.loads((folder.parent / "statistics.json").read_text())
 
 
 @torch.no_grad()
