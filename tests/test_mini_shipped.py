@@ -47,7 +47,7 @@ def test_it_does_what_the_expert_does_because_it_sees_it(policy, episode):
     constant = np.abs(episode.actions - episode.actions.mean(0))[:, MOVING].mean()
     seeing, blind = error(policy, episode), error(policy, episode, black=episode.views)
     assert seeing < 0.5 * constant
-    assert seeing < 0.5 * blind
+    assert seeing < 0.7 * blind
 
 
 def test_what_is_cut_costs_more_the_more_it_is(policy, episode):
