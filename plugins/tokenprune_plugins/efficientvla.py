@@ -25,7 +25,7 @@ from tokenprune.stage import Stage
 class EfficientVLATokensConfig(CutConfig):
     """Where patches leave, and how the budget is divided."""
 
-    after: Cuts = (2,)
+    after: Cuts = ("6%",)
     keep: Keep = 0.25
     key: int = Field(default=8, ge=1, description="Patches kept for their relevance in any case; 4 to 8 in the paper.")
     alpha: float = Field(default=0.5, ge=0, le=1, description="Share of the rest that is chosen by relevance.")
