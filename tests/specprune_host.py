@@ -93,7 +93,7 @@ class Host:
     def rows(self, stage: int) -> dict[int, str]:
         """Rows that a stage looks at in a coarse query, by layer."""
         looked = self.pipeline.stages[stage].probes(self.pipeline.info, self.layout, "coarse")
-        return {layer: rows if isinstance(rows, str) else f"{rows.start}-{rows.stop - 1}" for layer, rows in looked}
+        return {layer: rows if isinstance(rows, str) else f"{rows.start}-{rows.stop - 1}" for layer, rows, _ in looked}
 
     def counts(self, *unions: int, mode: str = "coarse") -> list[int]:
         """Planned visual tokens after each cut, for unions of these sizes."""

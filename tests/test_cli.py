@@ -67,7 +67,7 @@ def test_explain_counts_without_weights() -> None:
     rows = facts["segments"][4]["length"]
     # 32 heads of 128: rows of 602 scores each.
     gflops = pytest.approx(2 * rows * 602 * 4096 / 1e9)
-    assert mode["probes"] == [{"layer": 1, "rows": "text", "count": rows, "gflops": gflops}]
+    assert mode["probes"] == [{"layer": 1, "rows": "text", "count": rows, "ahead": False, "gflops": gflops}]
     # Upstream's dimensions give 7.97 TFLOP for the decoder at 601 tokens.
     assert mode["gflops"]["dense"] == pytest.approx(8629, rel=0.001)
 

@@ -16,6 +16,7 @@ from tests.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_pa
 from tokenprune.backbone import DecoderShape
 from tokenprune.layout import Role, Segment, TokenLayout
 from tokenprune.policy import Policy
+from tokenprune.stage import Probe
 from tokenprune_plugins.controls import HalfConfig, NothingConfig, dither, grid_scores, hashed
 from tokenprune_plugins.fastv import FastV, FastVConfig
 
@@ -105,7 +106,7 @@ def test_fastv_says_whose_attention_it_reads() -> None:
     layout = tiny_policy_parts(tiny_config()).layout(INSTRUCTION)
     stage = FastV(FastVConfig(use="fastv"))
     assert "'text' rows" in stage.notes(info)
-    assert stage.probes(info, layout, "default") == ((1, "text"),)
+    assert stage.probes(info, layout, "default") == (Probe(1, "text"),)
     causal = DecoderShape(depth=3, hidden=32, heads=4, kv_heads=2, head_dim=8, mlp=48, causal=True)
     from dataclasses import replace
 

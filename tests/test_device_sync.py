@@ -23,8 +23,8 @@ WAITING = ("nonzero", "masked_select", "_unique2", "equal")
 # On a CPU these do not pass the dispatcher.
 READING = ("item", "tolist", "cpu", "numpy", "__int__", "__float__", "__bool__", "__index__")
 GRAPH_SAFE = (
-    "none", "random", "uniform_grid", "fastv", "divprune", "efficientvla_tokens", "specprune", "specprune.static",
-    "specprune.dynamic",
+    "none", "random", "uniform_grid", "fastv", "divprune", "efficientvla_tokens", "sparsevlm", "pyramiddrop", "dart",
+    "vla_adp", "vla_pruner", "specprune", "specprune.static", "specprune.dynamic",
 )  # fmt: skip
 
 
@@ -68,10 +68,12 @@ def queries(name: str) -> None:
     policy = Policy(backbone, load_pipeline(name, REGISTRY).config, REGISTRY)
     for slot in range(2):
         policy.reset(INSTRUCTION, slot)
-    policy.act_batch({slot: observation(config, slot) for slot in range(2)})
-    for step in range(3):
-        for slot in range(2):
-            policy.executed(np.full(7, 0.4), observation=observation(config, 10 + step), slot=slot)
+    for query in range(3):
+        policy.act_batch({slot: observation(config, slot) for slot in range(2)})
+        for step in range(3):
+            for slot in range(2):
+                pose = np.full(7, float(query * step))
+                policy.executed(np.full(7, 0.4), pose, observation=observation(config, 10 + step), slot=slot)
     with watched(backbone):
         policy.act_batch({slot: observation(config, 20 + slot) for slot in range(2)})
 

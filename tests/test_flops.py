@@ -12,12 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.drawing import decoder_of, random, tiny_llama
 from tokenprune.backbone import ActionSpec, BackboneInfo, DecoderShape, FollowUp
 from tokenprune.config import CutConfig
-from tokenprune.decoder import Decoder
+from tokenprune.decoder import Decoder, project_rows
 from tokenprune.flops import layer_flops, probe_flops, query_flops
 from tokenprune.kv import FrozenKV, KVCache, LayerKV
 from tokenprune.layout import Role, Segment, TokenLayout
 from tokenprune.plan import make_plan
-from tokenprune.probe import attention_rows
+from tokenprune.probe import attention_rows, similarity
 from tokenprune.selection import CurrentIds, OriginalIds, TokenSelection
 from tokenprune.stage import Stage
 
@@ -55,6 +55,17 @@ def test_a_cached_step_counts_its_keys(shape: DecoderShape, tokens: int) -> None
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("rows", "keys"), [(1, 1), (1, 20), (5, 20)])
+def test_a_look_ahead_counts_its_projections(shape: DecoderShape, rows: int, keys: int) -> None:
+    layer = decoder(shape).layers[0]
+    with FlopCounterMode(display=False) as counter:
+        q, k = project_rows(layer, random(0, 1, keys, shape.hidden), CurrentIds(torch.arange(rows)[None]),
+                            shape.head_dim, None)  # fmt: skip
+        similarity(q, k)
+    assert probe_flops(shape, rows, keys, ahead=True) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("rows", "keys"), [(1, 1), (1, 20), (5, 20)])
 def test_a_probe_counts_what_it_does(shape: DecoderShape, rows: int, keys: int) -> None:
     q, k = random(0, 1, shape.heads, keys, shape.head_dim), random(1, 1, shape.kv_heads, keys, shape.head_dim)
     with FlopCounterMode(display=False) as counter:
@@ -71,7 +82,7 @@ def test_a_query_counts_its_plan() -> None:
     plan = make_plan([selector], ["x"], layout, "default", shape.depth)
     action = ActionSpec(horizon=1, groups={"all": (0,)})
     info = BackboneInfo("tiny", "test", True, shape, ("primary",), action, other_flops={"vision": 1000, "head": 7})
-    query = query_flops(info, plan, ((0, 2), (2, 3)))
+    query = query_flops(info, plan, ((0, 2, False), (2, 3, False)))
 
     last = OriginalIds(torch.tensor([[20]]))
     counted = []

@@ -80,16 +80,20 @@ def test_I10_notices_renumbering() -> None:
     i10.notices(decoder, "rotary", lambda tokens, positions, *rest: real(tokens, "compact", *rest))
 
 
+ANYWHERE = ("none", "random", "uniform_grid", "divprune", "pyramiddrop", "vla_adp")
+
+
 @prop(
     policies(),
-    st.sampled_from(["none", "random", "uniform_grid", "fastv", "divprune", "efficientvla_tokens"]),
+    st.sampled_from([*ANYWHERE, "fastv", "efficientvla_tokens", "sparsevlm", "dart", "vla_pruner"]),
     examples=20,
 )
 def i11(case: tuple[OpenVLAOFT, PipelineConfig, list[dict[str, Any]], str], name: str) -> None:
     backbone, _, observations, instruction = case
     config = REGISTRY.stage_class(name).Config
-    after = (1,) if name in ("fastv", "efficientvla_tokens") else ("embedding", 0, 1)
-    everything = pipeline(config(use=name, after=after, keep=1.0))
+    after = ("embedding", 0, 1) if name in ANYWHERE else (1,)
+    keep = {"full": 1.0, "pruned": 1.0}
+    everything = pipeline(config(use=name, after=after, keep=keep), modes=tuple(keep))
     dense = act(backbone, DENSE, observations, instruction)
     for own, plain in zip(act(backbone, everything, observations, instruction), dense, strict=True):
         assert np.array_equal(own.normalised, plain.normalised)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.drawing import VIEWS, batches, keep_sets, layouts, random, seeds
 from tokenprune.context import LayerContext, LayoutTables, PastFrames, SelectContext, at_layer
+from tokenprune.decoder import Decoder
 from tokenprune.history import ExecutedAction
 from tokenprune.layout import Role, Segment, TokenLayout
 from tokenprune.plan import make_plan
@@ -56,7 +57,9 @@ def context(
     device = torch.device("cpu")
     return SelectContext(
         plan=make_plan((), (), layout, "default", 2),
-        causal=False,
+        decoder=Decoder((), torch.nn.Identity(), head_dim=1, rope_theta=1.0, causal=False),
+        positions="preserve",
+        layer=-1,
         tokens=TokenSelection.identity(layout.n_tokens, len(held), device),
         prunable=OriginalIds(torch.tensor(held)),
         hidden=torch.zeros(len(held), layout.n_tokens, 1),
@@ -66,6 +69,8 @@ def context(
         slots=(),
         scope="",
         past=past,
+        notes={},
+        probed=lambda *_: None,
     )
 
 
@@ -362,7 +367,7 @@ def test_a_number_may_depend_on_the_mode() -> None:
 
 
 def layer(ctx: SelectContext, q: torch.Tensor, k: torch.Tensor) -> LayerContext:
-    return at_layer(ctx, 3, q, k, lambda rows, count: None, {})
+    return at_layer(ctx, q, k, {})
 
 
 @given(ctx=scenes(), seed=seeds, heads=st.integers(1, 3))

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from tokenprune.decoder import Decoder, Positions, project_rows, rotary
 from tokenprune.history import ExecutedAction, Slot, once, recall, remember
 from tokenprune.layout import TokenLayout
 from tokenprune.plan import Plan
-from tokenprune.probe import attention_rows
+from tokenprune.probe import attention_rows, probabilities, received, similarity
 from tokenprune.selection import OriginalIds, TokenSelection, rows_at
 
 
@@ -108,7 +109,9 @@ class SelectContext:
 
     Attributes:
         plan: Every cut of the query, and how many tokens it finds and keeps.
-        causal: Whether the decoder is causal.
+        decoder: The decoder whose layers are still to run.
+        positions: Whether kept tokens keep their original positions.
+        layer: Index of the layer that has just run, -1 before layer 0.
         tokens: What is held now.
         prunable: Original ids of the prunable tokens held now `[B, P]`; proposals are over these, in this order.
         hidden: Embeddings or hidden states of all tokens held now `[B, n, D]`.
@@ -117,10 +120,15 @@ class SelectContext:
         tables: The layout as tensors.
         scope: Prefix of what the stage remembers, so that stages do not meet.
         past: What the stage's `look_back` asked for.
+        notes: The stage's own, for later layers of this query; tensors of any shape.
+        probed: Called whenever attention is computed, with the rows' name, their number and whether it is the next
+            layer's.
     """
 
     plan: Plan
-    causal: bool
+    decoder: Decoder
+    positions: Positions
+    layer: int
     tokens: TokenSelection
     prunable: OriginalIds
     hidden: Tensor
@@ -130,6 +138,13 @@ class SelectContext:
     slots: Sequence[Slot]
     scope: str
     past: PastFrames | None
+    notes: dict[str, Tensor]
+    probed: Callable[[str, int, bool], None]
+
+    @property
+    def causal(self) -> bool:
+        """Whether the decoder is causal."""
+        return self.decoder.causal
 
     @property
     def layout(self) -> TokenLayout:
@@ -163,6 +178,35 @@ class SelectContext:
         if name not in self.tables.rows:
             self.layout.span(name)
         return OriginalIds(self.tables.rows[name].expand(self.prunable.shape[0], -1))
+
+    def attention_ahead(self, rows: str) -> Tensor:
+        """Attention that the next layer would pay from a named span to the prunable tokens `[B, H, R, P]`.
+
+        Exact, as `LayerContext.attention_rows` is, from the next layer's norm and projections of what is held now.
+        """
+        ids = self.row_ids(rows)
+        at = self.tokens.to_current(ids)
+        turn = rotary(self.tokens, self.positions, self.decoder.head_dim, self.decoder.rope_theta, self.hidden.dtype)
+        q, k = project_rows(self._next_layer(rows, ids), self.hidden, at, self.decoder.head_dim, turn)
+        return self._prunable_columns(probabilities(q, k, at if self.causal else None))
+
+    def similarity_ahead(self, rows: str) -> Tensor:
+        """Scaled products `[B, H, R, P]` of the next layer's queries of a named span and its keys of prunable tokens.
+
+        Without rotary embedding, mask and softmax, so tokens are compared by what they are, wherever they stand.
+        """
+        ids = self.row_ids(rows)
+        at = self.tokens.to_current(ids)
+        q, k = project_rows(self._next_layer(rows, ids), self.hidden, at, self.decoder.head_dim, None)
+        return self._prunable_columns(similarity(q, k))
+
+    def _next_layer(self, rows: str, ids: OriginalIds) -> nn.Module:
+        self.probed(rows, ids.shape[1], True)
+        return self.decoder.layers[self.layer + 1]
+
+    def _prunable_columns(self, weights: Tensor) -> Tensor:
+        columns = self.tokens.to_current(self.prunable)
+        return weights.gather(3, columns[:, None, None].expand(*weights.shape[:3], -1))
 
     def previous_images(self, view: str) -> tuple[Tensor, Tensor]:
         """Pixels `[B, 3, S, S]` of the last query since the reset, and which rows `[B]` had one (zeros where none)."""
@@ -200,17 +244,13 @@ class LayerContext(SelectContext):
     """What a scorer sees after a layer; `hidden` is the layer's output, after the last layer its input.
 
     Attributes:
-        layer: Index of the layer that has just run.
-        q: Its queries after rotary embedding `[B, H, n, d]`.
+        q: The layer's queries after rotary embedding `[B, H, n, d]`.
         k: Its keys after rotary embedding `[B, G, n, d]`.
-        probed: Called with the rows' name and their number whenever attention is computed.
         computed: Attention of named rows and ranges at this layer, so that stages share it.
     """
 
-    layer: int
     q: Tensor
     k: Tensor
-    probed: Callable[[str, int], None]
     computed: dict[str, Tensor]
 
     def attention_rows(self, rows: str | range | OriginalIds) -> Tensor:
@@ -233,13 +273,17 @@ class LayerContext(SelectContext):
             ids = OriginalIds(span.expand(self.prunable.shape[0], -1))
         else:
             ids = rows
-        self.probed(name, ids.shape[1])
+        self.probed(name, ids.shape[1], False)
         weights = attention_rows(self.q, self.k, self.tokens.to_current(ids), self.causal)
-        columns = self.tokens.to_current(self.prunable)
-        attention = weights.gather(3, columns[:, None, None].expand(*weights.shape[:3], -1))
+        attention = self._prunable_columns(weights)
         if isinstance(rows, str | range):
             self.computed[name] = attention
         return attention
+
+    def received_attention(self) -> Tensor:
+        """Attention that the prunable tokens get `[B, P]`, mean over heads and over every token held; not shared."""
+        self.probed("all", self.tokens.n_kept, False)
+        return received(self.q, self.k, self.causal).gather(1, self.tokens.to_current(self.prunable))
 
 
 def rows_name(rows: str | range | OriginalIds) -> str:
@@ -253,19 +297,14 @@ def _flags(values: Sequence[bool], device: torch.device) -> Tensor:
     return torch.stack([torch.full((), value, device=device) for value in values])
 
 
-def at_layer(
-    ctx: SelectContext,
-    layer: int,
-    q: Tensor,
-    k: Tensor,
-    probed: Callable[[str, int], None],
-    computed: dict[str, Tensor],
-) -> LayerContext:
-    """The same query seen after a layer."""
+def at_layer(ctx: SelectContext, q: Tensor, k: Tensor, computed: dict[str, Tensor]) -> LayerContext:
+    """The same query seen with what its last layer computed."""
     shared = {name: getattr(ctx, name) for name in SelectContext.__dataclass_fields__}
-    return LayerContext(**shared, layer=layer, q=q, k=k, probed=probed, computed=computed)
+    return LayerContext(**shared, q=q, k=k, computed=computed)
 
 
-def moved(ctx: SelectContext, tokens: TokenSelection, prunable: OriginalIds, hidden: Tensor) -> SelectContext:
+def moved(
+    ctx: SelectContext, layer: int, tokens: TokenSelection, prunable: OriginalIds, hidden: Tensor
+) -> SelectContext:
     """The same query after a cut or a layer."""
-    return replace(ctx, tokens=tokens, prunable=prunable, hidden=hidden)
+    return replace(ctx, layer=layer, tokens=tokens, prunable=prunable, hidden=hidden)

@@ -165,6 +165,29 @@ def project(
     return rotate(q, cos, sin), rotate(k, cos, sin), v, gate
 
 
+def project_rows(
+    layer: Any,  # noqa: ANN401
+    hidden: Tensor,
+    rows: CurrentIds,
+    head_dim: int,
+    turn: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """Queries `[B, H, R, d]` of some rows and keys `[B, G, n, d]` of all, as a layer would make them of `hidden`.
+
+    `turn` are the cosines and sines `[B, 1, n, d]` of all rows; where there are none, nothing is rotated.
+    """
+    attention, normed = layer.self_attn, layer.input_layernorm(hidden)
+    q, k = (
+        part.unflatten(2, (-1, head_dim)).transpose(1, 2)
+        for part in (attention.q_proj(rows_at(normed, rows)), attention.k_proj(normed))
+    )
+    if turn is None:
+        return q, k
+    own = tuple(part[:, 0].expand(len(hidden), -1, -1) for part in turn)
+    cos, sin = (rows_at(part, rows)[:, None] for part in own)
+    return rotate(q, cos, sin), rotate(k, *turn)
+
+
 def attend(q: Tensor, seen: LayerKV, causal: bool) -> Tensor:
     """Attention output `[B, H, n, d]` of queries over keys of as many or fewer heads."""
     return F.scaled_dot_product_attention(q, seen.k, seen.v, is_causal=causal, enable_gqa=q.shape[1] != seen.k.shape[1])

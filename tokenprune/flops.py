@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tokenprune.backbone import BackboneInfo, DecoderShape
@@ -54,18 +55,23 @@ def layer_flops(shape: DecoderShape, tokens: int, keys: int | None = None, read:
     return 2 * (tokens * entering + read * leaving) + 4 * read * keys * q_width
 
 
-def probe_flops(shape: DecoderShape, rows: int, keys: int) -> int:
-    """FLOPs of the attention probabilities of `rows` queries over `keys` keys."""
-    return 2 * rows * keys * shape.heads * shape.head_dim
+def probe_flops(shape: DecoderShape, rows: int, keys: int, ahead: bool = False) -> int:
+    """FLOPs of the attention probabilities of `rows` queries over `keys` keys.
+
+    A layer that is still to run has made neither: where it is looked `ahead` to, both are projected.
+    """
+    q_width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    projected = 2 * shape.hidden * (rows * q_width + keys * kv_width) if ahead else 0
+    return projected + 2 * rows * keys * q_width
 
 
-def query_flops(info: BackboneInfo, plan: Plan, probes: tuple[tuple[int, int], ...] = ()) -> QueryFlops:
+def query_flops(info: BackboneInfo, plan: Plan, probes: Sequence[tuple[int, int, bool]] = ()) -> QueryFlops:
     """FLOPs of a query that runs to plan.
 
     Args:
         info: The backbone.
         plan: Token counts per layer.
-        probes: `(layer, rows)` of each attention probe.
+        probes: Layer, rows, and whether it was looked ahead to, of each attention probe.
     """
     shape, held = info.decoder, plan.tokens
     layers = [*(layer_flops(shape, n) for n in held[:-1]), layer_flops(shape, held[-1], read=len(plan.layout.readout))]
@@ -77,8 +83,15 @@ def query_flops(info: BackboneInfo, plan: Plan, probes: tuple[tuple[int, int], .
         other=dict(info.other_flops),
         layers=tuple(info.repeats * n for n in layers),
         follow_up=follow_up,
-        probe=sum(probe_flops(shape, rows, plan.tokens[layer]) for layer, rows in probes),
+        probe=sum(probe_flops(shape, rows, keys_probed(plan, layer, ahead), ahead) for layer, rows, ahead in probes),
     )
+
+
+def keys_probed(plan: Plan, layer: int, ahead: bool) -> int:
+    """Tokens held where a layer is probed: those that enter it, or those that the cut before it finds."""
+    if not ahead:
+        return plan.tokens[layer]
+    return plan.tokens[layer - 1] if layer else plan.layout.n_tokens
 
 
 def layer_weights(shape: DecoderShape) -> int:

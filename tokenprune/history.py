@@ -91,6 +91,14 @@ def remember(slots: Sequence[Slot], name: str, places: Tensor, values: Tensor, s
         slot.maps[name] = TokenMap(blank.scatter(0, places[row], values[row]), seen.scatter(0, places[row], True))
 
 
+def shift(slots: Sequence[Slot], name: str, depth: int) -> None:
+    """Make room for a newest map `name.0`: each map `name.i` becomes `name.(i + 1)`, and `depth` of them stay."""
+    for slot in slots:
+        for age in reversed(range(depth - 1)):
+            if f"{name}.{age}" in slot.maps:
+                slot.maps[f"{name}.{age + 1}"] = slot.maps[f"{name}.{age}"]
+
+
 def recall(slots: Sequence[Slot], name: str, like: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Values `[B, P]` and seen `[B, P]` of a map; nothing is seen in a slot that has none since its reset."""
     blank = TokenMap(like.new_zeros(size), torch.zeros(size, dtype=torch.bool, device=like.device))

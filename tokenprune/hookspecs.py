@@ -82,8 +82,9 @@ class StageHooks:
     def select_tokens(self, ctx: SelectContext) -> Proposal | None:
         """Say which tokens should enter the decoder.
 
-        Called once per query before layer 0, on the device, for stages whose cut is at `embedding` (cost: per query).
-        None abstains; the other stages at the cut then decide, and if all abstain the query fails.
+        Called once per query before layer 0, on the device, for stages whose cut is at `embedding` and for those that
+        declared layer -1 (cost: per query). None abstains; the other stages at the cut then decide, and if all abstain
+        the query fails. Without a cut there the call is for looking, and returns None.
         """
 
     @hookspec

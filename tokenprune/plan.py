@@ -53,6 +53,7 @@ class Plan:
         depth: Decoder layers.
         cuts: Ascending by layer.
         calls: Per layer, indices of the stages whose `score_layer` is called after it.
+        looks: Indices of the stages whose `select_tokens` is called before layer 0.
         unions: Counts of the `keep: union` cuts resolved so far.
     """
 
@@ -61,6 +62,7 @@ class Plan:
     depth: int
     cuts: tuple[Cut, ...]
     calls: tuple[tuple[int, ...], ...]
+    looks: tuple[int, ...] = ()
     unions: tuple[int, ...] = ()
 
     @cached_property
@@ -147,7 +149,12 @@ def make_plan(
         tuple(i for i, stage in enumerate(stages) if hasattr(stage, "score_layer") and layer in stage.layers(depth))
         for layer in range(depth)
     )
-    return Plan(layout, mode, depth, tuple(cuts), calls, unions)
+    looks = tuple(
+        i
+        for i, stage in enumerate(stages)
+        if hasattr(stage, "select_tokens") and -1 in {*stage.cuts(depth), *stage.layers(depth)}
+    )
+    return Plan(layout, mode, depth, tuple(cuts), calls, looks, unions)
 
 
 def _view_groups(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tokenprune.context import LayoutTables
-from tokenprune.history import Slot, remember
+from tokenprune.history import Slot, remember, shift
 from tokenprune.layout import TokenLayout
 from tokenprune.selection import OriginalIds, TokenSelection
 
@@ -59,3 +59,8 @@ class QueryRecord:
         """Keep values `[B, M]` of prunable tokens `[B, M]`, which the stage's `ctx.recall` finds in later queries."""
         places = self.tables.place[prunable]
         remember(self.memories, self.scope + name, places, values, len(self.layout.prunable))
+
+    def push(self, name: str, prunable: OriginalIds, values: Tensor, depth: int) -> None:
+        """As `remember`, for the last `depth` queries: `ctx.recall` finds the newest as `name.0`, older ones behind."""
+        shift(self.memories, self.scope + name, depth)
+        self.remember(f"{name}.0", prunable, values)

@@ -62,6 +62,7 @@ class Query:
         self._context: SelectContext | None = None
         self._checks: list[tuple[str, Tensor]] = []
         self._protected: dict[int, Tensor] = {}
+        self._notes: dict[int, dict[str, Tensor]] = {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -109,7 +110,7 @@ class Query:
             TraceError: If any layer held another number of tokens than planned.
         """
         with self.phase("selection"):
-            hidden, tokens = self._begin(embeddings, decoder.causal)
+            hidden, tokens = self._begin(decoder, embeddings)
         with self.phase("decoder"):
             read = self._readout(len(embeddings))
             decoded = decoder.run(hidden, tokens, self, cache, positions=self.positions, read=read)
@@ -185,7 +186,7 @@ class Query:
         rows = self._tables.rows
         return OriginalIds(rows.get("readout", rows["last"]).expand(batch, -1))
 
-    def _begin(self, embeddings: Tensor, causal: bool) -> tuple[Tensor, TokenSelection]:
+    def _begin(self, decoder: Decoder, embeddings: Tensor) -> tuple[Tensor, TokenSelection]:
         layout = self._plan.layout
         batch = embeddings.shape[0]
         tokens = TokenSelection.identity(layout.n_tokens, batch, embeddings.device)
@@ -193,7 +194,9 @@ class Query:
         seeds = tuple(_mix(self._pipeline.config.seed, slot.number, slot.queries, slot.index) for slot in self._slots)
         self._context = SelectContext(
             plan=self._plan,
-            causal=causal,
+            decoder=decoder,
+            positions=self.positions,
+            layer=-1,
             tokens=tokens,
             prunable=prunable,
             hidden=embeddings,
@@ -203,12 +206,17 @@ class Query:
             slots=self._slots,
             scope="",
             past=None,
+            notes={},
+            probed=self._probed("", -1),
         )
+        proposals: list[tuple[int, Proposal]] = []
+        for index, hook in self._pipeline.hooks["select_tokens"]:
+            if index in self._plan.looks:
+                proposals += self._ask("select_tokens", "before layer 0", index, hook, self._context)
         cut = self._plan.cut_after.get(-1)
         if cut is None:
             return embeddings, tokens
-        hooks = [(i, hook) for i, hook in self._pipeline.hooks["select_tokens"] if i in cut.stages]
-        return self._apply(cut, self._ask("select_tokens", "before layer 0", hooks, self._context), self._context)
+        return self._apply(cut, [(i, p) for i, p in proposals if i in cut.stages], self._context)
 
     def acts_after(self, layer: int) -> bool:
         """Whether a stage is asked or tokens leave after this layer."""
@@ -234,14 +242,12 @@ class Query:
                 return hidden, tokens
         with self.phase("selection"):
             assert self._context is not None
-            context = moved(self._context, tokens, self._context.prunable, hidden)
+            context = at_layer(moved(self._context, layer, tokens, self._context.prunable, hidden), q, k, {})
             proposals = []
-            computed: dict[str, Tensor] = {}
             for index, hook in self._scorers.get(layer, ()):
-                own = at_layer(context, layer, q, k, self._probed(self._pipeline.names[index], layer), computed)
-                proposals += self._ask("score_layer", f"after layer {layer}", [(index, hook)], own)
+                proposals += self._ask("score_layer", f"after layer {layer}", index, hook, context)
             if self._watches(layer):
-                own = at_layer(context, layer, q, k, self._probed("observe", layer), computed)
+                own = replace(context, probed=self._probed("observe", layer))
                 self._watch.note(layer, 0, own.attention_rows("action"), context.prunable)
             cut = self._plan.cut_after.get(layer)
             if cut is None:
@@ -285,7 +291,8 @@ class Query:
         self._held[cut.after] = tokens
         self.trace.kept[cut.after] = prunable
         self._note_reasons(cut.after, [p for _, p in proposals], chosen)
-        self._context = moved(context, tokens, prunable, hidden)
+        assert self._context is not None
+        self._context = moved(self._context, cut.after, tokens, prunable, hidden)
         return hidden, tokens
 
     def _note_reasons(self, after: int, proposals: list[Proposal], chosen: Tensor) -> None:
@@ -305,30 +312,36 @@ class Query:
         return self._plan.cut_after[cut.after]
 
     def _ask(
-        self, hook_name: str, where: str, hooks: Sequence[tuple[int, Callable[..., Any]]], context: SelectContext
+        self, hook_name: str, where: str, index: int, hook: Callable[..., Any], context: SelectContext
     ) -> list[tuple[int, Proposal]]:
-        answers = []
-        for index, hook in hooks:
-            own = replace(context, plan=self._plan, scope=f"{index}.", past=self._past.get(index))
-            answer = self._pipeline.call(index, hook_name, hook, own, where)
-            if answer is None:
-                continue
-            what = f"stage '{self._pipeline.names[index]}': {hook_name} {where} returned"
-            if not isinstance(answer, Proposal):
-                raise StageError(f"{what} {type(answer).__name__}, not a Proposal or None")
-            votes = {"score": answer.score, "protect": answer.protect, "drop": answer.drop, **(answer.reasons or {})}
-            for name, vote in votes.items():
-                if vote is not None and vote.shape != context.prunable.shape:
-                    held = list(context.prunable.shape)
-                    raise StageError(
-                        f"{what} a {name} of shape {list(vote.shape)}; the prunable tokens held are {held}"
-                    )
-            answers.append((index, answer))
-        return answers
+        """What one stage proposes, with its index; nothing if it abstains."""
+        name = self._pipeline.names[index]
+        own = replace(
+            context,
+            plan=self._plan,
+            scope=f"{index}.",
+            past=self._past.get(index),
+            notes=self._notes.setdefault(index, {}),
+            probed=self._probed(name, context.layer),
+        )
+        answer = self._pipeline.call(index, hook_name, hook, own, where)
+        if answer is None:
+            return []
+        what = f"stage '{name}': {hook_name} {where} returned"
+        if not isinstance(answer, Proposal):
+            raise StageError(f"{what} {type(answer).__name__}, not a Proposal or None")
+        votes = {"score": answer.score, "protect": answer.protect, "drop": answer.drop, **(answer.reasons or {})}
+        for vote_name, vote in votes.items():
+            if vote is not None and vote.shape != context.prunable.shape:
+                held = list(context.prunable.shape)
+                raise StageError(
+                    f"{what} a {vote_name} of shape {list(vote.shape)}; the prunable tokens held are {held}"
+                )
+        return [(index, answer)]
 
-    def _probed(self, stage: str, layer: int) -> Callable[[str, int], None]:
-        def note(rows: str, count: int) -> None:
-            self.trace.probes.append(ProbeRecord(stage, layer, rows, count))
+    def _probed(self, stage: str, layer: int) -> Callable[[str, int, bool], None]:
+        def note(rows: str, count: int, ahead: bool) -> None:
+            self.trace.probes.append(ProbeRecord(stage, layer + ahead, rows, count, ahead))
 
         return note
 

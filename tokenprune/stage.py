@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, NamedTuple, TypeVar
 
 from tokenprune.config import CutConfig, StageConfig, layer_of
 
@@ -11,6 +11,14 @@ if TYPE_CHECKING:
     from tokenprune.layout import TokenLayout
 
 ConfigT = TypeVar("ConfigT", bound=StageConfig)
+
+
+class Probe(NamedTuple):
+    """Attention rows of a layer that has run, or `ahead` of one that is still to run; `all` are the tokens it holds."""
+
+    layer: int
+    rows: str | range
+    ahead: bool = False
 
 
 class Stage(Generic[ConfigT]):
@@ -46,7 +54,10 @@ class Stage(Generic[ConfigT]):
         return tuple(layer for layer, budget in budgets.items() if config.views or budget.amount != 1.0)
 
     def layers(self, depth: int) -> tuple[int, ...]:
-        """Layers after which `score_layer` is called; override to look at layers without a cut."""
+        """Layers after which `score_layer` is called; override to look at layers without a cut.
+
+        With -1 among them `select_tokens` is called before layer 0, also without a cut there.
+        """
         return tuple(layer for layer in self.cuts(depth) if layer >= 0)
 
     def watches(self, depth: int) -> tuple[int, ...]:
@@ -68,8 +79,8 @@ class Stage(Generic[ConfigT]):
         """What this stage does differently on a backbone, for `explain` and results; may be empty."""
         return ""
 
-    def probes(self, info: BackboneInfo, layout: TokenLayout, mode: str) -> tuple[tuple[int, str | range], ...]:
-        """Layers at which this stage computes attention rows in a mode, each with the rows; what `explain` counts."""
+    def probes(self, info: BackboneInfo, layout: TokenLayout, mode: str) -> tuple[Probe, ...]:
+        """Attention rows this stage computes in a mode; what `explain` counts."""
         return ()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from typing import Any
 
@@ -50,12 +50,13 @@ class Clock:
 
 @dataclass(frozen=True, slots=True)
 class ProbeRecord:
-    """Attention rows one stage asked for at one layer."""
+    """Attention rows one stage asked for at one layer; `ahead` of it where the layer was still to run."""
 
     stage: str
     layer: int
     rows: str
     count: int
+    ahead: bool = False
 
 
 @dataclass
@@ -133,7 +134,7 @@ class QueryTrace:
             "query_ms": round(self.milliseconds, 4),
             "phases_ms": {name: round(ms, 4) for name, ms in self.phases.items()},
             "attention_kernel": self.kernel,
-            "probes": [{"stage": p.stage, "layer": p.layer, "rows": p.rows, "count": p.count} for p in self.probes],
+            "probes": [asdict(probe) for probe in self.probes],
             "protected_over_budget": {cut_name(after): n for after, n in self.overfull.items()},
             "looked_back": {stage: list(steps) for stage, steps in self.looked_back.items()},
             "fallback": self.fallback,

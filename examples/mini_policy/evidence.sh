@@ -11,9 +11,10 @@ episodes=$1 positions=$2
 shift 2
 variants=(
     dense
-    random@keep=0.5 random@keep=0.25 random@keep=0.125
-    uniform_grid@keep=0.5 uniform_grid@keep=0.25
-    fastv@keep=0.5 fastv@keep=0.25 divprune@keep=0.25 efficientvla_tokens@keep=0.25
+    random@keep=0.5 random@keep=0.39 random@keep=0.25 random@keep=0.125
+    uniform_grid@keep=0.5 uniform_grid@keep=0.39 uniform_grid@keep=0.25 uniform_grid@keep=0.125
+    fastv@keep=0.5 fastv@keep=0.25 fastv@keep=0.125
+    divprune@keep=0.39 divprune@keep=0.25 efficientvla_tokens@keep=0.25
     specprune specprune-paper specprune-c3
     specprune.static specprune.dynamic specprune.controller
     dense+blind dense+no-primary dense+no-wrist dense+other-instruction

@@ -8,6 +8,7 @@ from tokenprune.hookspecs import hookimpl
 from tokenprune.specs import PipelineSpec, Spec, StageSpec
 
 _SPECPRUNE = "SpecPrune-VLA, arXiv 2509.05614"
+_ADP = "VLA-ADP, arXiv 2509.22093 (ICLR 2026)"
 _STAGES = (
     StageSpec(
         "none",
@@ -37,11 +38,53 @@ _STAGES = (
         paper="DivPrune, arXiv 2503.02175 (CVPR 2025)",
     ),
     StageSpec(
+        "sparsevlm",
+        "scorer",
+        "keeps, at three depths, the patches that the text's most visual tokens attend to",
+        f"{__name__}.sparsevlm:SparseVLM",
+        paper="SparseVLM, arXiv 2410.04417 (ICML 2025), without recycling",
+    ),
+    StageSpec(
+        "pyramiddrop",
+        "scorer",
+        "keeps, at three depths, the half that the coming layer attends to most",
+        f"{__name__}.pyramiddrop:PyramidDrop",
+        paper="PyramidDrop, arXiv 2410.17247 (CVPR 2025)",
+    ),
+    StageSpec(
+        "dart",
+        "scorer",
+        "keeps a few pivots and the patches least like them",
+        f"{__name__}.dart:DART",
+        paper="DART, arXiv 2502.11494 (EMNLP 2025)",
+    ),
+    StageSpec(
         "efficientvla_tokens",
         "scorer",
         "keeps patches the text attends to, and some unlike them",
         f"{__name__}.efficientvla:EfficientVLATokens",
         paper="EfficientVLA, arXiv 2506.10100 (NeurIPS 2025), token half",
+    ),
+    StageSpec(
+        "vla_adp",
+        "selector",
+        "keeps the patches most like the text by the first layer's projections",
+        f"{__name__}.vla_adp:Relevance",
+        paper=_ADP,
+    ),
+    StageSpec(
+        "vla_adp.gate",
+        "controller",
+        "prunes while the hand travels far, by achieved poses",
+        f"{__name__}.vla_adp:Gate",
+        paper=_ADP,
+    ),
+    StageSpec(
+        "vla_pruner",
+        "scorer",
+        "keeps different-looking patches among those that prefix and last actions attend to",
+        f"{__name__}.vla_pruner:VLAPruner",
+        paper="VLA-Pruner, arXiv 2511.16449",
     ),
     StageSpec(
         "specprune.static",

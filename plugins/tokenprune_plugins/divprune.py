@@ -32,33 +32,41 @@ class DivPrune(Stage[DivPruneConfig]):
     @hookimpl
     def select_tokens(self, ctx: SelectContext) -> Proposal:
         """Diversity of the projected patches."""
-        return Proposal(score=self._score(ctx, -1))
+        return Proposal(score=self._score(ctx))
 
     @hookimpl
     def score_layer(self, ctx: LayerContext) -> Proposal:
         """Diversity of the patches' hidden states, which the paper does not try."""
-        return Proposal(score=self._score(ctx, ctx.layer))
+        return Proposal(score=self._score(ctx))
 
-    def _score(self, ctx: SelectContext, layer: int) -> Tensor:
-        return farthest_first(ctx.patches, ctx.plan.cut_after[layer].keep)
+    def _score(self, ctx: SelectContext) -> Tensor:
+        return farthest_first(ctx.patches, ctx.plan.cut_after[ctx.layer].keep)
 
 
-def farthest_first(embeddings: Tensor, count: int) -> Tensor:
+def farthest_first(embeddings: Tensor, count: int, member: Tensor | None = None) -> Tensor:
     """Scores `[B, P]` of embeddings `[B, P, D]`, highest for the first of `count` choices.
 
     Of equals the lower index is chosen. What is not chosen scores below, by its distance from what is.
+
+    Args:
+        embeddings: What is compared.
+        count: Choices to make.
+        member: Boolean `[B, P]`: only these are compared and chosen, at least `count` in each row; the others score
+            lowest. All where left out.
     """
     unit = normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=-1)
     distance = 1 - unit @ unit.mT
     # Two patches nearest to each other tie for the first choice, and rounding must not decide it.
     distance = torch.minimum(distance, distance.mT)
+    outside = torch.zeros_like(distance[:, 0], dtype=torch.bool) if member is None else ~member
     own = torch.eye(distance.shape[-1], dtype=torch.bool, device=distance.device)
-    best = distance.masked_fill(own, torch.inf).amin(-1).argmax(-1, keepdim=True)
-    nearest = torch.full_like(distance[:, 0], torch.inf)
+    neighbour = distance.masked_fill(own | outside[:, None], torch.inf).amin(-1)
+    best = neighbour.masked_fill(outside, -torch.inf).argmax(-1, keepdim=True)
+    nearest = torch.full_like(neighbour, torch.inf).masked_fill(outside, -torch.inf)
     score = torch.zeros_like(nearest)
     for place in range(count):
         score = score.scatter(1, best, float(3 + count - place))
         row = distance.gather(1, best[..., None].expand(-1, -1, distance.shape[-1]))[:, 0]
         nearest = torch.minimum(nearest, row).scatter(1, best, -torch.inf)
         best = nearest.argmax(-1, keepdim=True)
-    return torch.where(score > 0, score, nearest.clamp(0, 2))
+    return torch.where(score > 0, score, nearest.clamp(0, 2).masked_fill(outside, -1.0))

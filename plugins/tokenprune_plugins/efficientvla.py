@@ -19,7 +19,7 @@ from tokenprune.context import LayerContext
 from tokenprune.hookspecs import hookimpl
 from tokenprune.layout import TokenLayout
 from tokenprune.selection import Proposal, rows_at
-from tokenprune.stage import Stage
+from tokenprune.stage import Probe, Stage
 
 
 class EfficientVLATokensConfig(CutConfig):
@@ -36,9 +36,9 @@ class EfficientVLATokens(Stage[EfficientVLATokensConfig]):
 
     Config = EfficientVLATokensConfig
 
-    def probes(self, info: BackboneInfo, layout: TokenLayout, mode: str) -> tuple[tuple[int, str | range], ...]:
+    def probes(self, info: BackboneInfo, layout: TokenLayout, mode: str) -> tuple[Probe, ...]:
         """The text's rows, at every layer a cut follows."""
-        return tuple((layer, "text") for layer in self.layers(info.decoder.depth))
+        return tuple(Probe(layer, "text") for layer in self.layers(info.decoder.depth))
 
     @hookimpl
     def score_layer(self, ctx: LayerContext) -> Proposal:

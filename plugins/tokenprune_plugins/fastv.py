@@ -7,17 +7,14 @@ row. In a bidirectional decoder the last row is a stop token that means nothing,
 
 from __future__ import annotations
 
-from typing import Literal
-
-from pydantic import Field
-
 from tokenprune.backbone import BackboneInfo
 from tokenprune.config import CutConfig, Cuts, Keep
 from tokenprune.context import LayerContext
 from tokenprune.hookspecs import hookimpl
 from tokenprune.layout import TokenLayout
 from tokenprune.selection import Proposal
-from tokenprune.stage import Stage, require_rows
+from tokenprune.stage import Probe, Stage, require_rows
+from tokenprune_plugins.rows import RowsOrAuto, rows_note, rows_read
 
 
 class FastVConfig(CutConfig):
@@ -25,10 +22,7 @@ class FastVConfig(CutConfig):
 
     after: Cuts = (1,)
     keep: Keep = 0.5
-    rows: Literal["auto", "last", "text", "instruction", "action"] = Field(
-        default="auto",
-        description="Query rows that are averaged; auto: `last` in a causal decoder, `text` in a bidirectional one.",
-    )
+    rows: RowsOrAuto = "auto"
 
 
 class FastV(Stage[FastVConfig]):
@@ -42,24 +36,15 @@ class FastV(Stage[FastVConfig]):
 
     def notes(self, info: BackboneInfo) -> str:
         """Which rows are read on this backbone."""
-        rows = self._rows(info.decoder.causal)
-        instead = (
-            ", as in the released code" if rows == "last" else " in place of the last one, which means nothing here"
-        )
-        return (
-            f"attention of the '{rows}' rows{instead if self.config.rows == 'auto' else ''}, mean over heads and rows"
-        )
+        return rows_note(self.config.rows, info.decoder.causal)
 
-    def probes(self, info: BackboneInfo, layout: TokenLayout, mode: str) -> tuple[tuple[int, str | range], ...]:
+    def probes(self, info: BackboneInfo, layout: TokenLayout, mode: str) -> tuple[Probe, ...]:
         """The rows, at every layer a cut follows."""
-        return tuple((layer, self._rows(info.decoder.causal)) for layer in self.layers(info.decoder.depth))
+        return tuple(
+            Probe(layer, rows_read(self.config.rows, info.decoder.causal)) for layer in self.layers(info.decoder.depth)
+        )
 
     @hookimpl
     def score_layer(self, ctx: LayerContext) -> Proposal:
         """Mean attention to each patch."""
-        return Proposal(score=ctx.attention_rows(self._rows(ctx.causal)).mean((1, 2)))
-
-    def _rows(self, causal: bool) -> str:
-        if self.config.rows != "auto":
-            return self.config.rows
-        return "last" if causal else "text"
+        return Proposal(score=ctx.attention_rows(rows_read(self.config.rows, ctx.causal)).mean((1, 2)))

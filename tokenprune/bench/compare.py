@@ -210,7 +210,7 @@ def _own_work(trace: QueryTrace) -> float:
 
 def trace_flops(info: BackboneInfo, trace: QueryTrace) -> QueryFlops:
     """FLOPs of a query as it ran, attention probes included."""
-    return query_flops(info, trace.plan, tuple((probe.layer, probe.count) for probe in trace.probes))
+    return query_flops(info, trace.plan, [(probe.layer, probe.count, probe.ahead) for probe in trace.probes])
 
 
 def describe(backbone: Backbone) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
     """Plain data about this process."""
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "tokenprune": tokenprune.__version__,
         "git": git_state(Path(tokenprune.__file__).parent),
         "python": platform.python_version(),

@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from tokenprune.backbone import BackboneInfo
     from tokenprune.layout import TokenLayout
     from tokenprune.pipeline import BoundPipeline
+    from tokenprune.plan import Plan
     from tokenprune.registry import Registry
+    from tokenprune.stage import Probe
 
 
 def add_to(app: typer.Typer) -> None:
@@ -135,18 +137,15 @@ def _limits(info: BackboneInfo, layout: TokenLayout) -> dict[str, Any]:
 
 def _mode(bound: BoundPipeline, info: BackboneInfo, layout: TokenLayout, mode: str) -> dict[str, Any]:
     from tokenprune.context import rows_name
-    from tokenprune.flops import probe_flops, query_flops
+    from tokenprune.flops import keys_probed, probe_flops, query_flops
     from tokenprune.plan import make_plan
     from tokenprune.trace import cut_name
 
     plan = bound.plan(layout, mode)
-    asked = {rows for stage in bound.stages for rows in stage.probes(info, layout, mode)}
-    probes = sorted(
-        (layer, rows_name(rows), len(layout.span(rows) if isinstance(rows, str) else rows)) for layer, rows in asked
-    )
-    counted = tuple((layer, count) for layer, _, count in probes)
+    asked = {probe for stage in bound.stages for probe in stage.probes(info, layout, mode)}
+    probes = sorted((p.layer, rows_name(p.rows), _rows_probed(p, plan), p.ahead) for p in asked)
     own, dense = (
-        query_flops(info, plan, counted),
+        query_flops(info, plan, [(layer, count, ahead) for layer, _, count, ahead in probes]),
         query_flops(info, make_plan((), (), layout, mode, info.decoder.depth)),
     )
     return {
@@ -170,9 +169,10 @@ def _mode(bound: BoundPipeline, info: BackboneInfo, layout: TokenLayout, mode: s
                 "layer": layer,
                 "rows": rows,
                 "count": count,
-                "gflops": probe_flops(info.decoder, count, plan.tokens[layer]) / 1e9,
+                "ahead": ahead,
+                "gflops": probe_flops(info.decoder, count, keys_probed(plan, layer, ahead), ahead) / 1e9,
             }
-            for layer, rows, count in probes
+            for layer, rows, count, ahead in probes
         ],
         "graph_safe": plan.graph_safe,
         "gflops": {
@@ -185,6 +185,12 @@ def _mode(bound: BoundPipeline, info: BackboneInfo, layout: TokenLayout, mode: s
         },
         "flop_ratio": dense.total / own.total,
     }
+
+
+def _rows_probed(probe: Probe, plan: Plan) -> int:
+    if probe.rows == "all":
+        return plan.tokens[probe.layer]
+    return len(plan.layout.span(probe.rows) if isinstance(probe.rows, str) else probe.rows)
 
 
 def _print(facts: dict[str, Any]) -> None:
@@ -259,9 +265,10 @@ def _print_layers(console: Console, plan: dict[str, Any]) -> None:
     for start, stop in zip(starts, [*starts[1:], len(layers)], strict=True):
         run = layers[start:stop]
         probes = "; ".join(
-            f"{p['layer']}: {p['count']} {p['rows']} rows, {1e3 * p['gflops']:.3g} MFLOP"
+            f"{p['layer'] - p['ahead']}: {p['count']} {p['rows']} rows{' of the next' if p['ahead'] else ''}, "
+            f"{1e3 * p['gflops']:.3g} MFLOP"
             for p in plan["probes"]
-            if start <= p["layer"] < stop
+            if start <= max(p["layer"] - p["ahead"], 0) < stop
         )
         name = str(start) if stop == start + 1 else f"{start}-{stop - 1}"
         table.add_row(

@@ -18,7 +18,7 @@ from tokenprune.context import LayerContext
 from tokenprune.hookspecs import hookimpl
 from tokenprune.layout import TokenLayout
 from tokenprune.selection import Proposal
-from tokenprune.stage import Stage, require_rows
+from tokenprune.stage import Probe, Stage, require_rows
 from tokenprune_plugins.specprune import signals
 
 
@@ -74,9 +74,9 @@ class Dynamic(Stage[DynamicConfig]):
         """Updates and cuts."""
         return tuple(sorted({*super().layers(depth), *self._updates}))
 
-    def probes(self, info: BackboneInfo, layout: TokenLayout, mode: str) -> tuple[tuple[int, str | range], ...]:
+    def probes(self, info: BackboneInfo, layout: TokenLayout, mode: str) -> tuple[Probe, ...]:
         """The rows, at each update that a later cut of this mode uses."""
-        return tuple((layer, self.config.rows) for layer in self._updates if layer <= self._last(mode))
+        return tuple(Probe(layer, self.config.rows) for layer in self._updates if layer <= self._last(mode))
 
     @hookimpl
     def score_layer(self, ctx: LayerContext) -> Proposal | None:

@@ -22,7 +22,7 @@ from tokenprune.context import ControlContext, LayerContext, SelectContext
 from tokenprune.hookspecs import hookimpl
 from tokenprune.layout import TokenLayout
 from tokenprune.selection import Proposal
-from tokenprune.stage import Stage
+from tokenprune.stage import Probe, Stage
 from tokenprune_plugins.controls import grid_scores
 from tokenprune_plugins.specprune import signals
 
@@ -77,10 +77,10 @@ class Static(Stage[StaticConfig]):
         """As far as the look-back goes."""
         return signals.LONGEST_LOOK_BACK
 
-    def probes(self, info: BackboneInfo, layout: TokenLayout, mode: str) -> tuple[tuple[int, str | range], ...]:
+    def probes(self, info: BackboneInfo, layout: TokenLayout, mode: str) -> tuple[Probe, ...]:
         """The instruction's rows, at the layers that rank in this mode and at those that are remembered."""
         ranked = {layer for layer in self._local if layer <= self._last(mode)}
-        return tuple((layer, self.config.rows) for layer in sorted(ranked | set(self._previous)))
+        return tuple(Probe(layer, self.config.rows) for layer in sorted(ranked | set(self._previous)))
 
     @hookimpl
     def look_back(self, ctx: ControlContext) -> int:

@@ -20,7 +20,7 @@ from tokenprune.context import ControlContext, LayerContext
 from tokenprune.hookspecs import hookimpl
 from tokenprune.layout import TokenLayout
 from tokenprune.selection import Proposal
-from tokenprune.stage import Stage
+from tokenprune.stage import Probe, Stage
 from tokenprune_plugins.specprune import signals
 
 PerView = Annotated[tuple[int, ...], Field(min_length=1)]
@@ -73,9 +73,10 @@ class StaticC3(Stage[StaticC3Config]):
         """Every frame of an episode."""
         return WHOLE_EPISODE
 
-    def probes(self, info: BackboneInfo, layout: TokenLayout, mode: str) -> tuple[tuple[int, str | range], ...]:
+    def probes(self, info: BackboneInfo, layout: TokenLayout, mode: str) -> tuple[Probe, ...]:
         """Rows that differ from layer to layer."""
-        return ((0, _rows(layout, 0)), (1, _rows(layout, 1)), *((layer, _rows(layout, 2)) for layer in self._previous))
+        rows = {0: _rows(layout, 0), 1: _rows(layout, 1), **dict.fromkeys(self._previous, _rows(layout, 2))}
+        return tuple(Probe(layer, asked) for layer, asked in rows.items())
 
     @hookimpl
     def look_back(self, ctx: ControlContext) -> int:

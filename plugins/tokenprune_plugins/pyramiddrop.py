@@ -1,0 +1,58 @@
+"""PyramidDrop (arXiv 2410.17247): half of the patches leave at each of three depths.
+
+Before layers 8, 16 and 24 of 32 the coming layer's own norm and projections say how much the last instruction token
+would attend to each patch, mean over heads; 50, 25 and 12.5 % of all patches go on. The released code renumbers the
+kept tokens (`positions: compact`), as the preset does. In a bidirectional decoder the last row is a stop token that
+means nothing, so there the rows are the text's.
+"""
+
+from __future__ import annotations
+
+from tokenprune.backbone import BackboneInfo
+from tokenprune.config import CutConfig, Cuts, Keep
+from tokenprune.context import SelectContext
+from tokenprune.hookspecs import hookimpl
+from tokenprune.layout import TokenLayout
+from tokenprune.selection import Proposal
+from tokenprune.stage import Probe, Stage, require_rows
+from tokenprune_plugins.rows import RowsOrAuto, rows_note, rows_read
+
+
+class PyramidDropConfig(CutConfig):
+    """Where patches leave; `keep` is a share of what each cut finds."""
+
+    after: Cuts = ("22%", "47%", "72%")
+    keep: Keep = 0.5
+    rows: RowsOrAuto = "auto"
+
+
+class PyramidDrop(Stage[PyramidDropConfig]):
+    """Keeps the patches that the layer after the cut would attend to most."""
+
+    Config = PyramidDropConfig
+
+    def bind(self, info: BackboneInfo) -> None:
+        """Refuse rows that the decoder does not have beside the image."""
+        require_rows(self.config.rows, info)
+
+    def notes(self, info: BackboneInfo) -> str:
+        """Which rows are read on this backbone."""
+        return rows_note(self.config.rows, info.decoder.causal)
+
+    def probes(self, info: BackboneInfo, layout: TokenLayout, mode: str) -> tuple[Probe, ...]:
+        """The rows, at the layer after every cut."""
+        rows = rows_read(self.config.rows, info.decoder.causal)
+        return tuple(Probe(layer + 1, rows, ahead=True) for layer in self.cuts(info.decoder.depth))
+
+    @hookimpl
+    def select_tokens(self, ctx: SelectContext) -> Proposal:
+        """Attention that layer 0 would pay, which the paper does not try."""
+        return self._propose(ctx)
+
+    @hookimpl
+    def score_layer(self, ctx: SelectContext) -> Proposal:
+        """Attention that the next layer would pay."""
+        return self._propose(ctx)
+
+    def _propose(self, ctx: SelectContext) -> Proposal:
+        return Proposal(score=ctx.attention_ahead(rows_read(self.config.rows, ctx.causal)).mean((1, 2)))

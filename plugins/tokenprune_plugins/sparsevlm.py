@@ -1,0 +1,86 @@
+"""SparseVLM (arXiv 2410.04417): at three depths, keep the patches that the text's most visual tokens attend to.
+
+Raters are chosen once, before layer 0: each patch spreads a softmax of its products with the text's embeddings over
+the text; text tokens that get more than the mean are the raters. At layers 2, 6 and 15 of 32 a patch's score is the
+raters' attention to it, mean over heads and raters. The released code keeps 300, 200 and 110 of 576 patches for what
+it calls 192 tokens, their mean over layers; the paper's counts from the rank of the attention are not in the code.
+Its second version looks only at the 14 heads in which the raters attend to patches most (`heads: 14`).
+
+This is SparseVLM without recycling: pruned tokens are dropped, none is merged.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from tokenprune.backbone import BackboneInfo
+from tokenprune.config import CutConfig, Cuts, Keep
+from tokenprune.context import LayerContext, SelectContext
+from tokenprune.hookspecs import hookimpl
+from tokenprune.layout import TokenLayout
+from tokenprune.selection import Proposal
+from tokenprune.stage import Probe, Stage
+
+
+class SparseVLMConfig(CutConfig):
+    """Where patches leave; `keep` is a share of what each cut finds."""
+
+    after: Cuts = ("6%", "19%", "47%")
+    keep: Keep = (300 / 576, 200 / 300, 110 / 200)
+    heads: int | None = Field(
+        default=None, ge=1, description="Heads that count, those whose raters attend to patches most; all by default."
+    )
+
+
+class SparseVLM(Stage[SparseVLMConfig]):
+    """Keeps what the raters among the text attend to."""
+
+    Config = SparseVLMConfig
+
+    def bind(self, info: BackboneInfo) -> None:
+        """Refuse more heads than there are.
+
+        Raises:
+            ValueError: If `heads` is more than the decoder has.
+        """
+        if self.config.heads is not None and self.config.heads > info.decoder.heads:
+            raise ValueError(f"heads: {self.config.heads}, but the decoder of '{info.name}' has {info.decoder.heads}")
+
+    def layers(self, depth: int) -> tuple[int, ...]:
+        """Layers of the cuts, and a look at the embeddings."""
+        return (-1, *super().layers(depth))
+
+    def probes(self, info: BackboneInfo, layout: TokenLayout, mode: str) -> tuple[Probe, ...]:
+        """The text's rows, at every cut; those that are no raters do not count."""
+        return tuple(Probe(layer, "text") for layer in self.layers(info.decoder.depth) if layer >= 0)
+
+    @hookimpl
+    def select_tokens(self, ctx: SelectContext) -> None:
+        """Choose the raters."""
+        ctx.notes["raters"] = raters(ctx.patches, ctx.rows("text"))
+
+    @hookimpl
+    def score_layer(self, ctx: LayerContext) -> Proposal:
+        """What the raters attend to."""
+        return Proposal(score=rated(ctx.attention_rows("text"), ctx.notes["raters"], self.config.heads))
+
+
+def raters(patches: Tensor, text: Tensor) -> Tensor:
+    """Which text tokens are looked through, boolean `[B, T]`, from embeddings `[B, P, D]` and `[B, T, D]`."""
+    exact = torch.promote_types(patches.dtype, torch.float32)
+    relevance = (patches.to(exact) @ text.to(exact).mT).softmax(-1).mean(1)
+    chosen = relevance > relevance.mean(-1, keepdim=True)
+    # Where all are equal, none is above the mean.
+    return chosen | ~chosen.any(-1, keepdim=True)
+
+
+def rated(attention: Tensor, rating: Tensor, heads: int | None) -> Tensor:
+    """Scores `[B, P]`: attention `[B, H, T, P]`, mean over the raters `[B, T]` and over the heads that count."""
+    weight = rating.to(attention.dtype)
+    by_head = (attention * weight[:, None, :, None]).sum(2) / weight.sum(1)[:, None, None]
+    if heads is not None:
+        best = by_head.sum(2).topk(heads, dim=1).indices
+        by_head = by_head.gather(1, best[..., None].expand(-1, -1, by_head.shape[2]))
+    return by_head.mean(1)
