@@ -10,7 +10,8 @@ from tests.planting import REGISTRY
 from tokenprune.bench.matrix import Cell, alone, matrix
 from tokenprune.cli import app
 
-NEEDS_ACTION_ROWS = {"specprune.static_c3", "specprune-c3"}
+NEEDS = {"action_rows": {"specprune.static_c3", "specprune-c3"}, "head_cache": {"head_cache", "efficientvla"}}
+OFFERED = {"action_rows": {"openvla-oft"}, "head_cache": {"pi0", "pi05"}}
 
 
 @cache
@@ -26,11 +27,14 @@ def test_everything_shipped_runs_or_is_refused_for_what_the_backbone_lacks() -> 
     shipped = [cell for cell in cells() if not cell.name.startswith("test.")]
     assert shipped
     for cell in shipped:
-        expected = "refused" if cell.name in NEEDS_ACTION_ROWS and cell.backbone != "openvla-oft" else "runs"
-        assert cell.verdict == expected, cell
-        assert (cell.why != "") == (expected == "refused"), cell
-        if expected == "refused":
-            assert "action_rows" in cell.why, cell
+        lacking = [
+            capability
+            for capability, names in NEEDS.items()
+            if cell.name in names and cell.backbone not in OFFERED[capability]
+        ]
+        assert cell.verdict == ("refused" if lacking else "runs"), cell
+        assert (cell.why != "") == bool(lacking), cell
+        assert all(capability in cell.why for capability in lacking), cell
 
 
 def test_fastv_says_which_rows_it_reads() -> None:

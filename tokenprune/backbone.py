@@ -50,11 +50,21 @@ class FollowUp:
         name: Phase they are timed as: `decode` for autoregressive steps, `flow` for those of an action expert.
         decoder: Dimensions of the layers they run through, as many as the main decoder's.
         passes: Tokens of each pass, and how many tokens behind the layout were there before it.
+        steps: How many of the last passes are flow steps, which a head cache may spare.
+        norms: FLOPs of a layer's adaptive norms in each flow step.
     """
 
     name: str
     decoder: DecoderShape
     passes: tuple[tuple[int, int], ...]
+    steps: int = 0
+    norms: int = 0
+
+    def ran(self, interval: int) -> tuple[tuple[int, int, int], ...]:
+        """The passes that run if only the first of each `interval` flow steps does, each with its `norms`."""
+        once = len(self.passes) - self.steps
+        kept = (*((*size, 0) for size in self.passes[:once]), *((*size, self.norms) for size in self.passes[once:]))
+        return kept[:once] + kept[once::interval]
 
 
 @dataclass(frozen=True)

@@ -202,7 +202,8 @@ class SelectContext:
 
     def _next_layer(self, rows: str, ids: OriginalIds) -> nn.Module:
         self.probed(rows, ids.shape[1], True)
-        return self.decoder.layers[self.layer + 1]
+        skipped = self.plan.skipped
+        return next(self.decoder.layers[at] for at in range(self.layer + 1, self.plan.depth) if at not in skipped)
 
     def _prunable_columns(self, weights: Tensor) -> Tensor:
         columns = self.tokens.to_current(self.prunable)

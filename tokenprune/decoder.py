@@ -6,7 +6,7 @@ every kept token keeps its rotary position, and the attention kernel stays the f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -40,11 +40,13 @@ class Decoded:
 
     Attributes:
         hidden: Normalised hidden states `[B, K, D]` of the tokens that reached the end, or of those to be read.
+        stream: The same before the last norm.
         tokens: Which tokens reached the end.
         held: Tokens each layer really held.
     """
 
     hidden: Tensor
+    stream: Tensor
     tokens: TokenSelection
     held: tuple[int, ...]
 
@@ -82,6 +84,7 @@ class Decoder:
         positions: Positions = "preserve",
         read: OriginalIds | None = None,
         condition: Tensor | None = None,
+        skip: Container[int] = (),
     ) -> Decoded:
         """Run every layer over `hidden` `[B, n, D]`, whose rows are the tokens `tokens`.
 
@@ -97,6 +100,7 @@ class Decoder:
             positions: Whether kept tokens keep their original positions.
             read: Tokens `[B, R]` whose hidden states are wanted, all when left out. In a causal decoder, the last one.
             condition: What adaptive norms depend on `[B, C]`.
+            skip: Layers to leave out, never the last; tokens go past them as they are.
 
         Raises:
             ValueError: If a causal decoder is to continue a filled cache, or to be read, with several tokens, which
@@ -110,6 +114,11 @@ class Decoder:
         cos, sin = rotary(tokens, positions, self.head_dim, self.rope_theta, hidden.dtype, *behind[:1])
         held = []
         for index, layer in enumerate(self.layers):
+            if index in skip:
+                held.append(0)
+                if cache is not None and not behind:
+                    cache.extend(index, LayerKV.empty(hidden))
+                continue
             held.append(hidden.shape[1])
             if behind and positions == "compact" and behind[index] != behind[index - 1]:
                 cos, sin = rotary(tokens, positions, self.head_dim, self.rope_theta, hidden.dtype, behind[index])
@@ -128,7 +137,11 @@ class Decoder:
             if pruner is not None and asked:
                 hidden, tokens = pruner.after_layer(index, hidden, tokens, q, seen)
                 cos, sin = rotary(tokens, positions, self.head_dim, self.rope_theta, hidden.dtype)
-        return Decoded(normalise(self.norm, hidden, condition)[0], tokens, tuple(held))
+        return Decoded(self.finish(hidden, condition), hidden, tokens, tuple(held))
+
+    def finish(self, stream: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Normalised hidden states of what the last layer leaves `[B, n, D]`."""
+        return normalise(self.norm, stream, condition)[0]
 
     def _finish_read(
         self,

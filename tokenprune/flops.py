@@ -77,8 +77,12 @@ def query_flops(info: BackboneInfo, plan: Plan, probes: Sequence[tuple[int, int,
     layers = [*(layer_flops(shape, n) for n in held[:-1]), layer_flops(shape, held[-1], read=len(plan.layout.readout))]
     follow_up = 0
     if info.follow_up is not None:
-        passes = ((rows, n + before + rows) for rows, before in info.follow_up.passes for n in held)
-        follow_up = sum(layer_flops(info.follow_up.decoder, rows, keys) for rows, keys in passes)
+        follow_up = sum(
+            layer_flops(info.follow_up.decoder, rows, n + before + rows) + norms
+            for rows, before, norms in info.follow_up.ran(plan.head_interval)
+            for n in held
+            if n
+        )
     return QueryFlops(
         other=dict(info.other_flops),
         layers=tuple(info.repeats * n for n in layers),
@@ -91,7 +95,7 @@ def keys_probed(plan: Plan, layer: int, ahead: bool) -> int:
     """Tokens held where a layer is probed: those that enter it, or those that the cut before it finds."""
     if not ahead:
         return plan.tokens[layer]
-    return plan.tokens[layer - 1] if layer else plan.layout.n_tokens
+    return plan.entering[layer - 1] + len(plan.layout.fixed) if layer else plan.layout.n_tokens
 
 
 def layer_weights(shape: DecoderShape) -> int:

@@ -20,6 +20,12 @@ class LayerKV:
     v: Tensor
     ids: OriginalIds
 
+    @classmethod
+    def empty(cls, hidden: Tensor) -> LayerKV:
+        """What a layer holds that is left out, for hidden states `[B, n, D]`."""
+        nothing = hidden.new_zeros(len(hidden), 1, 0, 1)
+        return cls(nothing, nothing, OriginalIds(torch.zeros(len(hidden), 0, dtype=torch.int64, device=hidden.device)))
+
     def then(self, later: LayerKV) -> LayerKV:
         """These entries followed by later ones."""
         return LayerKV(

@@ -105,7 +105,27 @@ def bind(config: PipelineConfig, info: BackboneInfo, registry: Registry) -> Boun
         except ValueError as error:
             raise ConfigError(f"pipeline '{config.name}', stages.{index} ('{stage_config.use}'): {error}") from error
         stages.append(stage)
+    _check_skips(config.name, stages, names, info.decoder.depth)
     return BoundPipeline(config, info, names, tuple(stages), freeze(stages, names))
+
+
+def _check_skips(pipeline: str, stages: Sequence[Stage[Any]], names: Sequence[str], depth: int) -> None:
+    """Refuse to leave out the last layer, or one at which a stage acts; and two owners of the head's steps.
+
+    Raises:
+        ConfigError: Naming the stages.
+    """
+    skipped = {layer: name for stage, name in zip(stages, names, strict=True) for layer in stage.skips(depth)}
+    if depth - 1 in skipped:
+        raise ConfigError(f"pipeline '{pipeline}': '{skipped[depth - 1]}' leaves out the last layer, which is read")
+    for stage, name in zip(stages, names, strict=True):
+        for layer in sorted({*stage.cuts(depth), *stage.layers(depth), *stage.watches(depth)} & skipped.keys()):
+            raise ConfigError(
+                f"pipeline '{pipeline}': '{name}' looks at layer {layer}, which '{skipped[layer]}' leaves out"
+            )
+    owners = [name for stage, name in zip(stages, names, strict=True) if stage.head_interval() > 1]
+    if len(owners) > 1:
+        raise ConfigError(f"pipeline '{pipeline}': {' and '.join(owners)} both decide which flow steps run; keep one")
 
 
 def _check_cuts(stage: Stage[Any], depth: int) -> None:

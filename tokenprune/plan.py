@@ -54,6 +54,8 @@ class Plan:
         cuts: Ascending by layer.
         calls: Per layer, indices of the stages whose `score_layer` is called after it.
         looks: Indices of the stages whose `select_tokens` is called before layer 0.
+        skipped: Layers that are left out.
+        head_interval: Of the action head's flow steps, the first of each so many runs through its layers.
         unions: Counts of the `keep: union` cuts resolved so far.
     """
 
@@ -63,6 +65,8 @@ class Plan:
     cuts: tuple[Cut, ...]
     calls: tuple[tuple[int, ...], ...]
     looks: tuple[int, ...] = ()
+    skipped: frozenset[int] = frozenset()
+    head_interval: int = 1
     unions: tuple[int, ...] = ()
 
     @cached_property
@@ -71,8 +75,8 @@ class Plan:
         return {cut.after: cut for cut in self.cuts}
 
     @cached_property
-    def prunable(self) -> tuple[int, ...]:
-        """Prunable tokens each layer holds."""
+    def entering(self) -> tuple[int, ...]:
+        """Prunable tokens that come to each layer, whether it is left out or not."""
         held = len(self.layout.prunable)
         counts = []
         for layer in range(self.depth):
@@ -82,9 +86,15 @@ class Plan:
         return tuple(counts)
 
     @cached_property
+    def prunable(self) -> tuple[int, ...]:
+        """Prunable tokens each layer holds; a layer that is left out holds none."""
+        return tuple(0 if layer in self.skipped else n for layer, n in enumerate(self.entering))
+
+    @cached_property
     def tokens(self) -> tuple[int, ...]:
-        """Tokens each layer holds, pruned or not."""
-        return tuple(n + len(self.layout.fixed) for n in self.prunable)
+        """Tokens each layer holds, pruned or not; a layer that is left out holds none."""
+        fixed = len(self.layout.fixed)
+        return tuple(0 if layer in self.skipped else n + fixed for layer, n in enumerate(self.entering))
 
     @property
     def graph_safe(self) -> bool:
@@ -154,7 +164,17 @@ def make_plan(
         for i, stage in enumerate(stages)
         if hasattr(stage, "select_tokens") and -1 in {*stage.cuts(depth), *stage.layers(depth)}
     )
-    return Plan(layout, mode, depth, tuple(cuts), calls, looks, unions)
+    return Plan(
+        layout,
+        mode,
+        depth,
+        tuple(cuts),
+        calls,
+        looks,
+        frozenset(layer for stage in stages for layer in stage.skips(depth)),
+        max((stage.head_interval() for stage in stages), default=1),
+        unions,
+    )
 
 
 def _view_groups(

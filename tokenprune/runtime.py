@@ -62,6 +62,7 @@ class Query:
         self._context: SelectContext | None = None
         self._checks: list[tuple[str, Tensor]] = []
         self._protected: dict[int, Tensor] = {}
+        self._added: Tensor | None = None
         self._notes: dict[int, dict[str, Tensor]] = {}
 
     @contextmanager
@@ -113,7 +114,9 @@ class Query:
             hidden, tokens = self._begin(decoder, embeddings)
         with self.phase("decoder"):
             read = self._readout(len(embeddings))
-            decoded = decoder.run(hidden, tokens, self, cache, positions=self.positions, read=read)
+            decoded = decoder.run(
+                hidden, tokens, self, cache, positions=self.positions, read=read, skip=self._plan.skipped
+            )
         self.tokens = decoded.tokens
         self.trace.held, self.trace.plan = decoded.held, self._plan
         self.trace.check()
@@ -129,7 +132,8 @@ class Query:
             again = SameCuts(self._held)
             hidden, tokens = again.begin(embeddings)
             read = self._readout(len(embeddings))
-            return decoder.run(hidden, tokens, again, positions=self.positions, read=read).hidden
+            skip = self._plan.skipped
+            return decoder.run(hidden, tokens, again, positions=self.positions, read=read, skip=skip).hidden
 
     def follow(
         self,
@@ -157,6 +161,12 @@ class Query:
         Raises:
             TraceError: If the memory does not hold what the plan left.
         """
+        if actions:
+            spare = (self.trace.ran + self.trace.spared) % self._plan.head_interval > 0
+            self.trace.ran, self.trace.spared = self.trace.ran + (not spare), self.trace.spared + spare
+            if spare:
+                assert self._added is not None
+                return decoder.finish(embeddings + self._added, condition)
         if not self.trace.cached:
             self.trace.cached = memory.lengths
             if memory.lengths != self._plan.tokens:
@@ -167,7 +177,17 @@ class Query:
         tokens, watcher = TokenSelection(ids, first + n), None
         if actions and self._watch.layers:
             watcher = Watcher(self._watch, behind, self._prunable_at, self._watched)
-        run = decoder.run(embeddings, tokens, watcher, memory, positions=self.positions, condition=condition)
+        run = decoder.run(
+            embeddings,
+            tokens,
+            watcher,
+            memory,
+            positions=self.positions,
+            condition=condition,
+            skip=self._plan.skipped,
+        )
+        if actions and self._plan.head_interval > 1:
+            self._added = run.stream - embeddings
         return run.hidden
 
     @property

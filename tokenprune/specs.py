@@ -8,8 +8,8 @@ from typing import Literal
 
 HOOK_API_VERSION = 1
 
-StageKind = Literal["controller", "selector", "scorer", "control"]
-"""`control` marks a baseline every comparison needs (none, random, uniform grid)."""
+StageKind = Literal["controller", "selector", "scorer", "shortcut", "control"]
+"""`shortcut` saves work other than tokens; `control` marks a baseline every comparison needs (none, random, grid)."""
 
 CAPABILITIES: Mapping[str, str] = {
     "action_rows": "action tokens in the decoder beside the image, whose attention scorers can read",

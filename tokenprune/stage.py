@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Generic, NamedTuple, TypeVar
 
 from tokenprune.config import CutConfig, StageConfig, layer_of
@@ -64,6 +65,17 @@ class Stage(Generic[ConfigT]):
         """Layers at which `observe` is to be given the action tokens' attention; none unless overridden."""
         return ()
 
+    def skips(self, depth: int) -> tuple[int, ...]:
+        """Layers that are left out; none unless overridden, and never the last. Needs `layer_skip`."""
+        return ()
+
+    def head_interval(self) -> int:
+        """Of the action head's flow steps, the first of each so many runs through its layers; every one by default.
+
+        At the others, what the layers added at the last step that ran is added again. Needs `head_cache`.
+        """
+        return 1
+
     def bind(self, info: BackboneInfo) -> None:
         """Learn the backbone; called once, before any hook.
 
@@ -78,6 +90,10 @@ class Stage(Generic[ConfigT]):
     def notes(self, info: BackboneInfo) -> str:
         """What this stage does differently on a backbone, for `explain` and results; may be empty."""
         return ""
+
+    def findings(self) -> Mapping[str, object]:
+        """What a stage that measures has found over all queries so far, plain data for `run`; may be empty."""
+        return {}
 
     def probes(self, info: BackboneInfo, layout: TokenLayout, mode: str) -> tuple[Probe, ...]:
         """Attention rows this stage computes in a mode; what `explain` counts."""

@@ -72,6 +72,8 @@ class QueryTrace:
         looked_back: Per stage, control steps between the frames it compared, one per batch row; None without a frame.
         milliseconds: The whole query on the host's clock, from observation to actions.
         phases: Milliseconds per phase: preprocess, vision, selection, decoder, decode or flow, head, history.
+        ran: Passes of action tokens behind the layout that ran through every layer.
+        spared: Those in which what the layers added before was added again.
         cached: Keys each layer held for the passes that followed (`decode`, `flow`); empty where none did.
         kernel: Attention kernel torch chose for the first layer's shapes.
         probes: Attention rows that were computed.
@@ -85,6 +87,8 @@ class QueryTrace:
     kept: dict[int, Tensor] = field(default_factory=dict)
     reasons: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     looked_back: dict[str, tuple[int | None, ...]] = field(default_factory=dict)
+    ran: int = 0
+    spared: int = 0
     cached: tuple[int, ...] = ()
     milliseconds: float = 0.0
     phases: dict[str, float] = field(default_factory=dict)
@@ -130,6 +134,8 @@ class QueryTrace:
             "tokens_held": list(self.held),
             "tokens_planned": list(self.plan.tokens),
             "keys_cached": list(self.cached),
+            "layers_skipped": sorted(self.plan.skipped),
+            "head_passes": {"ran": self.ran, "spared": self.spared},
             "kept_per_view": self.view_counts(),
             "query_ms": round(self.milliseconds, 4),
             "phases_ms": {name: round(ms, 4) for name, ms in self.phases.items()},

@@ -9,6 +9,7 @@ from tokenprune.specs import PipelineSpec, Spec, StageSpec
 
 _SPECPRUNE = "SpecPrune-VLA, arXiv 2509.05614"
 _ADP = "VLA-ADP, arXiv 2509.22093 (ICLR 2026)"
+_EFFICIENT = "EfficientVLA, arXiv 2506.10100 (NeurIPS 2025)"
 _STAGES = (
     StageSpec(
         "none",
@@ -63,7 +64,30 @@ _STAGES = (
         "scorer",
         "keeps patches the text attends to, and some unlike them",
         f"{__name__}.efficientvla:EfficientVLATokens",
-        paper="EfficientVLA, arXiv 2506.10100 (NeurIPS 2025), token half",
+        paper=_EFFICIENT,
+    ),
+    StageSpec(
+        "layer_skip_cosine",
+        "shortcut",
+        "leaves out decoder layers, those that `layer_cosine` finds to change tokens least",
+        f"{__name__}.layer_skip:LayerSkip",
+        paper=_EFFICIENT,
+        requires=frozenset({"layer_skip"}),
+    ),
+    StageSpec(
+        "head_cache",
+        "shortcut",
+        "runs the action head's layers at one of several flow steps",
+        f"{__name__}.head_cache:HeadCache",
+        paper=_EFFICIENT,
+        requires=frozenset({"head_cache"}),
+    ),
+    StageSpec(
+        "layer_cosine",
+        "control",
+        "measures how much each layer changes the tokens, drops nothing",
+        f"{__name__}.layer_skip:LayerCosine",
+        paper=_EFFICIENT,
     ),
     StageSpec(
         "vla_adp",
@@ -120,6 +144,7 @@ _PRESETS = {
     "specprune": "controller, static and dynamic stage of SpecPrune-VLA, with fixed counts",
     "specprune-paper": "SpecPrune-VLA as its third version describes it",
     "specprune-c3": "SpecPrune-VLA as its final released code selects tokens, for comparison",
+    "efficientvla": "EfficientVLA on a flow head: fewer patches, and its layers at one of five steps",
 }
 
 

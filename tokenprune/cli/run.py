@@ -122,6 +122,7 @@ def run(
     from tokenprune.bench.replay import query_steps, replay
     from tokenprune.loader import load_pipeline
     from tokenprune.policy import Policy
+    from tokenprune.report.tables import WIDTH
 
     found = registry(plugins)
     loaded = load_pipeline(pipeline, found, sets or ())
@@ -132,7 +133,7 @@ def run(
     with _progress() as begin:
         chunks = replay([policy], recorded, steps, begin(len(steps)))[0]
     told = [c.trace.to_json(with_ids=True) | {"actions": c.actions.tolist()} for c in chunks]
-    data = {
+    data: dict[str, Any] = {
         "format_version": 1,
         "kind": "run",
         "provenance": provenance(opened.device),
@@ -143,6 +144,11 @@ def run(
         "layout": describe_layout(chunks[0].trace.plan.layout),
         "pipeline": loaded.resolved,
         "queries": told,
+        "findings": {
+            name: dict(stage.findings())
+            for name, stage in zip(policy.pipeline.names, policy.pipeline.stages, strict=True)
+            if stage.findings()
+        },
     }
     path = _write(out, f"run-{backbone}", data)
     if as_json:
@@ -151,6 +157,10 @@ def run(
     print(f'{loaded.label} on {info.name} {info.source}: "{recorded.instruction}"')
     for step, query in zip(steps, told, strict=True):
         print(f"step {step:3d}  {_query_line(query)}")
+    for name, found_out in data["findings"].items():
+        print(f"{name}:")
+        for what, value in found_out.items():
+            print(textwrap.fill(f"{what}: {value}", WIDTH, initial_indent="  ", subsequent_indent="    "))
     if info.untrained:
         print("The weights are untrained random numbers: the actions mean nothing.")
     print(f"\nwrote {path}")
@@ -163,6 +173,11 @@ def _query_line(query: dict[str, Any]) -> str:
     ]
     phases = ", ".join(f"{name} {ms:.0f}" for name, ms in query["phases_ms"].items() if ms >= 0.5)
     kept = f"kept after {'; '.join(cuts)}" if cuts else "kept everything"
+    skipped, passes = query["layers_skipped"], query["head_passes"]
+    if skipped:
+        kept += f", without layers {', '.join(map(str, skipped))}"
+    if passes["spared"]:
+        kept += f", {passes['ran']} of {passes['ran'] + passes['spared']} flow steps"
     fallback = f"  FELL BACK: {query['fallback']}" if query["fallback"] else ""
     return f"{query['mode']}  {query['query_ms']:.0f} ms ({phases})  {kept}{fallback}"
 

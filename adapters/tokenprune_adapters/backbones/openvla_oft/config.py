@@ -159,7 +159,7 @@ class OFTConfig:
             views=self.views,
             action=self.action,
             state_size=self.state_size,
-            capabilities=frozenset({"action_rows", "batch"}),
+            capabilities=frozenset({"action_rows", "batch", "layer_skip"}),
             other_flops=other,
             repeats=repeats,
         )

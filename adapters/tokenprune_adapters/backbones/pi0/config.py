@@ -123,10 +123,10 @@ class PI0Config:
         views, width, horizon = len(self.views), self.expert.hidden, self.action.horizon
         numbers = 2 * 2 * horizon * self.width * width
         if self.has_state_token:
-            time = 2 * horizon * 3 * width * width
+            time, norm = 2 * horizon * 3 * width * width, 0
         else:
-            norms = 2 * self.expert.depth + 1
-            time = 2 * 2 * width * width + 2 * norms * width * 3 * width
+            norm = 2 * width * 3 * width
+            time = 2 * 2 * width * width + norm
         other = {
             "vision": views * tower_flops(self.tower),
             "projector": views * 2 * rows * cols * self.tower.hidden_size * self.decoder.hidden,
@@ -146,9 +146,9 @@ class PI0Config:
             views=self.views,
             action=self.action,
             state_size=self.state_size,
-            capabilities=frozenset({"batch"}),
+            capabilities=frozenset({"batch", "head_cache", "layer_skip"}),
             other_flops=other,
-            follow_up=FollowUp("flow", self.expert, passes),
+            follow_up=FollowUp("flow", self.expert, passes, self.steps, 2 * norm),
         )
 
 

@@ -1,0 +1,91 @@
+"""EfficientVLA's layer pruning (arXiv 2506.10100): leave out layers that hardly turn the tokens.
+
+A layer's importance is 1 minus the cosine of what enters and leaves it, mean over tokens and calibration queries. The
+paper leaves out the least important ones, no two of them neighbours. The last layer always stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from tokenprune.backbone import BackboneInfo
+from tokenprune.config import Layers, StageConfig, layers_of
+from tokenprune.context import LayerContext, SelectContext
+from tokenprune.hookspecs import hookimpl
+from tokenprune.stage import Stage
+
+
+class LayerSkipConfig(StageConfig):
+    """Which layers are left out."""
+
+    layers: Layers = Field(description="Layers, or shares of the depth, to leave out; see `layer_cosine`.")
+
+
+class LayerSkip(Stage[LayerSkipConfig]):
+    """Leaves out the layers it is told."""
+
+    Config = LayerSkipConfig
+
+    def skips(self, depth: int) -> tuple[int, ...]:
+        """As configured."""
+        return layers_of(self.config.layers, depth)
+
+    def notes(self, info: BackboneInfo) -> str:
+        """Which layers these are in this decoder."""
+        skipped = self.skips(info.decoder.depth)
+        return f"leaves out {', '.join(map(str, skipped))} of {info.decoder.depth} layers"
+
+
+class LayerCosineConfig(StageConfig):
+    """How many layers to name."""
+
+    leave_out: int = Field(default=4, ge=1, description="Layers to name as the least important ones.")
+
+
+class LayerCosine(Stage[LayerCosineConfig]):
+    """Measures the importance of every layer but the last; `tokenprune run layer_cosine` prints it."""
+
+    Config = LayerCosineConfig
+
+    def __init__(self, config: LayerCosineConfig) -> None:
+        """Nothing is measured yet."""
+        super().__init__(config)
+        self._measured: dict[int, list[Tensor]] = {}
+
+    def layers(self, depth: int) -> tuple[int, ...]:
+        """A look at the embeddings, and at every layer whose output is made."""
+        return tuple(range(-1, depth - 1))
+
+    @hookimpl
+    def select_tokens(self, ctx: SelectContext) -> None:
+        """Note what enters layer 0."""
+        ctx.notes["entered"] = ctx.hidden
+
+    @hookimpl
+    def score_layer(self, ctx: LayerContext) -> None:
+        """Compare what entered with what leaves."""
+        entered, left = ctx.notes["entered"].double(), ctx.hidden.double()
+        self._measured.setdefault(ctx.layer, []).append(1 - cosine_similarity(entered, left, dim=-1).mean())
+        ctx.notes["entered"] = ctx.hidden
+
+    def findings(self) -> Mapping[str, object]:  # cold: after the queries
+        """Importance of each layer but the last, mean over queries, and the layers that matter least."""
+        means = [torch.stack(seen).mean().item() for _, seen in sorted(self._measured.items())]
+        return {
+            "importance, layer by layer": [round(mean, 4) for mean in means],
+            "layers that matter least": list(least_important(means, self.config.leave_out)),
+        }
+
+
+def least_important(importance: Sequence[float], count: int) -> tuple[int, ...]:
+    """The `count` layers of least importance of which no two are neighbours, ascending; fewer if there are no more."""
+    chosen: set[int] = set()
+    for layer in sorted(range(len(importance)), key=lambda layer: (importance[layer], layer)):
+        if len(chosen) < count and not {layer - 1, layer + 1} & chosen:
+            chosen.add(layer)
+    return tuple(sorted(chosen))
