@@ -83,7 +83,7 @@ def test_no_query_waits_for_the_device(name: str) -> None:
     queries(name)
 
 
-@pytest.mark.parametrize("name", ["specprune-paper", "specprune-c3"])
+@pytest.mark.parametrize("name", ["specprune-paper", "specprune-c3", "vla_cache"])
 def test_a_union_waits_to_learn_its_count(name: str) -> None:
     with pytest.raises(AssertionError, match="is read"):
         queries(name)

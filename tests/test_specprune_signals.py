@@ -15,6 +15,7 @@ from tests.drawing import VIEWS, batches, keep_sets, layouts, random, seeds
 from tokenprune.context import LayerContext, LayoutTables, PastFrames, SelectContext, at_layer
 from tokenprune.decoder import Decoder
 from tokenprune.history import ExecutedAction
+from tokenprune.kv import LayerKV
 from tokenprune.layout import Role, Segment, TokenLayout
 from tokenprune.plan import make_plan
 from tokenprune.selection import OriginalIds, TokenSelection
@@ -367,7 +368,7 @@ def test_a_number_may_depend_on_the_mode() -> None:
 
 
 def layer(ctx: SelectContext, q: torch.Tensor, k: torch.Tensor) -> LayerContext:
-    return at_layer(ctx, q, k, {})
+    return at_layer(ctx, q, LayerKV(k, k, ctx.tokens.ids), {})
 
 
 @given(ctx=scenes(), seed=seeds, heads=st.integers(1, 3))

@@ -16,6 +16,7 @@ from tests.test_probe import full_map
 from tests.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
 from tokenprune.policy import Policy
 from tokenprune.probe import received
+from tokenprune.selection import CurrentIds
 from tokenprune_plugins.divprune import farthest_first
 from tokenprune_plugins.vla_pruner import VLAPrunerConfig
 
@@ -28,7 +29,8 @@ def best(score: np.ndarray, count: int) -> list[int]:
 def test_received_attention_is_the_maps_mean(seed: int, n: int, share: int, causal: bool, block: int) -> None:
     q, k = random(seed, 2, 2 * share, n, 4), random(seed + 1, 2, 2, n, 4)
     expected = full_map(q, k, causal).mean((1, 2))
-    torch.testing.assert_close(received(q, k, causal, block), expected, rtol=0, atol=1e-12)
+    rows = CurrentIds(torch.arange(n).expand(2, n)) if causal else None
+    torch.testing.assert_close(received(q, k, rows, block), expected, rtol=0, atol=1e-12)
 
 
 @given(st.integers(0, 10_000), st.integers(1, 30), st.data())

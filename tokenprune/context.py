@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from tokenprune.decoder import Decoder, Positions, project_rows, rotary
 from tokenprune.history import ExecutedAction, Slot, once, recall, remember
+from tokenprune.kv import LayerKV
 from tokenprune.layout import TokenLayout
 from tokenprune.plan import Plan
-from tokenprune.probe import attention_rows, probabilities, received, similarity
-from tokenprune.selection import OriginalIds, TokenSelection, rows_at
+from tokenprune.probe import probabilities, received, row_entropy, similarity
+from tokenprune.selection import CurrentIds, OriginalIds, TokenSelection, rows_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +206,11 @@ class SelectContext:
         skipped = self.plan.skipped
         return next(self.decoder.layers[at] for at in range(self.layer + 1, self.plan.depth) if at not in skipped)
 
+    def reusable(self) -> Tensor:
+        """Which rows `[B]` have keys and values of a last query with the same prunable tokens."""
+        known = [slot.kv is not None and slot.kv.prunable == self.layout.prunable for slot in self.slots]
+        return _flags(known, self.prunable.device)
+
     def _prunable_columns(self, weights: Tensor) -> Tensor:
         columns = self.tokens.to_current(self.prunable)
         return weights.gather(3, columns[:, None, None].expand(*weights.shape[:3], -1))
@@ -223,9 +229,12 @@ class SelectContext:
             return torch.zeros_like(current), _flags([False] * len(current), current.device)
         return self.past.pixels[view], _flags([back is not None for back in self.past.steps], current.device)
 
-    def remember(self, name: str, values: Tensor) -> None:
-        """Keep values `[B, P]` of the prunable tokens, for later layers and for later queries of the episode."""
-        places = self.tables.place[self.prunable]
+    def remember(self, name: str, values: Tensor, of_all: bool = False) -> None:
+        """Keep values `[B, P]` of the prunable tokens, for later layers and for later queries of the episode.
+
+        They are of the tokens held now, or `of_all` prunable ones of the layout.
+        """
+        places = self.tables.place[self.tables.prunable.expand(len(values), -1) if of_all else self.prunable]
         remember(self.slots, self.scope + name, places, values, len(self.layout.prunable))
 
     def recall(self, name: str) -> tuple[Tensor, Tensor]:
@@ -246,12 +255,14 @@ class LayerContext(SelectContext):
 
     Attributes:
         q: The layer's queries after rotary embedding `[B, H, n, d]`.
-        k: Its keys after rotary embedding `[B, G, n, d]`.
+        k: Its keys after rotary embedding `[B, G, m, d]`.
+        keys: Original ids of the keys `[B, m]`: what it holds, and what it reuses from the last query.
         computed: Attention of named rows and ranges at this layer, so that stages share it.
     """
 
     q: Tensor
     k: Tensor
+    keys: OriginalIds
     computed: dict[str, Tensor]
 
     def attention_rows(self, rows: str | range | OriginalIds) -> Tensor:
@@ -275,16 +286,41 @@ class LayerContext(SelectContext):
         else:
             ids = rows
         self.probed(name, ids.shape[1], False)
-        weights = attention_rows(self.q, self.k, self.tokens.to_current(ids), self.causal)
-        attention = self._prunable_columns(weights)
+        attention = self._at(self._weights(ids), self.prunable)
         if isinstance(rows, str | range):
             self.computed[name] = attention
         return attention
 
+    def attention_to_all(self, rows: str) -> Tensor:
+        """Attention of a named span to every prunable token of the layout `[B, H, R, P]`, reused ones included.
+
+        Only where none was dropped.
+        """
+        ids = self.row_ids(rows)
+        self.probed(rows, ids.shape[1], False)
+        return self._at(self._weights(ids), OriginalIds(self.tables.prunable.expand(len(ids), -1)))
+
     def received_attention(self) -> Tensor:
         """Attention that the prunable tokens get `[B, P]`, mean over heads and over every token held; not shared."""
         self.probed("all", self.tokens.n_kept, False)
-        return received(self.q, self.k, self.causal).gather(1, self.tokens.to_current(self.prunable))
+        given = received(self.q, self.k, self._places(self.tokens.ids) if self.causal else None)
+        return given.gather(1, self._places(self.prunable))
+
+    def row_entropy(self) -> Tensor:
+        """Entropy of the head-averaged attention, mean over every token held `[B]`; not shared."""
+        self.probed("all", self.tokens.n_kept, False)
+        return row_entropy(self.q, self.k, self._places(self.tokens.ids) if self.causal else None)
+
+    def _weights(self, ids: OriginalIds) -> Tensor:
+        at = self.tokens.to_current(ids)[:, None, :, None]
+        q = self.q.gather(2, at.expand(-1, self.q.shape[1], -1, self.q.shape[3]))
+        return probabilities(q, self.k, self._places(ids) if self.causal else None)
+
+    def _at(self, weights: Tensor, columns: OriginalIds) -> Tensor:
+        return weights.gather(3, self._places(columns)[:, None, None].expand(*weights.shape[:3], -1))
+
+    def _places(self, ids: OriginalIds) -> CurrentIds:
+        return TokenSelection(self.keys, self.layout.n_tokens).to_current(ids)
 
 
 def rows_name(rows: str | range | OriginalIds) -> str:
@@ -298,10 +334,10 @@ def _flags(values: Sequence[bool], device: torch.device) -> Tensor:
     return torch.stack([torch.full((), value, device=device) for value in values])
 
 
-def at_layer(ctx: SelectContext, q: Tensor, k: Tensor, computed: dict[str, Tensor]) -> LayerContext:
-    """The same query seen with what its last layer computed."""
+def at_layer(ctx: SelectContext, q: Tensor, seen: LayerKV, computed: dict[str, Tensor]) -> LayerContext:
+    """The same query seen with what its last layer computed and attended to."""
     shared = {name: getattr(ctx, name) for name in SelectContext.__dataclass_fields__}
-    return LayerContext(**shared, q=q, k=k, computed=computed)
+    return LayerContext(**shared, q=q, k=seen.k, keys=seen.ids, computed=computed)
 
 
 def moved(

@@ -133,7 +133,8 @@ class Decoder:
                 hidden = self._finish_read(layer, hidden, q, tokens.to_current(read), seen, gate, condition)
                 break
             # Kept ids ascend, so the plain causal pattern stays right after any cut and no mask tensor is needed.
-            hidden = finish(layer, hidden, attend(q, seen, self.causal and not behind), gate, condition)
+            mixed = attend(q, seen, tokens.ids if self.causal and not behind else None)
+            hidden = finish(layer, hidden, mixed, gate, condition)
             if pruner is not None and asked:
                 hidden, tokens = pruner.after_layer(index, hidden, tokens, q, seen)
                 cos, sin = rotary(tokens, positions, self.head_dim, self.rope_theta, hidden.dtype)
@@ -157,7 +158,7 @@ class Decoder:
         if not rows.shape[1]:
             return hidden
         q = q.gather(2, rows[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
-        return finish(layer, hidden, attend(q, seen, causal=False), gate, condition)
+        return finish(layer, hidden, attend(q, seen), gate, condition)
 
 
 def project(
@@ -201,9 +202,17 @@ def project_rows(
     return rotate(q, cos, sin), rotate(k, *turn)
 
 
-def attend(q: Tensor, seen: LayerKV, causal: bool) -> Tensor:
-    """Attention output `[B, H, n, d]` of queries over keys of as many or fewer heads."""
-    return F.scaled_dot_product_attention(q, seen.k, seen.v, is_causal=causal, enable_gqa=q.shape[1] != seen.k.shape[1])
+def attend(q: Tensor, seen: LayerKV, ids: OriginalIds | None = None) -> Tensor:
+    """Attention output `[B, H, n, d]` of queries over keys of as many or fewer heads.
+
+    Where the queries' original ids `[B, n]` are given, each sees only keys up to its own.
+    """
+    shared = q.shape[1] != seen.k.shape[1]
+    if ids is None or seen.k.shape[2] == q.shape[2]:
+        return F.scaled_dot_product_attention(q, seen.k, seen.v, is_causal=ids is not None, enable_gqa=shared)
+    # Among the keys are tokens that have left, so the plain causal pattern does not fit.
+    mask = seen.ids[:, None, None] <= ids[:, None, :, None]
+    return F.scaled_dot_product_attention(q, seen.k, seen.v, attn_mask=mask, enable_gqa=shared)
 
 
 def finish(

@@ -73,14 +73,15 @@ def query_flops(info: BackboneInfo, plan: Plan, probes: Sequence[tuple[int, int,
         plan: Token counts per layer.
         probes: Layer, rows, and whether it was looked ahead to, of each attention probe.
     """
-    shape, held = info.decoder, plan.tokens
-    layers = [*(layer_flops(shape, n) for n in held[:-1]), layer_flops(shape, held[-1], read=len(plan.layout.readout))]
+    shape, held, keys = info.decoder, plan.tokens, plan.keys
+    layers = [layer_flops(shape, n, m) for n, m in zip(held[:-1], keys[:-1], strict=True)]
+    layers.append(layer_flops(shape, held[-1], keys[-1], read=len(plan.layout.readout)))
     follow_up = 0
     if info.follow_up is not None:
         follow_up = sum(
             layer_flops(info.follow_up.decoder, rows, n + before + rows) + norms
             for rows, before, norms in info.follow_up.ran(plan.head_interval)
-            for n in held
+            for n in keys
             if n
         )
     return QueryFlops(
@@ -92,9 +93,9 @@ def query_flops(info: BackboneInfo, plan: Plan, probes: Sequence[tuple[int, int,
 
 
 def keys_probed(plan: Plan, layer: int, ahead: bool) -> int:
-    """Tokens held where a layer is probed: those that enter it, or those that the cut before it finds."""
+    """Keys where a layer is probed: those it attends to, or the tokens that the cut before it finds."""
     if not ahead:
-        return plan.tokens[layer]
+        return plan.keys[layer]
     return plan.entering[layer - 1] + len(plan.layout.fixed) if layer else plan.layout.n_tokens
 
 

@@ -14,6 +14,8 @@ from tokenprune.frames import FrameBuffer
 if TYPE_CHECKING:
     import numpy as np
 
+    from tokenprune.kv import LastKV
+
 
 @dataclass(frozen=True, slots=True)
 class EpisodeStart:
@@ -66,6 +68,7 @@ class Slot:
         frames: The last query's cropped pixels by view, on the device.
         maps: Values by prunable token, by name.
         numbers: Single values by name.
+        kv: Keys and values of the last query, where the pipeline reuses them.
         host: What controllers keep, by stage.
         executed: Actions since the reset.
     """
@@ -79,6 +82,7 @@ class Slot:
     frames: Mapping[str, Tensor] = field(default_factory=dict)
     maps: dict[str, TokenMap] = field(default_factory=dict)
     numbers: dict[str, Tensor] = field(default_factory=dict)
+    kv: LastKV | None = None
     host: dict[int, dict[str, Any]] = field(default_factory=dict)
     executed: list[ExecutedAction] = field(default_factory=list)
 

@@ -10,7 +10,8 @@ import pluggy
 import torch
 
 from tokenprune.backbone import BackboneInfo
-from tokenprune.config import PipelineConfig
+from tokenprune.budget import UNION
+from tokenprune.config import CutConfig, PipelineConfig
 from tokenprune.context import LayoutTables
 from tokenprune.errors import CapabilityError, ConfigError, PluginError, StageError
 from tokenprune.hookspecs import HOT_HOOKS, PROJECT, StageHooks
@@ -106,6 +107,7 @@ def bind(config: PipelineConfig, info: BackboneInfo, registry: Registry) -> Boun
             raise ConfigError(f"pipeline '{config.name}', stages.{index} ('{stage_config.use}'): {error}") from error
         stages.append(stage)
     _check_skips(config.name, stages, names, info.decoder.depth)
+    _check_reuse(config, stages, names)
     return BoundPipeline(config, info, names, tuple(stages), freeze(stages, names))
 
 
@@ -126,6 +128,30 @@ def _check_skips(pipeline: str, stages: Sequence[Stage[Any]], names: Sequence[st
     owners = [name for stage, name in zip(stages, names, strict=True) if stage.head_interval() > 1]
     if len(owners) > 1:
         raise ConfigError(f"pipeline '{pipeline}': {' and '.join(owners)} both decide which flow steps run; keep one")
+
+
+def _check_reuse(config: PipelineConfig, stages: Sequence[Stage[Any]], names: Sequence[str]) -> None:
+    """Refuse what would let a token leave whose keys and values of the last query nobody has, or has elsewhere.
+
+    Raises:
+        ConfigError: Naming the stage.
+    """
+    owners = [name for stage, name in zip(stages, names, strict=True) if stage.reuses()]
+    if not owners:
+        return
+    where = f"pipeline '{config.name}': '{owners[0]}' reuses keys and values of the last query"
+    if config.positions != "preserve":
+        raise ConfigError(f"{where}, which stay at their positions; use positions: preserve")
+    for stage, name in zip(stages, names, strict=True):
+        if not isinstance(stage.config, CutConfig):
+            continue
+        if not stage.reuses():
+            raise ConfigError(f"{where}, so no token may be dropped; leave out '{name}'")
+        kept = {
+            stage.config.budget(mode, entry).amount for mode in config.modes for entry in range(len(stage.config.after))
+        }
+        if stage.config.views or not kept <= {UNION, 1.0}:
+            raise ConfigError(f"{where}, where there are any; give it keep: union, which is known only then")
 
 
 def _check_cuts(stage: Stage[Any], depth: int) -> None:

@@ -33,6 +33,7 @@ class Cut:
         keep: Prunable tokens it keeps; for an unresolved union, the most it could keep.
         groups: Budgets of single views, filled first.
         union: Whether a `keep: union` sets the count and it is not known yet.
+        reuse: Whether later layers take the keys and values of what leaves from the last query.
     """
 
     after: int
@@ -41,6 +42,7 @@ class Cut:
     keep: int
     groups: tuple[Group, ...] = ()
     union: bool = False
+    reuse: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,18 @@ class Plan:
         fixed = len(self.layout.fixed)
         return tuple(0 if layer in self.skipped else n + fixed for layer, n in enumerate(self.entering))
 
+    @cached_property
+    def keys(self) -> tuple[int, ...]:
+        """Tokens each layer attends to: those it holds, and those it reuses from the last query."""
+        gone = {cut.after: cut.found - cut.keep for cut in self.cuts if cut.reuse}
+        reused = [sum(n for after, n in gone.items() if after < layer) for layer in range(self.depth)]
+        return tuple(n + extra if n else 0 for n, extra in zip(self.tokens, reused, strict=True))
+
+    @property
+    def reuses(self) -> bool:
+        """Whether keys and values of the last query may be needed."""
+        return any(cut.reuse for cut in self.cuts)
+
     @property
     def graph_safe(self) -> bool:
         """Whether every count is known before the query starts."""
@@ -147,7 +161,8 @@ def make_plan(
                 union = resolved is None
             keeps.append(budget.count(held, fixed, resolved))
         keep = min(keeps)
-        cuts.append(Cut(after, tuple(at_cut[after]), held, keep, tuple(groups), union))
+        reuse = any(stages[index].reuses() for index in at_cut[after])
+        cuts.append(Cut(after, tuple(at_cut[after]), held, keep, tuple(groups), union, reuse))
         if keep < held or union:
             of_each = len(at_cut[after]) == 1 and {g.views for g in groups} == {(v,) for v in layout.views}
             if view_sizes is not None and len(view_sizes) == 1:

@@ -241,9 +241,12 @@ class Policy:
             clock.enter("preprocess")
             plan = self.pipeline.plan(layout, mode)
             query, normalised = self._run(self.pipeline, plan, inputs, slots, past, clock)
+            query.keep()
         except StageError as error:
             if self.pipeline.config.on_error == "raise":
                 raise
+            for slot in slots:
+                slot.kv = None
             query, normalised = self._run(self._dense, self._dense.plan(layout), inputs, slots, {}, clock)
             query.trace = replace(query.trace, pipeline=self.pipeline.config.name, fallback=str(error))
         actions = self.backbone.unnormalise(normalised, observations)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -24,25 +26,41 @@ def attention_rows(q: Tensor, k: Tensor, rows: CurrentIds, causal: bool) -> Tens
     return probabilities(q.gather(2, index), k, rows if causal else None)
 
 
-def received(q: Tensor, k: Tensor, causal: bool, block: int = 64) -> Tensor:
+def received(q: Tensor, k: Tensor, rows: CurrentIds | None, block: int = 64) -> Tensor:
     """Attention that each key gets `[B, m]`, mean over heads and all queries, in at least float32.
 
-    A block of queries at a time, so that the whole map is never held.
+    Args:
+        q: Queries `[B, H, n, d]`.
+        k: Keys `[B, G, m, d]`.
+        rows: As in `probabilities`.
+        block: Queries at a time, so that the whole map is never held.
     """
-    n = q.shape[2]
     total: Tensor = torch.zeros((), device=q.device)
-    for start in range(0, n, block):
-        part = q[:, :, start : start + block]
-        rows = torch.arange(start, start + part.shape[2], device=q.device).expand(len(q), -1)
-        total = total + probabilities(part, k, CurrentIds(rows) if causal else None).sum(2)
-    mean: Tensor = total.mean(1) / n
+    for weights in _blocks(q, k, rows, block):
+        total = total + weights.sum(2)
+    mean: Tensor = total.mean(1) / q.shape[2]
     return mean
+
+
+def row_entropy(q: Tensor, k: Tensor, rows: CurrentIds | None, block: int = 64) -> Tensor:
+    """Entropy in nats of the head-averaged attention of a query, mean over all queries `[B]`; arguments as above."""
+    total: Tensor = torch.zeros((), device=q.device)
+    for weights in _blocks(q, k, rows, block):
+        shared = weights.mean(1)
+        total = total - torch.xlogy(shared, shared).sum((1, 2))
+    return total / q.shape[2]
+
+
+def _blocks(q: Tensor, k: Tensor, rows: CurrentIds | None, block: int) -> Iterator[Tensor]:
+    for start in range(0, q.shape[2], block):
+        here = slice(start, start + block)
+        yield probabilities(q[:, :, here], k, None if rows is None else CurrentIds(rows[:, here]))
 
 
 def probabilities(q: Tensor, k: Tensor, rows: CurrentIds | None) -> Tensor:
     """Attention probabilities `[B, H, R, m]` of queries `[B, H, R, d]` over keys `[B, G, m, d]`.
 
-    Where `rows` `[B, R]` are given, a query sees only keys up to its own current index.
+    Where `rows` `[B, R]` are given, each query's own place among the keys, it sees only keys up to that.
     """
     logits = similarity(q, k)
     if rows is not None:

@@ -15,12 +15,12 @@ from tokenprune.context import FeatureContext, LayoutTables, PastFrames, SelectC
 from tokenprune.decoder import Decoder, Positions
 from tokenprune.errors import SelectionError, StageError, TraceError
 from tokenprune.history import Slot
-from tokenprune.kv import KVCache, LayerKV, Memory
+from tokenprune.kv import KVCache, LayerKV, Memory, ReusedKV
 from tokenprune.pipeline import BoundPipeline
 from tokenprune.plan import Cut, Plan
 from tokenprune.record import ActionAttention
 from tokenprune.repeat import SameCuts
-from tokenprune.selection import OriginalIds, Proposal, Quota, TokenSelection, apply, resolve, rows_at
+from tokenprune.selection import OriginalIds, Proposal, Quota, TokenSelection, apply, others, resolve, rows_at
 from tokenprune.trace import Clock, ProbeRecord, QueryTrace, attention_kernel
 from tokenprune.watch import Watch, Watcher
 
@@ -62,6 +62,7 @@ class Query:
         self._context: SelectContext | None = None
         self._checks: list[tuple[str, Tensor]] = []
         self._protected: dict[int, Tensor] = {}
+        self._reused: ReusedKV | None = None
         self._added: Tensor | None = None
         self._notes: dict[int, dict[str, Tensor]] = {}
 
@@ -114,8 +115,11 @@ class Query:
             hidden, tokens = self._begin(decoder, embeddings)
         with self.phase("decoder"):
             read = self._readout(len(embeddings))
+            memory: Memory | None = cache
+            if self._plan.reuses:
+                memory = self._reused = ReusedKV([slot.kv for slot in self._slots], cache)
             decoded = decoder.run(
-                hidden, tokens, self, cache, positions=self.positions, read=read, skip=self._plan.skipped
+                hidden, tokens, self, memory, positions=self.positions, read=read, skip=self._plan.skipped
             )
         self.tokens = decoded.tokens
         self.trace.held, self.trace.plan = decoded.held, self._plan
@@ -169,8 +173,8 @@ class Query:
                 return decoder.finish(embeddings + self._added, condition)
         if not self.trace.cached:
             self.trace.cached = memory.lengths
-            if memory.lengths != self._plan.tokens:
-                raise TraceError(f"cached {list(memory.lengths)} keys, planned {list(self._plan.tokens)}")
+            if memory.lengths != self._plan.keys:
+                raise TraceError(f"cached {list(memory.lengths)} keys, planned {list(self._plan.keys)}")
         batch, n, _ = embeddings.shape
         first = self._plan.layout.n_tokens + behind
         ids = OriginalIds(torch.arange(first, first + n, device=embeddings.device).expand(batch, n))
@@ -189,6 +193,12 @@ class Query:
         if actions and self._plan.head_interval > 1:
             self._added = run.stream - embeddings
         return run.hidden
+
+    def keep(self) -> None:
+        """Leave this query's keys and values to the next one of each environment, if the pipeline reuses them."""
+        if self._reused is not None:
+            for slot, kv in zip(self._slots, self._reused.rows(self._plan.layout.prunable), strict=True):
+                slot.kv = kv
 
     @property
     def attention(self) -> dict[int, ActionAttention]:
@@ -255,14 +265,13 @@ class Query:
         self, layer: int, hidden: Tensor, tokens: TokenSelection, q: Tensor, seen: LayerKV
     ) -> tuple[Tensor, TokenSelection]:
         """Ask the stages that declared this layer, and cut if the plan says so."""
-        k = seen.k
         if layer == 0:
-            self.trace.kernel = attention_kernel(q, k, k, bool(self._context and self._context.causal))
+            self.trace.kernel = attention_kernel(q, seen.k, seen.k, bool(self._context and self._context.causal))
             if not self._asked(layer):
                 return hidden, tokens
         with self.phase("selection"):
             assert self._context is not None
-            context = at_layer(moved(self._context, layer, tokens, self._context.prunable, hidden), q, k, {})
+            context = at_layer(moved(self._context, layer, tokens, self._context.prunable, hidden), q, seen, {})
             proposals = []
             for index, hook in self._scorers.get(layer, ()):
                 proposals += self._ask("score_layer", f"after layer {layer}", index, hook, context)
@@ -278,6 +287,10 @@ class Query:
         self, cut: Cut, proposals: list[tuple[int, Proposal]], context: SelectContext
     ) -> tuple[Tensor, TokenSelection]:
         where = "before layer 0" if cut.after < 0 else f"after layer {cut.after}"
+        if cut.reuse:
+            # What has no keys and values of a last query cannot leave.
+            fresh = ~context.reusable()[:, None].expand_as(context.prunable)
+            proposals = [*proposals, (cut.stages[0], Proposal(protect=fresh))]
         if cut.union:
             cut = self._resolve_union(cut, proposals)
         if cut.keep == cut.found:
@@ -306,6 +319,8 @@ class Query:
         if protected:
             self._protected[cut.after] = torch.stack(protected).any(0).sum(1).max() - cut.keep
         tokens, prunable = apply(context.tokens, context.prunable, self._tables.fixed, chosen)
+        if self._reused is not None:
+            self._reused.leave(OriginalIds(context.prunable.gather(1, others(chosen, cut.found))))
         at = context.tokens.to_current(tokens.ids)
         hidden = rows_at(context.hidden, at)
         self._held[cut.after] = tokens

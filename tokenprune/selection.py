@@ -156,6 +156,12 @@ def resolve(
     return key.topk(keep, dim=1, sorted=False).indices.sort(dim=1).values
 
 
+def others(chosen: Tensor, n: int) -> Tensor:
+    """The indices `[B, n - K]` of `n` that are not among `chosen` `[B, K]`, strictly increasing."""
+    taken = torch.zeros(len(chosen), n, dtype=torch.int64, device=chosen.device).scatter(1, chosen, 1)
+    return taken.argsort(dim=1, stable=True)[:, : n - chosen.shape[1]]
+
+
 def rank_below(score: Tensor) -> Tensor:
     """Number of tokens with a strictly lower score, int64 `[B, P]`; equal scores share a rank, NaN ranks lowest."""
     score = torch.nan_to_num(score, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).contiguous()

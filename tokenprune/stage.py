@@ -69,6 +69,13 @@ class Stage(Generic[ConfigT]):
         """Layers that are left out; none unless overridden, and never the last. Needs `layer_skip`."""
         return ()
 
+    def reuses(self) -> bool:
+        """Whether what leaves at this stage's cuts stays visible, with its keys and values of the last query.
+
+        Needs `kv_reuse` and `keep: union`, and no other stage may drop tokens.
+        """
+        return False
+
     def head_interval(self) -> int:
         """Of the action head's flow steps, the first of each so many runs through its layers; every one by default.
 

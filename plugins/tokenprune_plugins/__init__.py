@@ -90,6 +90,14 @@ _STAGES = (
         paper=_EFFICIENT,
     ),
     StageSpec(
+        "vla_cache",
+        "scorer",
+        "does not compute patches that did not change, and attends to what they were",
+        f"{__name__}.vla_cache:VLACache",
+        paper="VLA-Cache, arXiv 2502.02175 (NeurIPS 2025)",
+        requires=frozenset({"kv_reuse"}),
+    ),
+    StageSpec(
         "vla_adp",
         "selector",
         "keeps the patches most like the text by the first layer's projections",

@@ -87,7 +87,7 @@ class OpenVLAConfig:
             decoder=shape,
             views=self.views,
             action=self.action,
-            capabilities=frozenset({"batch", "layer_skip"}),
+            capabilities=frozenset({"batch", "kv_reuse", "layer_skip"}),
             other_flops={**self.body.vision_flops(1), "lm_head": lm_head},
             follow_up=FollowUp("decode", shape, tuple((1, behind) for behind in range(dims - 1))),
         )

@@ -159,7 +159,10 @@ class OFTConfig:
             views=self.views,
             action=self.action,
             state_size=self.state_size,
-            capabilities=frozenset({"action_rows", "batch", "layer_skip"}),
+            # Diffusion runs the same tokens again, and what it attends to then would have to be reused as well.
+            capabilities=frozenset(
+                {"action_rows", "batch", "layer_skip", *(() if self.head == "diffusion" else ("kv_reuse",))}
+            ),
             other_flops=other,
             repeats=repeats,
         )

@@ -146,7 +146,7 @@ class PI0Config:
             views=self.views,
             action=self.action,
             state_size=self.state_size,
-            capabilities=frozenset({"batch", "head_cache", "layer_skip"}),
+            capabilities=frozenset({"batch", "head_cache", "kv_reuse", "layer_skip"}),
             other_flops=other,
             follow_up=FollowUp("flow", self.expert, passes, self.steps, 2 * norm),
         )

@@ -1,0 +1,131 @@
+"""VLA-Cache (arXiv 2502.02175): patches that did not change keep their keys and values of the last query.
+
+A patch is static if its pixels' cosine with those of the last query's picture is at least `unchanged`; of each camera
+the `top` most similar count. Those among the `relevant_top` patches that the text attended to most in the last query
+(layer 15 of 32, mean over heads and text) do not. From each cut on, a share of the rest is no longer computed; its
+keys and values of the last query stay where they were. A share, once reached, never falls.
+
+The shares are one minus the layers' attention entropies, scaled to 0..1 over all layers, and a step upwards counts
+0.55 of itself. The released code measures entropies in every query; here they are measured in the first query of an
+episode, which reuses nothing. It also takes the lowest indices for a share, so the top rows of the first camera; here
+the most similar patches go first. Where the arm's camera moves, hardly anything of its view is static.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from tokenprune.backbone import BackboneInfo
+from tokenprune.config import CutConfig, Cuts, Keep, layer_of
+from tokenprune.context import LayerContext, SelectContext
+from tokenprune.hookspecs import hookimpl
+from tokenprune.layout import TokenLayout
+from tokenprune.selection import Proposal
+from tokenprune.stage import Probe, Stage
+from tokenprune_plugins.specprune.signals import patch_similarity, rank_in_views, rank_within
+
+
+class VLACacheConfig(CutConfig):
+    """Where patches stop being computed, and which may."""
+
+    after: Cuts = ("4%", "16%", "25%", "31%")
+    keep: Keep = "union"
+    unchanged: float = Field(default=0.996, description="Cosine of a patch's pixels from which it is static.")
+    top: int = Field(default=100, ge=0, description="Static patches of each camera, the most similar ones.")
+    relevant_top: int = Field(default=100, ge=0, description="Patches that text attends to, which are computed anew.")
+    relevant_layer: int | str = Field(default="47%", description="Layer whose attention says so.")
+    shares: tuple[float, ...] | None = Field(
+        default=None, description="Share of the static patches that is reused from each cut on; measured if left out."
+    )
+    damping: float = Field(default=0.55, ge=0, le=1, description="What a step upwards of a measured share counts.")
+
+
+class VLACache(Stage[VLACacheConfig]):
+    """Does not compute patches that look as they did, and attends to what they were."""
+
+    Config = VLACacheConfig
+
+    def reuses(self) -> bool:
+        """What leaves stays visible."""
+        return True
+
+    def bind(self, info: BackboneInfo) -> None:
+        """Find the layers in this decoder.
+
+        Raises:
+            ValueError: If there is not one share for each cut, or one is no share.
+        """
+        shares = self.config.shares
+        if shares is not None and (len(shares) != len(self.config.after) or not all(0 <= s <= 1 for s in shares)):
+            raise ValueError(f"shares: give one from 0 to 1 for each of the {len(self.config.after)} cuts")
+        self._depth = info.decoder.depth
+        self._relevant = layer_of(self.config.relevant_layer, self._depth)
+        self._cuts = self.cuts(self._depth)
+        self._measured = range(self._depth - 1) if shares is None else range(0)
+
+    def layers(self, depth: int) -> tuple[int, ...]:
+        """A look at the pictures, the cuts, the layer that says what is relevant, and those that are measured."""
+        measured = range(depth - 1) if self.config.shares is None else range(0)
+        relevant = layer_of(self.config.relevant_layer, depth)
+        return tuple(sorted({-1, *super().layers(depth), relevant, *measured}))
+
+    def probes(self, info: BackboneInfo, layout: TokenLayout, mode: str) -> tuple[Probe, ...]:
+        """The text's rows; the first query of an episode measures every layer besides."""
+        return (Probe(self._relevant, "text"),)
+
+    @hookimpl
+    def select_tokens(self, ctx: SelectContext) -> None:
+        """Rank the static patches."""
+        similar = ctx.prunable.double() * 0 - 1
+        for view, segment in ctx.layout.views.items():
+            if segment.grid is not None:
+                past, had = ctx.previous_images(view)
+                same = patch_similarity(ctx.images[view], past, segment.grid)
+                columns = (ctx.prunable - segment.start).clamp(0, segment.length - 1)
+                similar = torch.where(ctx.in_view(view) & had[:, None], same.gather(1, columns), similar)
+        attended, seen = ctx.recall("relevant")
+        relevant = rank_within(attended, seen) < self.config.relevant_top
+        static = similar >= self.config.unchanged
+        static = static & (rank_in_views(ctx, similar, static) < self.config.top) & ~relevant
+        ctx.notes["rank"] = rank_within(similar, static)
+        ctx.notes["static"] = static.sum(1)
+
+    @hookimpl
+    def score_layer(self, ctx: LayerContext) -> Proposal | None:
+        """Measure, note what is relevant, and keep computing all but the share that is reused."""
+        if ctx.layer in self._measured:
+            ctx.once(f"entropy.{ctx.layer}", ctx.row_entropy)
+        if ctx.layer == self._relevant:
+            attention = ctx.attention_to_all("text").mean((1, 2))
+            ctx.remember("relevant", attention, of_all=True)
+        if ctx.layer not in self._cuts:
+            return None
+        if any(slot.queries == 0 for slot in ctx.slots):
+            # Nothing can be reused yet, and the layers behind this one are still to be measured.
+            return Proposal(protect=torch.ones_like(ctx.prunable, dtype=torch.bool))
+        rank = ctx.notes["rank"].gather(1, ctx.tables.place[ctx.prunable])
+        reused = (self._share(ctx) * ctx.notes["static"]).floor()
+        return Proposal(score=rank.double(), protect=rank >= reused[:, None])
+
+    def _share(self, ctx: LayerContext) -> Tensor:
+        """What is reused from this cut on, at least as much as at the cuts before `[B]`."""
+        place = self._cuts.index(ctx.layer)
+        if self.config.shares is not None:
+            return torch.full_like(ctx.notes["static"], max(self.config.shares[: place + 1]), dtype=torch.float64)
+        if not place:
+            entropies = [ctx.once(f"entropy.{layer}", ctx.row_entropy) for layer in self._measured]
+            measured = shares(torch.stack(entropies), self.config.damping)
+            ctx.notes["shares"] = torch.stack([measured[cut] for cut in self._cuts]).cummax(0).values
+        return ctx.notes["shares"][place]
+
+
+def shares(entropies: Tensor, damping: float) -> Tensor:
+    """Share of each layer `[L, B]` from the layers' entropies `[L, B]`: the more focused, the more is reused."""
+    low, high = entropies.amin(0), entropies.amax(0)
+    raw = 1 - (entropies - low) / (high - low).clamp(min=1e-12)
+    damped = [raw[0]]
+    for share in raw[1:]:
+        damped.append(torch.where(share > damped[-1], damped[-1] + damping * (share - damped[-1]), share))
+    return torch.stack(damped)
