@@ -80,7 +80,7 @@ def test_I10_notices_renumbering() -> None:
     i10.notices(decoder, "rotary", lambda tokens, positions, *rest: real(tokens, "compact", *rest))
 
 
-ANYWHERE = ("none", "random", "uniform_grid", "divprune", "pyramiddrop", "vla_adp")
+ANYWHERE = ("none", "random", "uniform_grid", "divprune", "pyramiddrop", "vla_adp", "fastervlm")
 
 
 @prop(

@@ -120,8 +120,10 @@ def test_each_row_of_a_batch_hears_its_own_instruction() -> None:
 def test_words_in_another_row_are_noticed(order: Callable[[int], list[int]]) -> None:
     real = VisionBackbone.forward
 
-    def mixed(self: VisionBackbone, pixels: Tensor, transform: Any, dtype: torch.dtype, words: Tensor) -> Tensor:
-        return real(self, pixels, transform, dtype, words[order(len(words))])
+    def mixed(
+        self: VisionBackbone, pixels: Tensor, transform: Any, dtype: torch.dtype, words: Tensor, look: Any
+    ) -> Tensor:
+        return real(self, pixels, transform, dtype, words[order(len(words))], look)
 
     with patch.object(VisionBackbone, "forward", mixed), pytest.raises(AssertionError):
         rows_are_independent()

@@ -70,6 +70,7 @@ def context(
         slots=(),
         scope="",
         past=past,
+        encoder={},
         notes={},
         probed=lambda *_: None,
     )

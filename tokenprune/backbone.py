@@ -80,6 +80,7 @@ class BackboneInfo:
         action: What it returns.
         state_size: Numbers of robot state it reads, None where it reads none.
         capabilities: Names from `specs.CAPABILITIES` it offers.
+        encoder_attention: What stages may ask of the vision towers' attention, `cls` or `received`, and its FLOPs.
         other_flops: FLOPs per query outside the decoder, by part (2 per multiply-add).
         repeats: Times the layout's tokens go through the decoder in one query.
         follow_up: What comes after them, if anything does.
@@ -93,6 +94,7 @@ class BackboneInfo:
     action: ActionSpec
     state_size: int | None = None
     capabilities: frozenset[str] = frozenset()
+    encoder_attention: Mapping[str, int] = field(default_factory=dict)
     other_flops: Mapping[str, int] = field(default_factory=dict)
     repeats: int = 1
     follow_up: FollowUp | None = None

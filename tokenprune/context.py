@@ -121,6 +121,7 @@ class SelectContext:
         tables: The layout as tensors.
         scope: Prefix of what the stage remembers, so that stages do not meet.
         past: What the stage's `look_back` asked for.
+        encoder: By kind and view, the attention `[B, N]` that its patches got in the vision towers.
         notes: The stage's own, for later layers of this query; tensors of any shape.
         probed: Called whenever attention is computed, with the rows' name, their number and whether it is the next
             layer's.
@@ -139,6 +140,7 @@ class SelectContext:
     slots: Sequence[Slot]
     scope: str
     past: PastFrames | None
+    encoder: Mapping[str, Mapping[str, Tensor]]
     notes: dict[str, Tensor]
     probed: Callable[[str, int, bool], None]
 
@@ -205,6 +207,18 @@ class SelectContext:
         self.probed(rows, ids.shape[1], True)
         skipped = self.plan.skipped
         return next(self.decoder.layers[at] for at in range(self.layer + 1, self.plan.depth) if at not in skipped)
+
+    def encoder_attention(self, kind: str) -> Tensor:
+        """Attention the prunable tokens held now got in the vision towers `[B, P]`, mean over heads.
+
+        At the block whose output is the feature: from the class token (`cls`), or from every token (`received`).
+        """
+        by_view = self.encoder[kind]
+        everywhere = torch.zeros(len(self.prunable), self.layout.n_tokens, device=self.prunable.device)
+        for view, segment in self.layout.views.items():
+            everywhere = everywhere.to(by_view[view].dtype)
+            everywhere[:, segment.start : segment.start + segment.length] = by_view[view]
+        return everywhere.gather(1, self.prunable)
 
     def reusable(self) -> Tensor:
         """Which rows `[B]` have keys and values of a last query with the same prunable tokens."""

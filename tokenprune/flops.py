@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from tokenprune.backbone import BackboneInfo, DecoderShape
@@ -17,7 +17,7 @@ class QueryFlops:
     Attributes:
         other: Outside the decoder, by part.
         layers: Each decoder layer, all its passes over the layout's tokens.
-        probe: Attention rows computed for stages.
+        probe: Attention computed for stages.
         follow_up: Passes behind the layout.
     """
 
@@ -65,13 +65,19 @@ def probe_flops(shape: DecoderShape, rows: int, keys: int, ahead: bool = False) 
     return projected + 2 * rows * keys * q_width
 
 
-def query_flops(info: BackboneInfo, plan: Plan, probes: Sequence[tuple[int, int, bool]] = ()) -> QueryFlops:
+def query_flops(
+    info: BackboneInfo,
+    plan: Plan,
+    probes: Sequence[tuple[int, int, bool]] = (),
+    encoder: Iterable[str] = (),
+) -> QueryFlops:
     """FLOPs of a query that runs to plan.
 
     Args:
         info: The backbone.
         plan: Token counts per layer.
         probes: Layer, rows, and whether it was looked ahead to, of each attention probe.
+        encoder: Attention of the vision towers that stages were told.
     """
     shape, held, keys = info.decoder, plan.tokens, plan.keys
     layers = [layer_flops(shape, n, m) for n, m in zip(held[:-1], keys[:-1], strict=True)]
@@ -88,7 +94,8 @@ def query_flops(info: BackboneInfo, plan: Plan, probes: Sequence[tuple[int, int,
         other=dict(info.other_flops),
         layers=tuple(info.repeats * n for n in layers),
         follow_up=follow_up,
-        probe=sum(probe_flops(shape, rows, keys_probed(plan, layer, ahead), ahead) for layer, rows, ahead in probes),
+        probe=sum(probe_flops(shape, rows, keys_probed(plan, layer, ahead), ahead) for layer, rows, ahead in probes)
+        + sum(info.encoder_attention[kind] for kind in encoder),
     )
 
 

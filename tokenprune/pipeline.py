@@ -13,7 +13,7 @@ from tokenprune.backbone import BackboneInfo
 from tokenprune.budget import UNION
 from tokenprune.config import CutConfig, PipelineConfig
 from tokenprune.context import LayoutTables
-from tokenprune.errors import CapabilityError, ConfigError, PluginError, StageError
+from tokenprune.errors import CapabilityError, ConfigError, PluginError, StageError, nearest
 from tokenprune.hookspecs import HOT_HOOKS, PROJECT, StageHooks
 from tokenprune.layout import TokenLayout
 from tokenprune.plan import Plan, make_plan
@@ -33,6 +33,7 @@ class BoundPipeline:
         info: The backbone it was bound to.
         names: `use` of each stage.
         stages: The stage objects in pipeline order.
+        encoder: Attention of the vision towers that some stage asks for.
         hooks: Per hook point, implementations in pipeline order.
     """
 
@@ -40,6 +41,7 @@ class BoundPipeline:
     info: BackboneInfo
     names: tuple[str, ...]
     stages: tuple[Stage[Any], ...]
+    encoder: frozenset[str]
     hooks: dict[str, tuple[Hook, ...]]
     _plans: dict[tuple[TokenLayout, str, tuple[int, ...]], Plan] = field(default_factory=dict)
     _tables: dict[tuple[TokenLayout, torch.device], LayoutTables] = field(default_factory=dict)
@@ -102,13 +104,20 @@ def bind(config: PipelineConfig, info: BackboneInfo, registry: Registry) -> Boun
         try:
             stage = registry.stage_class(stage_config.use)(stage_config)
             stage.bind(info)
+            for kind in stage.encoder(info):
+                if kind not in info.encoder_attention:
+                    raise ValueError(
+                        f"attention: {kind}: the towers of '{info.name}' do not have it"
+                        f"{nearest(kind, info.encoder_attention)}"
+                    )
             _check_cuts(stage, info.decoder.depth)
         except ValueError as error:
             raise ConfigError(f"pipeline '{config.name}', stages.{index} ('{stage_config.use}'): {error}") from error
         stages.append(stage)
     _check_skips(config.name, stages, names, info.decoder.depth)
     _check_reuse(config, stages, names)
-    return BoundPipeline(config, info, names, tuple(stages), freeze(stages, names))
+    asked = frozenset(kind for stage in stages for kind in stage.encoder(info))
+    return BoundPipeline(config, info, names, tuple(stages), asked, freeze(stages, names))
 
 
 def _check_skips(pipeline: str, stages: Sequence[Stage[Any]], names: Sequence[str], depth: int) -> None:

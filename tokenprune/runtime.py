@@ -64,6 +64,7 @@ class Query:
         self._protected: dict[int, Tensor] = {}
         self._reused: ReusedKV | None = None
         self._added: Tensor | None = None
+        self._encoder: dict[str, dict[str, Tensor]] = {}
         self._notes: dict[int, dict[str, Tensor]] = {}
 
     @contextmanager
@@ -90,6 +91,17 @@ class Query:
                 )
             features = changed
         return features
+
+    @property
+    def encoder_kinds(self) -> frozenset[str]:
+        """Attention of the vision towers that stages ask for."""
+        return self._pipeline.encoder
+
+    def note_encoder(self, views: Sequence[str], seen: Mapping[str, Tensor]) -> None:
+        """Take the attention `[views * B, N]` that patches got in the towers, by kind, views one behind the other."""
+        self.trace.encoder = tuple(sorted(seen))
+        for kind, values in seen.items():
+            self._encoder[kind] = dict(zip(views, values.chunk(len(views)), strict=True))
 
     def noise(self, *shape: int) -> Tensor:  # cold: drawn on the host and uploaded, like the observation
         """Standard normal numbers `[B, *shape]`, float32: the same for every pipeline, other ones for every query."""
@@ -236,6 +248,7 @@ class Query:
             slots=self._slots,
             scope="",
             past=None,
+            encoder=self._encoder,
             notes={},
             probed=self._probed("", -1),
         )

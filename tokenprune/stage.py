@@ -65,6 +65,10 @@ class Stage(Generic[ConfigT]):
         """Layers at which `observe` is to be given the action tokens' attention; none unless overridden."""
         return ()
 
+    def encoder(self, info: BackboneInfo) -> tuple[str, ...]:
+        """Attention of the vision towers that `ctx.encoder_attention` is to tell; needs `encoder_attention`."""
+        return ()
+
     def skips(self, depth: int) -> tuple[int, ...]:
         """Layers that are left out; none unless overridden, and never the last. Needs `layer_skip`."""
         return ()

@@ -72,6 +72,7 @@ class QueryTrace:
         looked_back: Per stage, control steps between the frames it compared, one per batch row; None without a frame.
         milliseconds: The whole query on the host's clock, from observation to actions.
         phases: Milliseconds per phase: preprocess, vision, selection, decoder, decode or flow, head, history.
+        encoder: Attention of the vision towers that stages were told.
         ran: Passes of action tokens behind the layout that ran through every layer.
         spared: Those in which what the layers added before was added again.
         cached: Keys each layer held for the passes that followed (`decode`, `flow`); empty where none did.
@@ -87,6 +88,7 @@ class QueryTrace:
     kept: dict[int, Tensor] = field(default_factory=dict)
     reasons: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     looked_back: dict[str, tuple[int | None, ...]] = field(default_factory=dict)
+    encoder: tuple[str, ...] = ()
     ran: int = 0
     spared: int = 0
     cached: tuple[int, ...] = ()
@@ -141,6 +143,7 @@ class QueryTrace:
             "phases_ms": {name: round(ms, 4) for name, ms in self.phases.items()},
             "attention_kernel": self.kernel,
             "probes": [asdict(probe) for probe in self.probes],
+            "encoder_attention": list(self.encoder),
             "protected_over_budget": {cut_name(after): n for after, n in self.overfull.items()},
             "looked_back": {stage: list(steps) for stage, steps in self.looked_back.items()},
             "fallback": self.fallback,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tokenprune.backbone import ActionSpec, DecoderShape
 from tokenprune.decoder import Decoder
+from tokenprune_adapters.encoder_look import EncoderLook
 from tokenprune_adapters.preprocess import ImageTransform
 from tokenprune_adapters.vision import DINOV2_L_REG4_224, SIGLIP_SO400M_224, VisionTower, ViTConfig
 from tokenprune_adapters.vision import flops as tower_flops
@@ -119,14 +120,20 @@ class VisionBackbone(nn.Module):
             self.add_module(name, VisionTower(config))
 
     def forward(
-        self, pixels: Tensor, transform: ImageTransform, dtype: torch.dtype, language: Tensor | None = None
+        self,
+        pixels: Tensor,
+        transform: ImageTransform,
+        dtype: torch.dtype,
+        language: Tensor | None = None,
+        look: EncoderLook | None = None,
     ) -> Tensor:
         """Features `[B, N, sum of widths]` of uint8 pixels `[B, 3, S, S]`, normalised for each tower by itself.
 
         Towers with FiLM also take `language`, `[B, L]`; see `VisionTower.forward`.
         """
         features = [
-            module(transform.normalise(pixels, tower, dtype), language) for tower, module in enumerate(self.children())
+            module(transform.normalise(pixels, tower, dtype), language, None if look is None else look.at(tower))
+            for tower, module in enumerate(self.children())
         ]
         return torch.cat(features, dim=-1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -123,10 +124,12 @@ class Attention(nn.Module):
             self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Mix tokens: `[B, N, D]` to `[B, N, D]`."""
+    def forward(self, x: Tensor, look: Callable[[Tensor, Tensor], None] | None = None) -> Tensor:
+        """Mix tokens, `[B, N, D]` to `[B, N, D]`, and show queries and keys `[B, H, N, d]` to `look`."""
         parts = (self.q_proj(x), self.k_proj(x), self.v_proj(x)) if self.split else self.qkv(x).chunk(3, dim=-1)
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+        if look is not None:
+            look(q, k)
         mixed = functional.scaled_dot_product_attention(q, k, v)
         return cast(Tensor, self.proj(mixed.transpose(1, 2).flatten(2)))
 
@@ -169,9 +172,11 @@ class Block(FiLM):
         self.mlp = Mlp(config)
         self.ls2 = LayerScale(config) if config.layer_scale else nn.Identity()
 
-    def forward(self, x: Tensor, language: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, language: Tensor | None, look: Callable[[Tensor, Tensor], None] | None = None
+    ) -> Tensor:
         """Return the residual stream after the block, `[B, N, D]`, for language `[B, L]` or none."""
-        x = self.modulate(x + self.ls1(self.attn(self.norm1(x))), language)
+        x = self.modulate(x + self.ls1(self.attn(self.norm1(x), look)), language)
         return cast(Tensor, x + self.ls2(self.mlp(self.norm2(x))))
 
 
@@ -210,12 +215,18 @@ class VisionTower(nn.Module):
             tokens.insert(0, self.cls_token.expand(len(pixels), -1, -1))
         return torch.cat(tokens, dim=1)
 
-    def forward(self, pixels: Tensor, language: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        pixels: Tensor,
+        language: Tensor | None = None,
+        look: Callable[[Tensor, Tensor], None] | None = None,
+    ) -> Tensor:
         """Encode normalised images: the tapped block's output without the prefix (upstream OpenVLA: not normed).
 
         Args:
             pixels: `[B, 3, S, S]`, normalised for this tower.
             language: `[B, L]`, for a tower with FiLM only; a row per image, so repeated for each view of one query.
+            look: Called with the last block's queries and keys `[B, H, prefix + patches, d]`.
 
         Returns:
             `[B, rows * cols, D]` in raster order.
@@ -228,8 +239,9 @@ class VisionTower(nn.Module):
         if given != wanted:
             raise ValueError(f"vision tower: language of shape {given}; valid: {wanted}")
         x = self.embed(pixels)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x, language)
+        x = self.blocks[-1](x, language, look)
         return cast(Tensor, self.norm(x))[:, self.config.prefix_tokens :]
 
 

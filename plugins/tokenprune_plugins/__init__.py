@@ -60,6 +60,14 @@ _STAGES = (
         paper="DART, arXiv 2502.11494 (EMNLP 2025)",
     ),
     StageSpec(
+        "fastervlm",
+        "selector",
+        "keeps the patches that the vision tower itself attends to",
+        f"{__name__}.fastervlm:FasterVLM",
+        paper="FasterVLM, arXiv 2412.01818",
+        requires=frozenset({"encoder_attention"}),
+    ),
+    StageSpec(
         "efficientvla_tokens",
         "scorer",
         "keeps patches the text attends to, and some unlike them",

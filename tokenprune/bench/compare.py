@@ -210,7 +210,8 @@ def _own_work(trace: QueryTrace) -> float:
 
 def trace_flops(info: BackboneInfo, trace: QueryTrace) -> QueryFlops:
     """FLOPs of a query as it ran, attention probes included."""
-    return query_flops(info, trace.plan, [(probe.layer, probe.count, probe.ahead) for probe in trace.probes])
+    probes = [(probe.layer, probe.count, probe.ahead) for probe in trace.probes]
+    return query_flops(info, trace.plan, probes, trace.encoder)
 
 
 def describe(backbone: Backbone) -> dict[str, Any]:

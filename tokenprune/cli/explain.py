@@ -145,7 +145,7 @@ def _mode(bound: BoundPipeline, info: BackboneInfo, layout: TokenLayout, mode: s
     asked = {probe for stage in bound.stages for probe in stage.probes(info, layout, mode)}
     probes = sorted((p.layer, rows_name(p.rows), _rows_probed(p, plan), p.ahead) for p in asked)
     own, dense = (
-        query_flops(info, plan, [(layer, count, ahead) for layer, _, count, ahead in probes]),
+        query_flops(info, plan, [(layer, count, ahead) for layer, _, count, ahead in probes], bound.encoder),
         query_flops(info, make_plan((), (), layout, mode, info.decoder.depth)),
     )
     return {

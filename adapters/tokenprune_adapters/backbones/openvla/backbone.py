@@ -16,6 +16,7 @@ from tokenprune.layout import TokenLayout
 from tokenprune.runtime import Query
 from tokenprune_adapters.backbones.openvla.config import OpenVLAConfig
 from tokenprune_adapters.bins import ActionBins
+from tokenprune_adapters.encoder_look import EncoderLook
 from tokenprune_adapters.observations import check_observation, upload_frames
 from tokenprune_adapters.prismatic import LanguageModel, Projector, VisionBackbone
 from tokenprune_adapters.prompt import Prompt, PromptTokenizer
@@ -105,7 +106,9 @@ class OpenVLA:
         """All tokens `[B, N, D]` in the layout's order."""
         (view,) = self.config.views
         language = self.model.language_model
-        features = self.model.vision_backbone(inputs.images[view], self.config.transform, self.dtype)
+        look = EncoderLook(self.config.body.towers, query.encoder_kinds)
+        features = self.model.vision_backbone(inputs.images[view], self.config.transform, self.dtype, look=look)
+        query.note_encoder(self.config.views, look.seen)
         patches = self.model.projector(query.transform(view, features))
         bos = language.embed(torch.full((len(inputs.text), 1), self.tokenizer.bos_id, device=self.device))
         return torch.cat([bos, patches, language.embed(inputs.text)], dim=1)

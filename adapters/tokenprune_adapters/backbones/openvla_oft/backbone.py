@@ -16,6 +16,7 @@ from tokenprune.runtime import Query
 from tokenprune_adapters.backbones.openvla_oft.config import TRAIN_STEPS, OFTConfig
 from tokenprune_adapters.bins import ActionBins
 from tokenprune_adapters.diffusion import DDIM, timestep_encodings
+from tokenprune_adapters.encoder_look import EncoderLook
 from tokenprune_adapters.heads import DiffusionActionHead, L1ActionHead, NoisyActionProjector, ProprioProjector
 from tokenprune_adapters.observations import check_observation, upload_frames
 from tokenprune_adapters.prismatic import LanguageModel, Projector, VisionBackbone
@@ -157,7 +158,9 @@ class OpenVLAOFT:
         pixels = torch.cat([inputs.images[view] for view in views])
         if heard is not None:
             heard = heard.repeat(len(views), 1)
-        features = self.model.vision_backbone(pixels, self.config.transform, self.dtype, heard).chunk(len(views))
+        look = EncoderLook(self.config.body.towers, query.encoder_kinds)
+        features = self.model.vision_backbone(pixels, self.config.transform, self.dtype, heard, look).chunk(len(views))
+        query.note_encoder(views, look.seen)
         changed = [query.transform(view, part) for view, part in zip(views, features, strict=True)]
         projected: Tensor = self.model.projector(torch.cat(changed))
         return list(projected.chunk(len(views)))

@@ -10,6 +10,7 @@ from tokenprune.backbone import ActionSpec, BackboneInfo, DecoderShape
 from tokenprune.errors import ConfigError, nearest
 from tokenprune.layout import Role, Segment, TokenLayout
 from tokenprune_adapters import OFT_TRAINED
+from tokenprune_adapters.encoder_look import look_flops
 from tokenprune_adapters.heads import head_flops, lm_head_flops, noisy_action_flops, proprio_flops
 from tokenprune_adapters.preprocess import SIGLIP_MEAN, SIGLIP_STD, ImageTransform
 from tokenprune_adapters.prismatic import LIBERO_ACTION, PrismaticConfig, body_of
@@ -151,6 +152,10 @@ class OFTConfig:
             other["head"] = repeats * head_flops(horizon, dims, width)
         if self.head == "diffusion":
             other["noisy_actions"] = repeats * noisy_action_flops(horizon, dims, width)
+        offered = {"action_rows", "batch", "encoder_attention", "layer_skip"}
+        if self.head != "diffusion":
+            # Diffusion runs the same tokens again, and what it attends to then would have to be reused as well.
+            offered.add("kv_reuse")
         return BackboneInfo(
             name="openvla-oft",
             source=source,
@@ -159,10 +164,8 @@ class OFTConfig:
             views=self.views,
             action=self.action,
             state_size=self.state_size,
-            # Diffusion runs the same tokens again, and what it attends to then would have to be reused as well.
-            capabilities=frozenset(
-                {"action_rows", "batch", "layer_skip", *(() if self.head == "diffusion" else ("kv_reuse",))}
-            ),
+            capabilities=frozenset(offered),
+            encoder_attention=look_flops(self.body.towers, len(self.views)),
             other_flops=other,
             repeats=repeats,
         )

@@ -16,6 +16,7 @@ from tokenprune.layout import TokenLayout
 from tokenprune.runtime import Query
 from tokenprune_adapters.backbones.pi0.config import PI0Config
 from tokenprune_adapters.backbones.pi0.model import PI0Model, time_embeddings
+from tokenprune_adapters.encoder_look import EncoderLook
 from tokenprune_adapters.gemma_prompt import GemmaTokenizer
 from tokenprune_adapters.observations import check_observation, upload_frames
 from tokenprune_adapters.prompt import Prompt
@@ -127,7 +128,10 @@ class PI0:
     def _patches(self, inputs: PI0Inputs, query: Query) -> list[Tensor]:
         views = self.config.views
         pixels = torch.cat([inputs.images[view] for view in views])
-        features = self.model.vision(self.config.transform.normalise(pixels, 0, self.dtype)).chunk(len(views))
+        look = EncoderLook((self.config.tower,), query.encoder_kinds)
+        normalised = self.config.transform.normalise(pixels, 0, self.dtype)
+        features = self.model.vision(normalised, look=look.at(0)).chunk(len(views))
+        query.note_encoder(views, look.seen)
         changed = [query.transform(view, part) for view, part in zip(views, features, strict=True)]
         projected: Tensor = self.model.projector(torch.cat(changed))
         return list(projected.chunk(len(views)))

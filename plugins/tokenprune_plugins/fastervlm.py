@@ -1,0 +1,62 @@
+"""FasterVLM (arXiv 2412.01818): keep the patches that the vision tower's class token attends to.
+
+The score is the attention from the class token to each patch, mean over heads, at the block whose output is the
+feature. Text is not looked at, so what is kept is the same for every instruction. OpenVLA's DINOv2 has a class token;
+where no tower has one (pi0's SigLIP), the attention a patch gets from all tokens takes its place.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from tokenprune.backbone import BackboneInfo
+from tokenprune.config import CutConfig, Keep
+from tokenprune.context import SelectContext
+from tokenprune.hookspecs import hookimpl
+from tokenprune.selection import Proposal
+from tokenprune.stage import Stage
+
+
+class FasterVLMConfig(CutConfig):
+    """How many patches stay, and whose attention counts."""
+
+    keep: Keep = 0.25
+    attention: Literal["auto", "cls", "received"] = Field(
+        default="auto", description="From the class token or from all tokens; auto: the former where there is one."
+    )
+
+
+class FasterVLM(Stage[FasterVLMConfig]):
+    """Keeps what the vision tower itself finds important."""
+
+    Config = FasterVLMConfig
+
+    def bind(self, info: BackboneInfo) -> None:
+        """Choose the attention."""
+        (self._kind,) = self.encoder(info)
+
+    def encoder(self, info: BackboneInfo) -> tuple[str, ...]:
+        """One kind."""
+        if self.config.attention != "auto":
+            return (self.config.attention,)
+        return ("cls" if "cls" in info.encoder_attention else "received",)
+
+    def notes(self, info: BackboneInfo) -> str:
+        """Which attention this is."""
+        if self.encoder(info) == ("cls",):
+            return "attention of the vision tower's class token"
+        return "attention from all tokens of the vision tower" + (
+            ", which has no class token" if "cls" not in info.encoder_attention else ""
+        )
+
+    @hookimpl
+    def select_tokens(self, ctx: SelectContext) -> Proposal:
+        """What the tower attended to."""
+        return Proposal(score=ctx.encoder_attention(self._kind))
+
+    @hookimpl
+    def score_layer(self, ctx: SelectContext) -> Proposal:
+        """The same, later."""
+        return Proposal(score=ctx.encoder_attention(self._kind))
