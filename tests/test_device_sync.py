@@ -24,7 +24,8 @@ WAITING = ("nonzero", "masked_select", "_unique2", "equal")
 READING = ("item", "tolist", "cpu", "numpy", "__int__", "__float__", "__bool__", "__index__")
 GRAPH_SAFE = (
     "none", "random", "uniform_grid", "fastv", "divprune", "efficientvla_tokens", "sparsevlm", "pyramiddrop", "dart",
-    "vla_adp", "vla_pruner", "fastervlm", "specprune", "specprune.static", "specprune.dynamic",
+    "vla_adp", "vla_pruner", "fastervlm", "visionzip", "tome", "pool2x2",
+    "specprune", "specprune.static", "specprune.dynamic",
 )  # fmt: skip
 
 

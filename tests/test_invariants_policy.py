@@ -80,7 +80,7 @@ def test_I10_notices_renumbering() -> None:
     i10.notices(decoder, "rotary", lambda tokens, positions, *rest: real(tokens, "compact", *rest))
 
 
-ANYWHERE = ("none", "random", "uniform_grid", "divprune", "pyramiddrop", "vla_adp", "fastervlm")
+ANYWHERE = ("none", "random", "uniform_grid", "divprune", "pyramiddrop", "vla_adp", "fastervlm", "tome")
 
 
 @prop(
@@ -184,7 +184,7 @@ def test_I14_notices_a_silent_upcast() -> None:
         return real(tokens, *rest)
 
     moved = runtime.moved
-    fault = lambda ctx, tokens, prunable, hidden: moved(ctx, tokens, prunable, hidden.double())  # noqa: E731
+    fault = lambda ctx, layer, tokens, prunable, hidden: moved(ctx, layer, tokens, prunable, hidden.double())  # noqa: E731
     with patch.object(runtime, "apply", upcast):
         i14.notices(runtime, "moved", fault)
 

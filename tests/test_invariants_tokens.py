@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tests import drawing, stages
 from tests.planting import REGISTRY, pipeline, pipelines, prop
 from tests.tiny_oft import INSTRUCTION, tiny_config
-from tokenprune import runtime, selection
+from tokenprune import resolution, runtime, selection
 from tokenprune.config import PipelineConfig
 from tokenprune.context import LayoutTables
 from tokenprune.decoder import Decoded, Decoder
@@ -43,7 +43,7 @@ class Passing(Decoder):
             heads = torch.ones(hidden.shape[0], 1, hidden.shape[1], 4)
             if pruner.acts_after(layer):
                 hidden, tokens = pruner.after_layer(layer, hidden, tokens, heads, LayerKV(heads, heads, tokens.ids))
-        self.passed = Decoded(hidden, tokens, tuple(held))
+        self.passed = Decoded(hidden, hidden, tokens, tuple(held))
         return replace(self.passed, hidden=rows_at(hidden, tokens.to_current(how["read"])))
 
 
@@ -106,7 +106,7 @@ def test_I2_notices_a_resolver_deaf_to_protection() -> None:
     def deaf(proposals: list[Proposal], *rest: Any) -> Tensor:
         return real([Proposal(torch.zeros(p.protect.shape), None, p.drop) for p in proposals], *rest)
 
-    i2.notices(runtime, "resolve", deaf)
+    i2.notices(resolution, "resolve", deaf)
 
 
 @prop(drawing.layouts(), pipelines(depth=4), drawing.batches)
@@ -149,7 +149,7 @@ def test_I4_counts_equal_the_plan() -> None:
 
 def test_I4_notices_one_token_too_few() -> None:
     real = selection.resolve
-    i4.notices(runtime, "resolve", lambda *args: real(*args)[:, 1:])
+    i4.notices(resolution, "resolve", lambda *args: real(*args)[:, 1:])
 
 
 def draw_selection(n: int, keep: int, batch: int, seed: int) -> TokenSelection:

@@ -13,7 +13,7 @@ import tokenprune
 from tests import stages
 from tests.planting import pipeline
 from tests.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
-from tokenprune import runtime
+from tokenprune import resolution
 from tokenprune.config import DENSE, PipelineConfig, StageConfig, ViewBudget
 from tokenprune.context import ControlContext, ControlDecision, FeatureContext
 from tokenprune.errors import CapabilityError, ConfigError, PluginError, StageError, TokenPruneError, TraceError
@@ -177,17 +177,19 @@ def test_a_trace_that_differs_from_the_plan_is_refused(
     backbone: OpenVLAOFT, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = started(backbone, pipeline(HalfConfig(use="random", after=(1,))), registry)
-    real = runtime.resolve
-    monkeypatch.setattr(runtime, "resolve", lambda proposals, keep, *rest: real(proposals, keep + 1, *rest))
+    real = resolution.resolve
+    monkeypatch.setattr(resolution, "resolve", lambda proposals, keep, *rest: real(proposals, keep + 1, *rest))
     with pytest.raises(TraceError, match="layer 2 differs from the plan"):
         policy.act(observation(backbone.config))
 
 
 def test_capabilities_are_checked_when_bound(backbone: OpenVLAOFT, registry: Registry) -> None:
-    spec = replace(registry.stages["random"].spec, name="needy", requires=frozenset({"kv_reuse"}))
+    spec = replace(registry.stages["random"].spec, name="needy", requires=frozenset({"head_cache"}))
     needy = stages.registry()
     needy.stages["needy"] = Registered(spec, Owner("tests", "0", __name__))
-    with pytest.raises(CapabilityError, match="'needy' requires kv_reuse, which backbone 'openvla-oft' does not offer"):
+    with pytest.raises(
+        CapabilityError, match="'needy' requires head_cache, which backbone 'openvla-oft' does not"
+    ):
         Policy(backbone, pipeline(HalfConfig(use="needy")), needy)
 
 

@@ -121,7 +121,7 @@ class SelectContext:
         tables: The layout as tensors.
         scope: Prefix of what the stage remembers, so that stages do not meet.
         past: What the stage's `look_back` asked for.
-        encoder: By kind and view, the attention `[B, N]` that its patches got in the vision towers.
+        encoder: By kind and view, what the vision towers' attention says of its patches `[B, N]` or `[B, N, d]`.
         notes: The stage's own, for later layers of this query; tensors of any shape.
         probed: Called whenever attention is computed, with the rows' name, their number and whether it is the next
             layer's.
@@ -209,16 +209,17 @@ class SelectContext:
         return next(self.decoder.layers[at] for at in range(self.layer + 1, self.plan.depth) if at not in skipped)
 
     def encoder_attention(self, kind: str) -> Tensor:
-        """Attention the prunable tokens held now got in the vision towers `[B, P]`, mean over heads.
+        """What the vision towers' attention says of the prunable tokens held now, at the block whose output is read.
 
-        At the block whose output is the feature: from the class token (`cls`), or from every token (`received`).
+        Mean over heads: what they got from the class token (`cls`) or from every token (`received`), `[B, P]`; or
+        their keys (`keys`), `[B, P, d]`.
         """
         by_view = self.encoder[kind]
-        everywhere = torch.zeros(len(self.prunable), self.layout.n_tokens, device=self.prunable.device)
+        like = next(iter(by_view.values()))
+        everywhere = like.new_zeros(len(self.prunable), self.layout.n_tokens, *like.shape[2:])
         for view, segment in self.layout.views.items():
-            everywhere = everywhere.to(by_view[view].dtype)
             everywhere[:, segment.start : segment.start + segment.length] = by_view[view]
-        return everywhere.gather(1, self.prunable)
+        return everywhere.gather(1, self.prunable) if like.dim() == 2 else rows_at(everywhere, self.prunable)
 
     def reusable(self) -> Tensor:
         """Which rows `[B]` have keys and values of a last query with the same prunable tokens."""

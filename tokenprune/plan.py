@@ -33,6 +33,7 @@ class Cut:
         keep: Prunable tokens it keeps; for an unresolved union, the most it could keep.
         groups: Budgets of single views, filled first.
         union: Whether a `keep: union` sets the count and it is not known yet.
+        merge: Whether what leaves may be merged into what stays.
         reuse: Whether later layers take the keys and values of what leaves from the last query.
     """
 
@@ -43,6 +44,7 @@ class Cut:
     groups: tuple[Group, ...] = ()
     union: bool = False
     reuse: bool = False
+    merge: bool = False
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,8 @@ def make_plan(
             keeps.append(budget.count(held, fixed, resolved))
         keep = min(keeps)
         reuse = any(stages[index].reuses() for index in at_cut[after])
-        cuts.append(Cut(after, tuple(at_cut[after]), held, keep, tuple(groups), union, reuse))
+        merge = any(stages[index].merges() for index in at_cut[after])
+        cuts.append(Cut(after, tuple(at_cut[after]), held, keep, tuple(groups), union, reuse, merge))
         if keep < held or union:
             of_each = len(at_cut[after]) == 1 and {g.views for g in groups} == {(v,) for v in layout.views}
             if view_sizes is not None and len(view_sizes) == 1:

@@ -13,14 +13,15 @@ from torch import Tensor
 from tokenprune.budget import union_count
 from tokenprune.context import FeatureContext, LayoutTables, PastFrames, SelectContext, at_layer, moved
 from tokenprune.decoder import Decoder, Positions
-from tokenprune.errors import SelectionError, StageError, TraceError
+from tokenprune.errors import StageError, TraceError
 from tokenprune.history import Slot
 from tokenprune.kv import KVCache, LayerKV, Memory, ReusedKV
 from tokenprune.pipeline import BoundPipeline
 from tokenprune.plan import Cut, Plan
 from tokenprune.record import ActionAttention
 from tokenprune.repeat import SameCuts
-from tokenprune.selection import OriginalIds, Proposal, Quota, TokenSelection, apply, others, resolve, rows_at
+from tokenprune.resolution import checked, choose, merged, mix
+from tokenprune.selection import OriginalIds, Proposal, TokenSelection, apply, others, rows_at
 from tokenprune.trace import Clock, ProbeRecord, QueryTrace, attention_kernel
 from tokenprune.watch import Watch, Watcher
 
@@ -105,7 +106,7 @@ class Query:
 
     def noise(self, *shape: int) -> Tensor:  # cold: drawn on the host and uploaded, like the observation
         """Standard normal numbers `[B, *shape]`, float32: the same for every pipeline, other ones for every query."""
-        seeds = (_mix(0, slot.number, slot.queries, slot.index) for slot in self._slots)
+        seeds = (mix(0, slot.number, slot.queries, slot.index) for slot in self._slots)
         drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return torch.stack(drawn).to(self._tables.fixed.device)
 
@@ -233,7 +234,7 @@ class Query:
         batch = embeddings.shape[0]
         tokens = TokenSelection.identity(layout.n_tokens, batch, embeddings.device)
         self._all_prunable = prunable = OriginalIds(self._tables.prunable.expand(batch, -1))
-        seeds = tuple(_mix(self._pipeline.config.seed, slot.number, slot.queries, slot.index) for slot in self._slots)
+        seeds = tuple(mix(self._pipeline.config.seed, slot.number, slot.queries, slot.index) for slot in self._slots)
         self._context = SelectContext(
             plan=self._plan,
             decoder=decoder,
@@ -309,22 +310,7 @@ class Query:
         if cut.keep == cut.found:
             self.trace.kept[cut.after] = context.prunable
             return context.hidden, context.tokens
-        if not proposals:
-            asked = ", ".join(self._pipeline.names[i] for i in cut.stages)
-            raise StageError(
-                f"{where}: {cut.keep} of {cut.found} tokens are to stay, but no stage said which (asked: {asked})"
-            )
-        quotas = [
-            Quota(torch.stack([context.in_view(view) for view in group.views]).any(0), group.keep)
-            for group in cut.groups
-        ]
-        try:
-            chosen = resolve(
-                [p for _, p in proposals], cut.keep, self._pipeline.weights([i for i, _ in proposals]), quotas
-            )
-        except SelectionError as error:
-            names = ", ".join(self._pipeline.names[i] for i, _ in proposals)
-            raise StageError(f"{names}: {where}: {error}") from error
+        chosen = choose(cut, proposals, context, self._pipeline, where)
         for index, proposal in proposals:
             if proposal.score is not None:
                 self._checks.append((f"stage '{self._pipeline.names[index]}' {where}", proposal.score.isnan().any()))
@@ -336,6 +322,10 @@ class Query:
             self._reused.leave(OriginalIds(context.prunable.gather(1, others(chosen, cut.found))))
         at = context.tokens.to_current(tokens.ids)
         hidden = rows_at(context.hidden, at)
+        merging = merged(proposals, context, chosen, self._pipeline, where)
+        if merging is not None:
+            places = tokens.to_current(prunable)[..., None].expand_as(merging)
+            hidden = hidden.scatter(1, places, merging)
         self._held[cut.after] = tokens
         self.trace.kept[cut.after] = prunable
         self._note_reasons(cut.after, [p for _, p in proposals], chosen)
@@ -373,19 +363,8 @@ class Query:
             probed=self._probed(name, context.layer),
         )
         answer = self._pipeline.call(index, hook_name, hook, own, where)
-        if answer is None:
-            return []
-        what = f"stage '{name}': {hook_name} {where} returned"
-        if not isinstance(answer, Proposal):
-            raise StageError(f"{what} {type(answer).__name__}, not a Proposal or None")
-        votes = {"score": answer.score, "protect": answer.protect, "drop": answer.drop, **(answer.reasons or {})}
-        for vote_name, vote in votes.items():
-            if vote is not None and vote.shape != context.prunable.shape:
-                held = list(context.prunable.shape)
-                raise StageError(
-                    f"{what} a {vote_name} of shape {list(vote.shape)}; the prunable tokens held are {held}"
-                )
-        return [(index, answer)]
+        checked(answer, context.prunable, f"stage '{name}': {hook_name} {where} returned")
+        return [] if answer is None else [(index, answer)]
 
     def _probed(self, stage: str, layer: int) -> Callable[[str, int, bool], None]:
         def note(rows: str, count: int, ahead: bool) -> None:
@@ -412,12 +391,3 @@ def _by_layer(pipeline: BoundPipeline, plan: Plan) -> dict[int, list[tuple[int, 
             if index in stages:
                 asked.setdefault(layer, []).append((index, hook))
     return asked
-
-
-def _mix(*numbers: int) -> int:
-    """Combine small integers into one 63-bit number, the same on every machine."""
-    mixed = 0x9E3779B97F4A7C15
-    for number in numbers:
-        mixed = (mixed ^ number) * 0xBF58476D1CE4E5B9 % 2**64
-        mixed ^= mixed >> 29
-    return mixed >> 1

@@ -6,7 +6,7 @@ unpruned sequence, `CurrentIds` positions in what a layer holds now. Shapes neve
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NewType
 
@@ -81,12 +81,15 @@ class Proposal:
         protect: Boolean `[B, P]`; kept before any score is looked at.
         drop: Boolean `[B, P]`; kept only when nothing else is left to fill the budget.
         reasons: Boolean `[B, P]` by a name, such as `local`: why a token is wanted. Recorded; changes nothing.
+        merge: Given the tokens that are kept, indices `[B, K]` into the `P`, what each becomes: weights `[B, K, P]` of
+            a sum over all tokens the cut finds. It keeps its place and position. Left out, tokens stay as they are.
     """
 
     score: Tensor | None = None
     protect: Tensor | None = None
     drop: Tensor | None = None
     reasons: Mapping[str, Tensor] | None = None
+    merge: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,6 +80,10 @@ class Stage(Generic[ConfigT]):
         """
         return False
 
+    def merges(self) -> bool:
+        """Whether this stage merges tokens at its cuts instead of dropping them; needs `merge`."""
+        return False
+
     def head_interval(self) -> int:
         """Of the action head's flow steps, the first of each so many runs through its layers; every one by default.
 

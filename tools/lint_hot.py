@@ -22,6 +22,7 @@ HOT_FILES = (
     "tokenprune/selection.py",
     "tokenprune/kv.py",
     "tokenprune/runtime.py",
+    "tokenprune/resolution.py",
     "tokenprune/history.py",
     "tokenprune/context.py",
     "plugins/tokenprune_plugins/**/*.py",

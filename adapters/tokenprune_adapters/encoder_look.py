@@ -13,9 +13,13 @@ Look = Callable[[Tensor, Tensor], None]
 
 
 def towers_asked(towers: Sequence[ViTConfig]) -> dict[str, int]:
-    """Which tower answers each question: the last one for `received`, the first with a class token for `cls`."""
+    """Which tower answers each question: the first with a class token for `cls`, the last one for `received`.
+
+    Keys are those of the tower that the best attention comes from: `cls` where there is one.
+    """
     with_cls = [number for number, tower in enumerate(towers) if tower.cls]
-    return {"received": len(towers) - 1, **({"cls": with_cls[0]} if with_cls else {})}
+    last = len(towers) - 1
+    return {"received": last, **({"cls": with_cls[0]} if with_cls else {}), "keys": with_cls[0] if with_cls else last}
 
 
 def look_flops(towers: Sequence[ViTConfig], views: int) -> Mapping[str, int]:
@@ -24,7 +28,8 @@ def look_flops(towers: Sequence[ViTConfig], views: int) -> Mapping[str, int]:
     for kind, number in towers_asked(towers).items():
         tower = towers[number]
         tokens = tower.grid[0] * tower.grid[1] + tower.prefix_tokens
-        found[kind] = views * 2 * (tokens if kind == "received" else 1) * tokens * tower.hidden_size
+        rows = {"received": tokens, "cls": 1, "keys": 0}[kind]
+        found[kind] = views * 2 * rows * tokens * tower.hidden_size
     return found
 
 
@@ -32,7 +37,8 @@ class EncoderLook:
     """Attention of towers while they run.
 
     Attributes:
-        seen: By kind, how much each patch got `[B, N]`, mean over heads: from the class token, or from all tokens.
+        seen: By kind, mean over heads: what each patch got `[B, N]` from the class token (`cls`) or from all tokens
+            (`received`), and the patches' `keys` `[B, N, d]`.
     """
 
     def __init__(self, towers: Sequence[ViTConfig], wanted: frozenset[str]) -> None:
@@ -48,7 +54,12 @@ class EncoderLook:
 
         def look(q: Tensor, k: Tensor) -> None:
             for kind in kinds:
-                given = received(q, k, None) if kind == "received" else probabilities(q[:, :, :1], k, None).mean((1, 2))
-                self.seen[kind] = given[:, patches]
+                self.seen[kind] = _answer(kind, q, k)[:, patches]
 
         return look if kinds else None
+
+
+def _answer(kind: str, q: Tensor, k: Tensor) -> Tensor:
+    if kind == "keys":
+        return k.mean(1)
+    return received(q, k, None) if kind == "received" else probabilities(q[:, :, :1], k, None).mean((1, 2))

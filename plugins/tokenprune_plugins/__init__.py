@@ -25,6 +25,13 @@ _STAGES = (
         f"{__name__}.controls:UniformGrid",
     ),
     StageSpec(
+        "pool2x2",
+        "control",
+        "averages squares of two by two patches",
+        f"{__name__}.pooling:Pool",
+        requires=frozenset({"merge"}),
+    ),
+    StageSpec(
         "fastv",
         "scorer",
         "keeps the patches an early layer attends to",
@@ -66,6 +73,22 @@ _STAGES = (
         f"{__name__}.fastervlm:FasterVLM",
         paper="FasterVLM, arXiv 2412.01818",
         requires=frozenset({"encoder_attention"}),
+    ),
+    StageSpec(
+        "visionzip",
+        "selector",
+        "keeps the patches that the vision tower attends to, and folds the rest into a few targets",
+        f"{__name__}.visionzip:VisionZip",
+        paper="VisionZip, arXiv 2412.04467 (CVPR 2025)",
+        requires=frozenset({"encoder_attention", "merge"}),
+    ),
+    StageSpec(
+        "tome",
+        "selector",
+        "merges the pairs of patches that are most alike",
+        f"{__name__}.tome:ToMe",
+        paper="ToMe, arXiv 2210.09461 (ICLR 2023)",
+        requires=frozenset({"merge"}),
     ),
     StageSpec(
         "efficientvla_tokens",

@@ -88,7 +88,7 @@ class OpenVLAConfig:
             decoder=shape,
             views=self.views,
             action=self.action,
-            capabilities=frozenset({"batch", "encoder_attention", "kv_reuse", "layer_skip"}),
+            capabilities=frozenset({"batch", "encoder_attention", "kv_reuse", "layer_skip", "merge"}),
             encoder_attention=look_flops(self.body.towers, len(self.views)),
             other_flops={**self.body.vision_flops(1), "lm_head": lm_head},
             follow_up=FollowUp("decode", shape, tuple((1, behind) for behind in range(dims - 1))),

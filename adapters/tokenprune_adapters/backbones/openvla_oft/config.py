@@ -154,8 +154,8 @@ class OFTConfig:
             other["noisy_actions"] = repeats * noisy_action_flops(horizon, dims, width)
         offered = {"action_rows", "batch", "encoder_attention", "layer_skip"}
         if self.head != "diffusion":
-            # Diffusion runs the same tokens again, and what it attends to then would have to be reused as well.
-            offered.add("kv_reuse")
+            # Diffusion runs the same tokens again, and what was reused or merged would have to be so again.
+            offered |= {"kv_reuse", "merge"}
         return BackboneInfo(
             name="openvla-oft",
             source=source,

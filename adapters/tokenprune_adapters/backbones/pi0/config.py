@@ -147,7 +147,7 @@ class PI0Config:
             views=self.views,
             action=self.action,
             state_size=self.state_size,
-            capabilities=frozenset({"batch", "encoder_attention", "head_cache", "kv_reuse", "layer_skip"}),
+            capabilities=frozenset({"batch", "encoder_attention", "head_cache", "kv_reuse", "layer_skip", "merge"}),
             encoder_attention=look_flops((self.tower,), views),
             other_flops=other,
             follow_up=FollowUp("flow", self.expert, passes, self.steps, 2 * norm),
