@@ -181,9 +181,14 @@ def test_only_complete_pairs_are_compared_and_the_rest_is_counted():
     assert (dense.missing, fastv.missing) == (3, 4)
     assert dense.paired is None
     assert dense.unpaired is None
-    assert "fastv: 5 of 9 episodes finished." in summary.notes
-    assert "fastv: 7 episodes have no counterpart yet; 2 pairs are compared." in summary.notes
+    assert "5 of 9 episodes finished, 2 pairs compared: fastv." in summary.notes
     assert "unfinished" in summary.notes[0]
+
+
+def test_what_is_the_same_of_several_variants_is_said_once():
+    records = [record(variant, init_state=k, success=True) for variant in ("fastv", "random") for k in range(2)]
+    notes = summarise([*records, *(record("dense", init_state=k, success=True) for k in range(5))]).notes
+    assert "2 of 5 episodes finished, 2 pairs compared: fastv, random." in notes
 
 
 def test_a_finished_evaluation_has_no_notes(many):
@@ -199,7 +204,7 @@ def test_planned_starts_that_nobody_has_met_are_missing(many):
     assert (unmet.episodes, unmet.missing, unmet.success_share, unmet.speedup) == (0, 1, None, None)
     assert (unmet.success_low, unmet.success_high) == (0, 1)
     assert unmet.verdict == "cannot be compared: no start has been finished by both"
-    assert "dense: 12 of 14 episodes finished." in summary.notes
+    assert "12 of 14 episodes finished: dense." in summary.notes
 
 
 def test_the_baseline_is_dense_or_the_one_named(many):
@@ -336,7 +341,7 @@ def test_tables_of_what_is_unfinished(many):
     summary = summarise(many, variants=["dense", "later"])
     assert printed(eval_table(summary))[-2].split() == ["later", "-", "0-100", *"--------"]
     assert ["later", "-", "-", "-"] in [line.split() for line in printed(success_tables(summary)[0])]
-    assert "later: 0 of 12 episodes finished." in eval_legend(summary).splitlines()
+    assert "0 of 12 episodes finished, 0 pairs compared: later." in eval_legend(summary).splitlines()
 
 
 def test_a_label_is_shown_as_it_is_written():

@@ -260,14 +260,17 @@ def _row(
 
 
 def _notes(rows: Sequence[Row], baseline: str | None) -> Iterable[str]:
-    """What is unfinished or unpaired over everything."""
+    """What is unfinished or unpaired over everything; what is the same of several variants is said once."""
     if any(row.missing for row in rows):
         yield "The evaluation is unfinished; the numbers are those of the episodes finished so far."
+    said: dict[str, list[str]] = {}
     for row in rows:
-        if row.missing:
-            yield f"{row.variant}: {row.episodes} of {row.episodes + row.missing} episodes finished."
-        if row.unpaired and row.paired is not None:
-            yield f"{row.variant}: {row.unpaired} episodes have no counterpart yet; {row.paired.n} pairs are compared."
+        if row.missing or row.unpaired:
+            pairs = "" if row.paired is None else f", {row.paired.n} pairs compared"
+            finished = f"{row.episodes} of {row.episodes + row.missing} episodes finished{pairs}"
+            said.setdefault(finished, []).append(row.variant)
+    for what, variants in said.items():
+        yield f"{what}: {', '.join(variants)}."
     if baseline is None:
         yield f"Nothing is compared: '{DENSE}' was not evaluated and no other baseline was named."
 
