@@ -239,5 +239,5 @@ def test_one_stage_merges_at_a_cut() -> None:
 
 
 def test_more_than_half_cannot_merge_at_once() -> None:
-    with pytest.raises(ConfigError, match="keep: 0.3: at most half can merge at one cut"):
+    with pytest.raises(ConfigError, match=r"keep: 0\.3: at most half can merge at one cut"):
         policy_of(tiny_oft.tiny_policy_parts(tiny_config()), ToMeConfig(use="tome", keep=0.3))

@@ -187,9 +187,7 @@ def test_capabilities_are_checked_when_bound(backbone: OpenVLAOFT, registry: Reg
     spec = replace(registry.stages["random"].spec, name="needy", requires=frozenset({"head_cache"}))
     needy = stages.registry()
     needy.stages["needy"] = Registered(spec, Owner("tests", "0", __name__))
-    with pytest.raises(
-        CapabilityError, match="'needy' requires head_cache, which backbone 'openvla-oft' does not"
-    ):
+    with pytest.raises(CapabilityError, match="'needy' requires head_cache, which backbone 'openvla-oft' does not"):
         Policy(backbone, pipeline(HalfConfig(use="needy")), needy)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 from unittest.mock import patch
 
@@ -198,10 +199,7 @@ def test_importance_is_one_minus_the_cosine_of_what_enters_and_leaves() -> None:
             policy.act(tiny_oft.observation(backbone.config, query))
         inputs = [given[0].numpy() for given in seen]
         expected.append(
-            [
-                1 - float(np.mean([cosine(*pair) for pair in zip(x, y, strict=True)]))
-                for x, y in zip(inputs, inputs[1:], strict=False)
-            ]
+            [1 - float(np.mean([cosine(*pair) for pair in zip(x, y, strict=True)])) for x, y in pairwise(inputs)]
         )
     found = policy.pipeline.stages[0].findings()
     np.testing.assert_allclose(found["importance, layer by layer"], np.mean(expected, 0), atol=5.1e-5)
@@ -211,7 +209,7 @@ def test_importance_is_one_minus_the_cosine_of_what_enters_and_leaves() -> None:
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=20), st.integers(1, 8))
 def test_no_two_neighbours_are_left_out(importance: list[int], count: int) -> None:
     chosen = least_important(importance, count)
-    assert all(b - a > 1 for a, b in zip(chosen, chosen[1:], strict=False))
+    assert all(b - a > 1 for a, b in pairwise(chosen))
     assert len(chosen) <= count
     free = [i for i in range(len(importance)) if not {i - 1, i, i + 1} & set(chosen)]
     assert len(chosen) == count or not free

@@ -40,7 +40,11 @@ class StaticC3Config(CutConfig):
     unchanged_cap: PerMode = Field(
         default={"coarse": (236, 230), "fine": (240, 236)}, description="Most patches that may count as unchanged."
     )
-    unchanged: Annotated[tuple[float, ...], Field(min_length=1)] = (0.986, 0.98)
+    unchanged: tuple[float, ...] = Field(
+        default=(0.986, 0.98),
+        min_length=1,
+        description="Cosine from which a patch counts as unchanged, per view in sequence order; the last repeats.",
+    )
     previous_layers: Layers = ("44%", "94%")
     first_step: int = Field(default=9, ge=0, description="Executed actions before this one do not count as motion.")
 

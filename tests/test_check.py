@@ -1,0 +1,92 @@
+"""Every built-in stage keeps every promise, and every broken one is caught for what it breaks."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from tests import broken_stages
+from tests.broken_stages import broken
+from tokenprune.cli import app
+from tokenprune.registry import Registry
+from tokenprune.testing import CHECKS, check_stage, parametrize_with_checks
+from tokenprune.testing.conformance import verdict
+from tokenprune.testing.subject import subjects
+
+BUILT_IN = sorted(Registry.discover().stages)
+BROKEN = broken_stages.registry()
+
+
+@pytest.mark.parametrize("stage", BUILT_IN)
+def test_a_built_in_stage_keeps_every_promise(stage: str) -> None:
+    verdicts = list(check_stage(stage, Registry.discover()))
+    assert [verdict for verdict in verdicts if verdict.outcome == "fails"] == []
+    assert any(verdict.outcome == "holds" for verdict in verdicts)
+
+
+@pytest.mark.parametrize("stage", broken(), ids=lambda stage: stage.__name__)
+def test_a_broken_stage_is_caught_for_what_it_breaks(stage: type[broken_stages.Sound]) -> None:
+    name, why = stage.BREAKS
+    (check,) = [check for check in CHECKS if check.__name__ == name]
+    found = [verdict(check, subject) for subject in subjects(f"broken.{stage.__name__.lower()}", BROKEN)]
+    assert any(one.outcome == "fails" and why in one.why for one in found), found
+
+
+def test_every_check_has_a_stage_that_breaks_it() -> None:
+    assert {stage.BREAKS[0] for stage in broken()} == {check.__name__ for check in CHECKS}
+
+
+@parametrize_with_checks("broken.sound", registry=BROKEN)
+def test_parametrised(check) -> None:
+    check()
+
+
+def test_a_parametrised_check_fails_with_the_promise() -> None:
+    marked = parametrize_with_checks("broken.waits", registry=BROKEN)
+    (case,) = [param for param in marked.args[1] if param.id == "broken.waits-openvla-oft-no_query_waits"]
+    with pytest.raises(AssertionError, match=r"No query waits for the device\. .*waits for the device"):
+        case.values[0]()
+
+
+def test_the_command_says_what_holds() -> None:
+    done = CliRunner().invoke(app, ["check", "head_cache"])
+    assert done.exit_code == 0, done.output
+    assert "head_cache: keeps every promise; run on pi0, pi05" in done.output
+    assert "not on openvla: " in done.output
+    assert "it has no cut" in done.output
+    assert max(map(len, done.output.splitlines())) <= 80
+
+
+def test_the_command_says_what_is_broken(tmp_path) -> None:
+    plugin = tmp_path / "waiting.py"
+    plugin.write_text("""
+from tokenprune.config import CutConfig, Keep
+from tokenprune.hookspecs import hookimpl
+from tokenprune.selection import Proposal
+from tokenprune.specs import StageSpec
+from tokenprune.stage import Stage
+
+class WaitingConfig(CutConfig):
+    keep: Keep = 0.5
+
+class Waiting(Stage):
+    Config = WaitingConfig
+
+    @hookimpl
+    def select_tokens(self, ctx):
+        score = ctx.patches.float().mean(-1)
+        return Proposal(score=score / float(score.max()))
+
+@hookimpl
+def tokenprune_register():
+    return [StageSpec("waiting", "selector", "reads a number back", f"{__name__}:Waiting")]
+""")
+    done = CliRunner().invoke(app, ["check", "waiting", "--plugin", str(plugin)])
+    assert done.exit_code == 1
+    assert "FAILS  No query waits for the device." in done.output
+    assert "waiting: breaks a promise" in done.output
+    found = CliRunner().invoke(app, ["check", "waiting", "--plugin", str(plugin), "--json"])
+    assert found.exit_code == 1
+    assert {one["check"] for one in json.loads(found.output) if one["outcome"] == "fails"} == {"no_query_waits"}

@@ -1,0 +1,56 @@
+"""A dispatcher that refuses what would wait for a device, on any device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tokenprune.adapter import Backbone
+
+WAITING = ("nonzero", "masked_select", "_unique2", "equal")
+# On a CPU these do not pass the dispatcher.
+READING = ("item", "tolist", "cpu", "numpy", "__int__", "__float__", "__bool__", "__index__")
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what copies to or from the host, or makes a shape depend on data."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        """Pass on everything else.
+
+        Raises:
+            AssertionError: Naming the operation.
+        """
+        name = func.__name__.split(".")[0]
+        masked = name in ("index", "index_put_") and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        # A number that fills a tensor goes with the kernel; a list of them is copied.
+        uploaded = name == "lift_fresh" and args[0].dim() > 0
+        if name in WAITING or masked or uploaded:
+            raise AssertionError(f"{func} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+def _refused(*_: object) -> None:
+    raise AssertionError("a tensor is read, which waits for the device")
+
+
+@contextmanager
+def no_waiting(backbone: Backbone) -> Iterator[None]:
+    """The model runs under the refusing dispatcher, from after the upload to before the download."""
+    real = type(backbone).infer
+
+    def infer(self: Backbone, inputs: Any, query: Any) -> torch.Tensor:  # noqa: ANN401
+        with NoWaiting(), ExitStack() as reading:  # type: ignore[no-untyped-call]
+            for name in READING:
+                reading.enter_context(patch.object(torch.Tensor, name, _refused))
+            return real(self, inputs, query)
+
+    with patch.object(type(backbone), "infer", infer):
+        yield
