@@ -50,7 +50,8 @@ _STAGES = (
         "scorer",
         "keeps, at three depths, the patches that the text's most visual tokens attend to",
         f"{__name__}.sparsevlm:SparseVLM",
-        paper="SparseVLM, arXiv 2410.04417 (ICML 2025), without recycling",
+        paper="SparseVLM, arXiv 2410.04417 (ICML 2025)",
+        requires=frozenset({"merge"}),
     ),
     StageSpec(
         "pyramiddrop",
@@ -183,6 +184,7 @@ _PRESETS = {
     "specprune": "controller, static and dynamic stage of SpecPrune-VLA, with fixed counts",
     "specprune-paper": "SpecPrune-VLA as its third version describes it",
     "specprune-c3": "SpecPrune-VLA as its final released code selects tokens, for comparison",
+    "sparsevlm-recycle": "SparseVLM with recycling: the best of what leaves stays as means of clusters",
     "efficientvla": "EfficientVLA on a flow head: fewer patches, and its layers at one of five steps",
 }
 

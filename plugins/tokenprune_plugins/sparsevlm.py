@@ -6,7 +6,9 @@ raters' attention to it, mean over heads and raters. The released code keeps 300
 it calls 192 tokens, their mean over layers; the paper's counts from the rank of the attention are not in the code.
 Its second version looks only at the 14 heads in which the raters attend to patches most (`heads: 14`).
 
-This is SparseVLM without recycling: pruned tokens are dropped, none is merged.
+With `recycle`, the best 30 % of the tokens that would leave are clustered by density peaks, and each cluster stays as
+its mean; those are counted in `keep`. The released code appends them behind the patches and renumbers all; here a mean
+stands where its cluster's centre stood.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from tokenprune.hookspecs import hookimpl
 from tokenprune.layout import TokenLayout
 from tokenprune.selection import Proposal
 from tokenprune.stage import Probe, Stage
+from tokenprune_plugins.merging import into
+from tokenprune_plugins.recycling import fold, recycled
 
 
 class SparseVLMConfig(CutConfig):
@@ -29,6 +33,7 @@ class SparseVLMConfig(CutConfig):
 
     after: Cuts = ("6%", "19%", "47%")
     keep: Keep = (300 / 576, 200 / 300, 110 / 200)
+    recycle: bool = Field(default=False, description="Whether the best of what leaves stays as means of clusters.")
     heads: int | None = Field(
         default=None, ge=1, description="Heads that count, those whose raters attend to patches most; all by default."
     )
@@ -48,6 +53,10 @@ class SparseVLM(Stage[SparseVLMConfig]):
         if self.config.heads is not None and self.config.heads > info.decoder.heads:
             raise ValueError(f"heads: {self.config.heads}, but the decoder of '{info.name}' has {info.decoder.heads}")
 
+    def merges(self) -> bool:
+        """Only what is recycled."""
+        return self.config.recycle
+
     def layers(self, depth: int) -> tuple[int, ...]:
         """Layers of the cuts, and a look at the embeddings."""
         return (-1, *super().layers(depth))
@@ -64,7 +73,14 @@ class SparseVLM(Stage[SparseVLMConfig]):
     @hookimpl
     def score_layer(self, ctx: LayerContext) -> Proposal:
         """What the raters attend to."""
-        return Proposal(score=rated(ctx.attention_rows("text"), ctx.notes["raters"], self.config.heads))
+        score = rated(ctx.attention_rows("text"), ctx.notes["raters"], self.config.heads)
+        cut = ctx.plan.cut_after[ctx.layer]
+        if not self.config.recycle or cut.keep == cut.found:
+            return Proposal(score=score)
+        folded, clusters = recycled(cut.found - cut.keep)
+        clusters = min(clusters, cut.keep)
+        worth, destination, takes_part = fold(score, ctx.patches, cut.keep - clusters, folded, clusters)
+        return Proposal(score=worth, merge=lambda chosen: into(destination, takes_part.to(worth.dtype), chosen))
 
 
 def raters(patches: Tensor, text: Tensor) -> Tensor:
