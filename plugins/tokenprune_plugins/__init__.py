@@ -187,11 +187,18 @@ _PRESETS = {
     "sparsevlm-recycle": "SparseVLM with recycling: the best of what leaves stays as means of clusters",
     "efficientvla": "EfficientVLA on a flow head: fewer patches, and its layers at one of five steps",
 }
+_COMPOSED = {
+    "diverse-then-attended": "DivPrune, then FastV, and more of both while the arm works (SpecPrune's controller)",
+    "attended-and-spread": "FastV and an even grid, summed by rank at one cut",
+    "seen-then-dropped": "FasterVLM before layer 0, then PyramidDrop",
+    "gated-static": "SpecPrune's static stage behind VLA-ADP's gate",
+    "merged-then-attended": "ToMe before layer 0, then FastV",
+}
 
 
 @hookimpl
 def tokenprune_register() -> Iterable[Spec]:
     """Stages, a pipeline file of the same name for each, and the presets that combine them."""
-    files = {**{stage.name: stage.summary for stage in _STAGES}, **_PRESETS}
+    files = {**{stage.name: stage.summary for stage in _STAGES}, **_PRESETS, **_COMPOSED}
     pipelines = (PipelineSpec(name, summary, __name__, f"pipelines/{name}.yaml") for name, summary in files.items())
     return (*_STAGES, _RELEASED, *pipelines)
