@@ -1,0 +1,15 @@
+"""The page of all strategies is what the code says."""
+
+import sys
+from pathlib import Path
+
+from tokenprune.registry import Registry
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+
+from strategies_page import ROOT, page
+
+
+def test_the_page_is_up_to_date():
+    written = (ROOT / "docs" / "strategies" / "all.md").read_text(encoding="utf-8")
+    assert written == page(Registry.discover()), "run: python tools/strategies_page.py docs/strategies/all.md"

@@ -1,0 +1,85 @@
+"""Write the page that lists every strategy, from the registry and the strategies' own words.
+
+    python tools/strategies_page.py docs/strategies/all.md
+
+A test holds the page to the code.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from pathlib import Path
+from typing import Any
+
+from tokenprune.config import CutConfig
+from tokenprune.registry import Registry
+from tokenprune.specs import CAPABILITIES
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAD = """# All strategies
+
+Made from the code by `tools/strategies_page.py`. Each strategy is one file and says below what it does, in its own
+words, and where it differs from its paper or from the code released with it. `tokenprune show NAME` prints the same
+keys, `tokenprune explain NAME` what a pipeline costs, `tokenprune check NAME` that it keeps every promise.
+"""
+CAPABILITY_HEAD = "Some need what not every backbone offers, and are refused by the others before the first query:"
+KEYS = "`after`, `keep`, `views`, `of`, `floor`, `bucket` and `weight` are the same in every stage that cuts."
+
+
+def page(registry: Registry) -> str:
+    """The whole page, of what ships with tokenprune."""
+    stages = {
+        name: registered
+        for name, registered in registry.stages.items()
+        if registered.spec.target.startswith("tokenprune_plugins")
+    }
+    backbones = {
+        name: registry.backbone_factory(name).describe("tiny", None, {}).info for name in sorted(registry.backbones)
+    }
+    rows = ["| stage | what it does | kind | paper |", "| --- | --- | --- | --- |"]
+    rows += [
+        f"| [`{name}`](#{name.replace('.', '')}) | {r.spec.summary} | {r.spec.kind} | {r.spec.paper} |"
+        for name, r in stages.items()
+    ]
+    parts = [HEAD, "\n".join(rows)]
+    parts.append(
+        CAPABILITY_HEAD + "\n\n| | stages | " + " | ".join(backbones) + " |\n" + "| --- " * (2 + len(backbones)) + "|"
+    )
+    for capability, meaning in CAPABILITIES.items():
+        needing = [f"`{name}`" for name, r in stages.items() if capability in r.spec.requires]
+        if needing:
+            offered = ("yes" if capability in info.capabilities else "no" for info in backbones.values())
+            parts[-1] += f"\n| {meaning} | {', '.join(needing)} | {' | '.join(offered)} |"
+    parts.append(KEYS)
+    parts += [_section(name, registry.stage_class(name)) for name in stages]
+    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def _section(name: str, stage: type[Any]) -> str:
+    module = importlib.import_module(stage.__module__)
+    words = inspect.cleandoc(module.__doc__ or "")
+    own = inspect.cleandoc(stage.__doc__ or "").split("\n\n")[0]
+    lines = [f"## {name}", "", own.replace("\n", " "), "", words]
+    fields = {key: field for key, field in stage.Config.model_fields.items() if key not in {*CutConfig.model_fields}}
+    if fields:
+        lines += ["", "| key | default | |", "| --- | --- | --- |"]
+    for key, field in fields.items():
+        default = "required" if field.is_required() else f"`{_shown(field.get_default(call_default_factory=True))}`"
+        about = " ".join((field.description or "").split()).replace("|", "\\|")
+        lines.append(f"| `{key}` | {default} | {about} |")
+    return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:  # noqa: ANN401
+    return str(list(value)) if isinstance(value, tuple) else str(value)
+
+
+def main() -> None:
+    """Write the page."""
+    Path(sys.argv[1]).write_text(page(Registry.discover()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
