@@ -98,10 +98,23 @@ class Silent(Stage[TestConfig]):
         return None
 
 
+class Careless(Stage[TestConfig]):
+    """Protects nothing, and asks for what leaves to be reused."""
+
+    Config = TestConfig
+
+    def reuses(self) -> bool:
+        return True
+
+    @hookimpl
+    def score_layer(self, ctx: LayerContext) -> Proposal:
+        return Proposal(protect=torch.zeros_like(ctx.prunable, dtype=torch.bool))
+
+
 def registry() -> Registry:
     """Everything installed, and the stages above under `test.` and their lower-case name."""
     found = Registry.discover()
-    for stage in (Memory, Protector, Broken, NaN, WrongShape, WrongType, Silent):
+    for stage in (Memory, Protector, Broken, NaN, WrongShape, WrongType, Silent, Careless):
         name = f"test.{stage.__name__.lower()}"
         spec = StageSpec(name, "selector", "for tests", f"{__name__}:{stage.__name__}")
         found.stages[name] = Registered(spec, Owner("tests", "0", __name__))

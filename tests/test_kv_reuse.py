@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests import tiny_oft, tiny_openvla, tiny_pi0
+from tests import stages, tiny_oft, tiny_openvla, tiny_pi0
 from tests.naive_oft import entering, naive_rms, naive_rope
 from tests.planting import REGISTRY, pipeline
 from tests.test_shortcuts import BACKBONES
@@ -58,10 +58,15 @@ def test_reusing_nothing_is_dense_bit_for_bit(name: str) -> None:
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("name", BACKBONES)
 def test_reusing_everything_under_the_same_picture_is_dense(name: str, batch: int) -> None:
-    backbone, seen, _ = BACKBONES[name]()
+    backbone, seen, decoders = BACKBONES[name]()
     policy = begun(backbone, pipeline(EVERYTHING), batch)
     observations = dict.fromkeys(range(batch), seen)
-    first, second, third = (act(policy, observations) for _ in range(3))
+    # What enters the last layer, since the actions of an autoregressive decoder are too coarse to tell.
+    with entering(decoders[0].layers[-1]) as inputs:
+        first, second, third = (act(policy, observations) for _ in range(3))
+    stays = list(first[0].trace.plan.layout.fixed)
+    prefix = [given for given in inputs if len(given) in (first[0].trace.plan.layout.n_tokens, len(stays))]
+    torch.testing.assert_close(prefix[batch], prefix[0][stays], rtol=0, atol=1e-6)
     fixed = len(second[0].trace.plan.layout.fixed)
     n = len(second[0].trace.plan.layout.prunable)
     assert list(second[0].trace.held) == [n + fixed, n - n // 2 + fixed, n - n // 2 + fixed, fixed, fixed]
@@ -144,8 +149,19 @@ def test_a_reset_and_another_slot_start_without_keys() -> None:
     assert set(policy.act_batch({1: seen})[1].trace.held) == {whole}
     assert set(policy.act_batch({0: seen})[0].trace.held) != {whole}
     policy.reset(tiny_oft.INSTRUCTION, 0)
-    # One that has keys and one that has none: the one that has none decides.
-    assert set(policy.act_batch({0: seen, 1: seen})[0].trace.held) == {whole}
+    both = policy.act_batch({0: seen, 1: seen})
+    assert set(both[0].trace.held) == {whole}
+    assert set(both[1].trace.held) != {whole}
+
+
+def test_a_stage_that_protects_nothing_reuses_nothing_that_nobody_has() -> None:
+    backbone = tiny_oft.tiny_policy_parts(tiny_oft.tiny_config(depth=5))
+    stage = stages.TestConfig(use="test.careless", after=(1,), keep="union")
+    policy, seen = begun(backbone, pipeline(stage)), tiny_oft.observation(backbone.config)
+    first, second = (policy.act(seen) for _ in range(2))
+    layout = first.trace.plan.layout
+    assert set(first.trace.held) == {layout.n_tokens}
+    assert second.trace.held[2:] == (len(layout.fixed),) * 3
 
 
 def test_layers_left_out_have_no_keys_to_reuse() -> None:

@@ -43,13 +43,15 @@ def test_shares_grow_as_layers_focus(entropies: list[float], damping: float) -> 
     np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
-@pytest.mark.parametrize("measured", [True, False])
-def test_static_patches_are_reused_most_similar_first_unless_text_attends_to_them(measured: bool) -> None:
+@pytest.mark.parametrize(("measured", "cuts"), [(True, (1, 3)), (True, (3, 4)), (False, (1, 3))])
+def test_static_patches_are_reused_most_similar_first_unless_text_attends_to_them(
+    measured: bool, cuts: tuple[int, int]
+) -> None:
     config = tiny_config(depth=6)
     backbone = tiny_policy_parts(config)
     layout, layers = backbone.layout(INSTRUCTION), backbone.decoder.layers
     stage = VLACacheConfig(
-        use="vla_cache", after=(1, 3), unchanged=0.9, top=7, relevant_top=5, relevant_layer=2,
+        use="vla_cache", after=cuts, unchanged=0.9, top=7, relevant_top=5, relevant_layer=2,
         shares=None if measured else (0.8, 0.6),
     )  # fmt: skip
     policy = Policy(backbone, pipeline(stage), REGISTRY)
@@ -94,10 +96,10 @@ def test_static_patches_are_reused_most_similar_first_unless_text_attends_to_the
             rows_ = attention_map(backbone, layer, inputs[0]).mean(0).numpy()
             entropies.append(-np.sum(rows_ * np.log(rows_), 1).mean())
         every = shares(torch.tensor(entropies)[:, None], 0.55)[:, 0].tolist()
-        first, second = every[1], max(every[1], every[3])
+        first, second = every[cuts[0]], max(every[cuts[0]], every[cuts[1]])
     else:
         first, second = 0.8, 0.8
-    for cut, share in ((1, first), (3, second)):
+    for cut, share in zip(cuts, (first, second), strict=True):
         gone = [patches[i] for i in order[: int(np.floor(share * len(order)))]]
         assert trace.kept[cut][0].tolist() == sorted(set(patches) - set(gone))
 

@@ -26,17 +26,6 @@ class LayerKV:
         nothing = hidden.new_zeros(len(hidden), 1, 0, 1)
         return cls(nothing, nothing, OriginalIds(torch.zeros(len(hidden), 0, dtype=torch.int64, device=hidden.device)))
 
-    @classmethod
-    def batch(cls, rows: Sequence[LayerKV]) -> LayerKV:
-        """Batches one behind the other, of as many tokens each."""
-        k, v, ids = (torch.cat([getattr(row, name) for row in rows]) for name in ("k", "v", "ids"))
-        return cls(k, v, OriginalIds(ids))
-
-    def row(self, number: int) -> LayerKV:
-        """One row of the batch, as a batch."""
-        here = slice(number, number + 1)
-        return LayerKV(self.k[here], self.v[here], OriginalIds(self.ids[here]))
-
     def at(self, places: Tensor) -> LayerKV:
         """Entries at some places `[B, R]`."""
         index = places[:, None, :, None].expand(-1, self.k.shape[1], -1, self.k.shape[3])
@@ -114,7 +103,7 @@ class LastKV:
 
     Attributes:
         prunable: Original ids of its prunable tokens.
-        layers: Batches of one.
+        layers: Batches of one row.
     """
 
     prunable: tuple[int, ...]
@@ -122,19 +111,19 @@ class LastKV:
 
 
 class ReusedKV:
-    """Keys and values of a query that takes those of tokens that have left from the last one.
+    """Keys and values of one environment's query that takes those of tokens that have left from its last one.
 
     So each layer attends to every token of the layout, in original order.
 
     Args:
-        last: Of each environment; None where there is none, and then no token may leave.
+        last: What the last query attended to; None where there is none, and then no token may leave.
         inner: Filled as well, for passes that follow.
     """
 
-    def __init__(self, last: Sequence[LastKV | None], inner: KVCache | None) -> None:
+    def __init__(self, last: LastKV | None, inner: KVCache | None) -> None:
         """Nothing has left yet."""
         self.now = KVCache()
-        self._last = [one.layers for one in last if one is not None]
+        self._last = last
         self._inner = inner
         self._left: OriginalIds | None = None
 
@@ -144,21 +133,15 @@ class ReusedKV:
         return self.now.lengths
 
     def leave(self, ids: OriginalIds) -> None:
-        """From the next layer on, take these tokens `[B, R]` from the last query."""
+        """From the next layer on, take these tokens `[1, R]` from the last query."""
         left = ids if self._left is None else torch.cat([self._left, ids], dim=1)
         self._left = OriginalIds(left.sort(dim=1).values)
 
     def extend(self, layer: int, new: LayerKV) -> LayerKV:
         """The entries of the tokens held, and of those that have left, in original order."""
         if self._left is not None and new.ids.shape[1]:
-            of_all = [one[layer] for one in self._last]
-            before = of_all[0] if len(of_all) == 1 else LayerKV.batch(of_all)
-            new = new.then(before.at(self._left)).sorted()
+            assert self._last is not None
+            new = new.then(self._last.layers[layer].at(self._left)).sorted()
         if self._inner is not None:
             self._inner.extend(layer, new)
         return self.now.extend(layer, new)
-
-    def rows(self, prunable: tuple[int, ...]) -> list[LastKV]:
-        """What to keep for the next query, one for each row of the batch."""
-        size = len(self.now.layers[0].ids)
-        return [LastKV(prunable, tuple(layer.row(number) for layer in self.now.layers)) for number in range(size)]

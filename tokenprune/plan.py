@@ -109,8 +109,8 @@ class Plan:
 
     @property
     def reuses(self) -> bool:
-        """Whether keys and values of the last query may be needed."""
-        return any(cut.reuse for cut in self.cuts)
+        """Whether keys and values of the last query may be needed: the query then has a pass of its own."""
+        return any(cut.reuse and cut.union for cut in self.cuts)
 
     @property
     def graph_safe(self) -> bool:

@@ -15,7 +15,7 @@ from tokenprune.context import FeatureContext, LayoutTables, PastFrames, SelectC
 from tokenprune.decoder import Decoder, Positions
 from tokenprune.errors import StageError, TraceError
 from tokenprune.history import Slot
-from tokenprune.kv import KVCache, LayerKV, Memory, ReusedKV
+from tokenprune.kv import KVCache, LastKV, LayerKV, Memory, ReusedKV
 from tokenprune.pipeline import BoundPipeline
 from tokenprune.plan import Cut, Plan
 from tokenprune.record import ActionAttention
@@ -130,7 +130,8 @@ class Query:
             read = self._readout(len(embeddings))
             memory: Memory | None = cache
             if self._plan.reuses:
-                memory = self._reused = ReusedKV([slot.kv for slot in self._slots], cache)
+                (slot,) = self._slots
+                memory = self._reused = ReusedKV(slot.kv, cache)
             decoded = decoder.run(
                 hidden, tokens, self, memory, positions=self.positions, read=read, skip=self._plan.skipped
             )
@@ -208,10 +209,9 @@ class Query:
         return run.hidden
 
     def keep(self) -> None:
-        """Leave this query's keys and values to the next one of each environment, if the pipeline reuses them."""
+        """Leave this query's keys and values to the environment's next one, if the pipeline reuses them."""
         if self._reused is not None:
-            for slot, kv in zip(self._slots, self._reused.rows(self._plan.layout.prunable), strict=True):
-                slot.kv = kv
+            self._slots[0].kv = LastKV(self._plan.layout.prunable, tuple(self._reused.now.layers))
 
     @property
     def attention(self) -> dict[int, ActionAttention]:

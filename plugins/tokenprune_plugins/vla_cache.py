@@ -3,7 +3,8 @@
 A patch is static if its pixels' cosine with those of the last query's picture is at least `unchanged`; of each camera
 the `top` most similar count. Those among the `relevant_top` patches that the text attended to most in the last query
 (layer 15 of 32, mean over heads and text) do not. From each cut on, a share of the rest is no longer computed; its
-keys and values of the last query stay where they were. A share, once reached, never falls.
+keys and values of the last query stay where they were. What has left stays away, so only a larger share than before
+changes anything.
 
 The shares are one minus the layers' attention entropies, scaled to 0..1 over all layers, and a step upwards counts
 0.55 of itself. The released code measures entropies in every query; here they are measured in the first query of an
@@ -110,14 +111,14 @@ class VLACache(Stage[VLACacheConfig]):
         return Proposal(score=rank.double(), protect=rank >= reused[:, None])
 
     def _share(self, ctx: LayerContext) -> Tensor:
-        """What is reused from this cut on, at least as much as at the cuts before `[B]`."""
+        """Share of the static patches that is reused from this cut on `[B]`."""
         place = self._cuts.index(ctx.layer)
         if self.config.shares is not None:
-            return torch.full_like(ctx.notes["static"], max(self.config.shares[: place + 1]), dtype=torch.float64)
+            return torch.full_like(ctx.notes["static"], self.config.shares[place], dtype=torch.float64)
         if not place:
             entropies = [ctx.once(f"entropy.{layer}", ctx.row_entropy) for layer in self._measured]
             measured = shares(torch.stack(entropies), self.config.damping)
-            ctx.notes["shares"] = torch.stack([measured[cut] for cut in self._cuts]).cummax(0).values
+            ctx.notes["shares"] = torch.stack([measured[cut] for cut in self._cuts])
         return ctx.notes["shares"][place]
 
 

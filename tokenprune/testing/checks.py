@@ -60,8 +60,6 @@ def same_seed_same_selection(subject: Subject) -> None:
 
 def batch_rows_are_independent(subject: Subject) -> None:
     """What it keeps in one environment does not depend on the others in the batch."""
-    if _has_union(subject):
-        raise NotApplicable("its count is that of the row which keeps most")
     together = subject.queries(subject.policy(slots=(0, 1, 2)), 4, (0, 1, 2))
     alone = subject.queries(subject.policy(slots=(2,)), 4, (2,))
     for query, (one, other) in enumerate(zip(together, alone, strict=True)):
