@@ -10,15 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from tests.planting import REGISTRY
 from tests.tiny_oft import tiny_config, tiny_policy_parts
 from tokenprune.bench.compare import Comparison, compare, make_row
 from tokenprune.bench.replay import query_steps
+from tokenprune.cli import app
 from tokenprune.episode import Episode, load_episode
 from tokenprune.errors import ConfigError, EpisodeError
 from tokenprune.loader import load_pipeline
 from tokenprune.policy import ActionChunk
+from tokenprune.registry import Registry
 from tokenprune.report.tables import WIDTH, compare_legend, compare_table, milliseconds
 
 EPISODE = Path(__file__).parent.parent / "adapters/tokenprune_adapters/episodes/libero_spatial.npz"
@@ -134,3 +137,13 @@ def test_a_view_the_episode_lacks_is_named(episode: Episode) -> None:
     backbone = tiny_policy_parts(tiny_config(("primary", "overhead")))
     with pytest.raises(EpisodeError, match=r"primary, wrist.*overhead"):
         compare(backbone, [load_pipeline("random", REGISTRY)], episode, REGISTRY, queries=1)
+
+
+def test_everything_that_can_run_is_compared_and_the_rest_is_named(tmp_path: Path) -> None:
+    words = ["compare", "--all", "--preset", "tiny", "--queries", "1", "--out", str(tmp_path)]
+    done = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    (path,) = tmp_path.iterdir()
+    compared = set(json.loads(path.read_text())["queries"])
+    assert set(Registry.discover().pipelines) - compared == {"efficientvla", "head_cache"}
+    assert done.output.count("left out: ") == 2

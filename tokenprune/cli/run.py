@@ -30,10 +30,12 @@ from tokenprune.cli.options import (
     registry,
     source,
 )
+from tokenprune.errors import ConfigError
 
 if TYPE_CHECKING:
     from tokenprune.adapter import Backbone
     from tokenprune.episode import Episode
+    from tokenprune.loader import LoadedPipeline
     from tokenprune.registry import Registry
 
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:0.")]
@@ -51,8 +53,9 @@ def add_to(app: typer.Typer) -> None:
 
 def compare(
     pipelines: Annotated[
-        list[str], typer.Argument(help="Names or files; NAME@keep=0.25 varies one. Dense is always there.")
-    ],
+        list[str] | None, typer.Argument(help="Names or files; NAME@keep=0.25 varies one. Dense is always there.")
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every shipped pipeline that the backbone can run.")] = False,
     backbone: BackboneName = "openvla-oft",
     preset: Preset = None,
     checkpoint: Checkpoint = None,
@@ -73,8 +76,16 @@ def compare(
     from tokenprune.report.tables import WIDTH, compare_legend, compare_table, phase_table
 
     found = registry(plugins)
-    loaded = [load_pipeline(name, found, () if name == "dense" else (sets or ())) for name in pipelines]
+    named = list(dict.fromkeys([*(pipelines or ()), *(sorted(found.pipelines) if every else ())]))
+    if not named:
+        raise ConfigError("name at least one pipeline, or give --all")
+    loaded = [load_pipeline(name, found, () if name == "dense" else (sets or ())) for name in named]
     opened, recorded, settings = _open(found, backbone, preset, checkpoint, episode, device, dtype, seed, options)
+    refused = {}
+    if every:
+        asked = set(pipelines or ())
+        refused = {one.label: why for one in loaded if one.label not in asked and (why := _refusal(one, opened, found))}
+        loaded = [one for one in loaded if one.label not in refused]
     with _progress() as begin:
         result = measure(opened, loaded, recorded, found, queries, settings, begin)
     path = _write(out, f"compare-{backbone}", result.data)
@@ -97,7 +108,21 @@ def compare(
     for label, said in data["notes"].items():
         for line in said:
             print(f"{label}: {line}")
+    for reason in refused.values():
+        print(textwrap.fill(f"left out: {reason}", WIDTH))
     print(f"\nwrote {path}")
+
+
+def _refusal(loaded: LoadedPipeline, backbone: Backbone, found: Registry) -> str:
+    """Why a backbone cannot run a pipeline; empty if it can."""
+    from tokenprune.errors import CapabilityError
+    from tokenprune.pipeline import bind
+
+    try:
+        bind(loaded.config, backbone.info, found)
+    except (CapabilityError, ConfigError) as error:
+        return str(error)
+    return ""
 
 
 def run(
