@@ -83,8 +83,10 @@ def compare(
     opened, recorded, settings = _open(found, backbone, preset, checkpoint, episode, device, dtype, seed, options)
     refused = {}
     if every:
-        asked = set(pipelines or ())
-        refused = {one.label: why for one in loaded if one.label not in asked and (why := _refusal(one, opened, found))}
+        by_name = set(pipelines or ())
+        refused = {
+            one.label: why for one in loaded if one.label not in by_name and (why := _refusal(one, opened, found))
+        }
         loaded = [one for one in loaded if one.label not in refused]
     with _progress() as begin:
         result = measure(opened, loaded, recorded, found, queries, settings, begin)
