@@ -83,10 +83,8 @@ def compare(
     opened, recorded, settings = _open(found, backbone, preset, checkpoint, episode, device, dtype, seed, options)
     refused = {}
     if every:
-        by_name = set(pipelines or ())
-        refused = {
-            one.label: why for one in loaded if one.label not in by_name and (why := _refusal(one, opened, found))
-        }
+        extra = [one for one in loaded if one.label not in (pipelines or ())]
+        refused = {one.label: why for one in extra if (why := _refusal(one, opened, found))}
         loaded = [one for one in loaded if one.label not in refused]
     with _progress() as begin:
         result = measure(opened, loaded, recorded, found, queries, settings, begin)
