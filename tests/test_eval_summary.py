@@ -191,6 +191,15 @@ def test_what_is_the_same_of_several_variants_is_said_once():
     assert "2 of 5 episodes finished, 2 pairs compared: fastv, random." in notes
 
 
+def test_speed_is_compared_on_the_same_starts_only():
+    records = [record("dense", init_state=k, ms=(30.0,)) for k in range(2)]
+    records += [record("dense", init_state=k, ms=(90.0,), gflops=9000.0) for k in range(2, 9)]
+    records += [record("fastv", init_state=k, ms=(10.0,), gflops=500.0) for k in range(2)]
+    dense, fastv = summarise(records).at()
+    assert (fastv.speedup, fastv.flop_ratio) == (3, 2)
+    assert (dense.speedup, dense.flop_ratio, dense.query_ms_p50) == (1, 1, 90)
+
+
 def test_a_finished_evaluation_has_no_notes(many):
     assert summarise(many).notes == ()
 

@@ -2,8 +2,8 @@
 
     python tools/evidence_page.py docs/evidence.md
 
-A marker is a line `<!-- report FILE [VARIANT …] -->`; what follows up to `<!-- end -->` is replaced. A test holds the
-page to the files.
+A marker is a line `<!-- report FILE [--baseline VARIANT] [VARIANT …] -->`; what follows up to `<!-- end -->` is
+replaced. A test holds the page to the files.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ _BLOCK = re.compile(r"(<!-- report (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 def told(words: str) -> str:
     """What `tokenprune report` prints for a file and variants, without the last line, which names the file."""
     path, *variants = shlex.split(words)
+    baseline = variants[1] if variants[:1] == ["--baseline"] else None
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        report(ROOT / path, variants or None)
+        report(ROOT / path, variants[2:] if baseline else variants or None, baseline=baseline)
     lines = [line.rstrip() for line in printed.getvalue().splitlines()]
     return "\n".join(lines[: lines.index(f"results: {ROOT / path}")]).strip("\n")
 

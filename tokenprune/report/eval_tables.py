@@ -80,8 +80,8 @@ def eval_legend(summary: Summary) -> str:
     texts = [
         "95 %: Wilson interval of the success. diff, p: percentage points against the baseline on the starts both "
         "finished, and McNemar's exact test. steps, qry: control steps and queries per episode. ms: the whole "
-        "query, observation to actions. speed up, FLOP ratio: the baseline's over its own, per query. tok: visual "
-        "tokens held, mean over layers and queries."
+        "query, observation to actions. speed up, FLOP ratio: the baseline's over its own, per query, on the same "
+        "starts. tok: visual tokens held, mean over layers and queries."
     ]
     compared = sum(row.paired is not None for row in rows)
     if compared > 1:

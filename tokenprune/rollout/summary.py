@@ -50,8 +50,8 @@ class Row:
         tokens_mean: Visual tokens held, mean over layers and queries.
         tokens_last: Visual tokens the last layer holds, mean over queries.
         gflops_per_query: Mean over queries.
-        flop_ratio: The baseline's FLOPs per query over its own.
-        speedup: The baseline's median query over its own.
+        flop_ratio: The baseline's FLOPs per query over its own, on the starts both finished.
+        speedup: The baseline's median query over its own, likewise.
         crashes: Simulators restarted, sum.
         overhead_share: Share of the episodes' time spent in neither simulator nor policy.
         unpaired: Starts that only one of this variant and the baseline has finished.
@@ -216,16 +216,17 @@ def _row(
     is_baseline: bool,
 ) -> Row:
     mine = [own[start] for start in starts if start in own]
-    theirs = [] if against is None else [against[start] for start in starts if start in against]
+    common = [start for start in starts if start in own and start in (against or {})]
+    both = [own[start] for start in common]
+    theirs = [] if against is None else [against[start] for start in common]
     successes = [record for record in mine if record.success]
     low, high = wilson(len(successes), len(mine))
     median, gflops, whole = _latency(mine, 50), _by_query(mine, "gflops"), sum(r.episode_s for r in mine)
     compared, unpaired = None, None
     if against is not None and not is_baseline:
-        common = [start for start in starts if start in own and start in against]
-        before, after = ([run[start].success for start in common] for run in (against, own))
+        before, after = ([record.success for record in run] for run in (theirs, both))
         compared = paired(before, after, [_place(start) for start in common])
-        unpaired = len(mine) + len(theirs) - 2 * len(common)
+        unpaired = sum((start in own) != (start in against) for start in starts)
     return Row(
         variant=label,
         environment=scope[0] if scope else None,
@@ -250,8 +251,9 @@ def _row(
         tokens_mean=_by_query(mine, "tokens_mean"),
         tokens_last=_by_query(mine, "tokens_last"),
         gflops_per_query=gflops,
-        flop_ratio=_over(_by_query(theirs, "gflops"), gflops),
-        speedup=_over(_latency(theirs, 50), median),
+        flop_ratio=_over(_by_query(theirs, "gflops"), _by_query(both, "gflops")),
+        # Of the same starts: a baseline's other episodes may have met the machine at another speed.
+        speedup=_over(_latency(theirs, 50), _latency(both, 50)),
         crashes=sum(r.crashes for r in mine),
         overhead_share=_over(whole - sum(r.simulator_s + r.policy_s for r in mine), whole),
         unpaired=unpaired,
