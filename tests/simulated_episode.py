@@ -93,7 +93,8 @@ class SimulatedDecoder(Decoder):
                     for which in (0, 1)
                 )
                 hidden, tokens = pruner.after_layer(layer, hidden, tokens, q, LayerKV(k, k, tokens.ids))
-        return Decoded(rows_at(hidden, tokens.to_current(how["read"])), tokens, tuple(held))
+        read = rows_at(hidden, tokens.to_current(how["read"]))
+        return Decoded(read, read, tokens, tuple(held))
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.naive_oft import Spec, naive_actions
 from tests.planting import REGISTRY, pipeline, pipelines, prop
-from tests.test_device_sync import watched
 from tests.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
 from tokenprune.config import DENSE, PipelineConfig
 from tokenprune.flops import query_flops
 from tokenprune.policy import Policy
 from tokenprune.runtime import Query
+from tokenprune.testing.waiting import no_waiting
 from tokenprune_adapters.backbones.openvla_oft.backbone import OpenVLAOFT
 from tokenprune_adapters.prismatic import VisionBackbone
 from tokenprune_plugins.controls import HalfConfig
@@ -171,5 +171,5 @@ def test_flops_are_those_that_run() -> None:
 
 def test_no_query_waits_for_the_device() -> None:
     backbone = tiny()
-    with watched(backbone):
+    with no_waiting(backbone):
         act(backbone, pipeline(HalfConfig(use="random", after=1, keep=0.5)))

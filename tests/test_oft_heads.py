@@ -18,7 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.naive_oft import Spec, naive_actions
 from tests.planting import REGISTRY, pipeline, pipelines, prop
-from tests.test_device_sync import watched
 from tests.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
 from tokenprune.config import DENSE, PipelineConfig
 from tokenprune.errors import CheckpointError, ConfigError, TokenPruneError
@@ -27,6 +26,7 @@ from tokenprune.layout import Role
 from tokenprune.policy import ActionChunk, Policy, load
 from tokenprune.repeat import SameCuts
 from tokenprune.runtime import Query
+from tokenprune.testing.waiting import no_waiting
 from tokenprune_adapters.backbones.openvla_oft.backbone import OpenVLAOFT
 from tokenprune_adapters.backbones.openvla_oft.config import SEVEN_B, preset, with_options
 from tokenprune_adapters.prompt import Prompt
@@ -277,7 +277,7 @@ def test_flops_are_those_that_run(options: dict[str, Any], keep: float) -> None:
 @pytest.mark.parametrize("options", HEADS)
 def test_no_query_waits_for_the_device(options: dict[str, Any]) -> None:
     backbone = tiny(**options)
-    with watched(backbone):
+    with no_waiting(backbone):
         act(backbone, pipeline(HalfConfig(use="random", after=1, keep=0.5)))
 
 

@@ -15,7 +15,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.drawing import keep_sets, seeds
 from tests.naive_openvla import Spec, naive_query
-from tests.test_device_sync import watched as no_waiting
 from tests.tiny_openvla import (
     INSTRUCTION,
     Watcher,
@@ -31,6 +30,7 @@ from tokenprune.config import DENSE, PipelineConfig
 from tokenprune.kv import KVCache
 from tokenprune.policy import ActionChunk, Policy
 from tokenprune.runtime import Query
+from tokenprune.testing.waiting import no_waiting
 from tokenprune_adapters.backbones.openvla import backbone as adapter
 from tokenprune_adapters.backbones.openvla.backbone import OpenVLA
 from tokenprune_plugins.fastv import FastVConfig
