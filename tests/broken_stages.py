@@ -10,7 +10,8 @@ from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from tokenprune.config import CutConfig, Cuts, Keep
-from tokenprune.context import FeatureContext, LayerContext, SelectContext
+from tokenprune.context import LayerContext, SelectContext
+from tokenprune.features import FeatureContext
 from tokenprune.hookspecs import hookimpl
 from tokenprune.registry import Owner, Registered, Registry
 from tokenprune.selection import Proposal

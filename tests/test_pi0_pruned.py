@@ -18,7 +18,8 @@ from tests.naive_pi0 import Spec, naive
 from tests.planting import pipeline
 from tests.tiny_pi0 import INSTRUCTION, VARIANTS, VIEWS, act, noise_for, observation, query, tiny_backbone, tiny_config
 from tokenprune.config import CutConfig, PipelineConfig, StageConfig
-from tokenprune.context import FeatureContext, LayerContext, SelectContext
+from tokenprune.context import LayerContext, SelectContext
+from tokenprune.features import FeatureContext
 from tokenprune.flops import query_flops
 from tokenprune.history import ExecutedAction
 from tokenprune.hookspecs import hookimpl

@@ -15,8 +15,9 @@ from tests.planting import pipeline
 from tests.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
 from tokenprune import resolution
 from tokenprune.config import DENSE, PipelineConfig, StageConfig, ViewBudget
-from tokenprune.context import ControlContext, ControlDecision, FeatureContext
+from tokenprune.context import ControlContext, ControlDecision
 from tokenprune.errors import CapabilityError, ConfigError, PluginError, StageError, TokenPruneError, TraceError
+from tokenprune.features import FeatureContext
 from tokenprune.hookspecs import hookimpl
 from tokenprune.policy import Policy
 from tokenprune.registry import Owner, Registered, Registry

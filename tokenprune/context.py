@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.decoder import Decoder, Positions, project_rows, rotary
-from tokenprune.history import ExecutedAction, Slot, once, recall, remember
+from tokenprune.history import ExecutedAction, Slot, flags, last_of, once, recall, remember
 from tokenprune.kv import LayerKV
 from tokenprune.layout import TokenLayout
 from tokenprune.plan import Plan
@@ -52,21 +52,6 @@ class ControlContext:
     executed: Sequence[ExecutedAction]
     since_query: Sequence[ExecutedAction]
     memory: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class FeatureContext:
-    """Features of one view on their way to the projector.
-
-    Attributes:
-        view: Camera name.
-        features: `[B, N, D]`.
-        images: The view's own cropped pixels, uint8 `[B, 3, S, S]`.
-    """
-
-    view: str
-    features: Tensor
-    images: Tensor
 
 
 class LayoutTables:
@@ -224,7 +209,7 @@ class SelectContext:
     def reusable(self) -> Tensor:
         """Which rows `[B]` have keys and values of a last query with the same prunable tokens."""
         known = [slot.kv is not None and slot.kv.prunable == self.layout.prunable for slot in self.slots]
-        return _flags(known, self.prunable.device)
+        return flags(known, self.prunable.device)
 
     def _prunable_columns(self, weights: Tensor) -> Tensor:
         columns = self.tokens.to_current(self.prunable)
@@ -232,17 +217,14 @@ class SelectContext:
 
     def previous_images(self, view: str) -> tuple[Tensor, Tensor]:
         """Pixels `[B, 3, S, S]` of the last query since the reset, and which rows `[B]` had one (zeros where none)."""
-        blank = torch.zeros_like(self.images[view][0])
-        frames = [slot.frames.get(view) for slot in self.slots]
-        had = _flags([frame is not None for frame in frames], blank.device)
-        return torch.stack([blank if frame is None else frame for frame in frames]), had
+        return last_of([slot.frames.get(view) for slot in self.slots], self.images[view])
 
     def past_images(self, view: str) -> tuple[Tensor, Tensor]:
         """Pixels `[B, 3, S, S]` of the frames the stage's `look_back` asked for, and which rows `[B]` have one."""
         current = self.images[view]
         if self.past is None:
-            return torch.zeros_like(current), _flags([False] * len(current), current.device)
-        return self.past.pixels[view], _flags([back is not None for back in self.past.steps], current.device)
+            return torch.zeros_like(current), flags([False] * len(current), current.device)
+        return self.past.pixels[view], flags([back is not None for back in self.past.steps], current.device)
 
     def remember(self, name: str, values: Tensor, of_all: bool = False) -> None:
         """Keep values `[B, P]` of the prunable tokens, for later layers and for later queries of the episode.
@@ -343,10 +325,6 @@ def rows_name(rows: str | range | OriginalIds) -> str:
     if isinstance(rows, range):
         return f"{rows.start}-{rows.stop - 1}"
     return rows if isinstance(rows, str) else "ids"
-
-
-def _flags(values: Sequence[bool], device: torch.device) -> Tensor:
-    return torch.stack([torch.full((), value, device=device) for value in values])
 
 
 def at_layer(ctx: SelectContext, q: Tensor, seen: LayerKV, computed: dict[str, Tensor]) -> LayerContext:

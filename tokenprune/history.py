@@ -66,6 +66,7 @@ class Slot:
         queries: Queries since the reset.
         asked_at: Control step of the last query.
         frames: The last query's cropped pixels by view, on the device.
+        features: The last query's features by view, where some stage changes features.
         maps: Values by prunable token, by name.
         numbers: Single values by name.
         kv: Keys and values of the last query, where the pipeline reuses them.
@@ -80,11 +81,24 @@ class Slot:
     queries: int = 0
     asked_at: int = 0
     frames: Mapping[str, Tensor] = field(default_factory=dict)
+    features: Mapping[str, Tensor] = field(default_factory=dict)
     maps: dict[str, TokenMap] = field(default_factory=dict)
     numbers: dict[str, Tensor] = field(default_factory=dict)
     kv: LastKV | None = None
     host: dict[int, dict[str, Any]] = field(default_factory=dict)
     executed: list[ExecutedAction] = field(default_factory=list)
+
+
+def flags(values: Sequence[bool], device: torch.device) -> Tensor:
+    """Host truths as a tensor `[B]`, without a copy that would wait."""
+    return torch.stack([torch.full((), value, device=device) for value in values])
+
+
+def last_of(kept: Sequence[Tensor | None], current: Tensor) -> tuple[Tensor, Tensor]:
+    """What was kept of each last query `[B, …]`, zeros where nothing was, and which rows `[B]` have it."""
+    blank = torch.zeros_like(current[0])
+    had = flags([one is not None for one in kept], current.device)
+    return torch.stack([blank if one is None else one for one in kept]), had
 
 
 def remember(slots: Sequence[Slot], name: str, places: Tensor, values: Tensor, size: int) -> None:

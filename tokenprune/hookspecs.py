@@ -15,7 +15,8 @@ import pluggy
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tokenprune.context import ControlContext, ControlDecision, FeatureContext, LayerContext, SelectContext
+    from tokenprune.context import ControlContext, ControlDecision, LayerContext, SelectContext
+    from tokenprune.features import FeatureContext
     from tokenprune.history import EpisodeStart, ExecutedAction
     from tokenprune.record import QueryRecord
     from tokenprune.selection import Proposal

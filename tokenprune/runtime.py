@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from tokenprune.budget import union_count
-from tokenprune.context import FeatureContext, LayoutTables, PastFrames, SelectContext, at_layer, moved
+from tokenprune.context import LayoutTables, PastFrames, SelectContext, at_layer, moved
 from tokenprune.decoder import Decoder, Positions
 from tokenprune.errors import StageError, TraceError
+from tokenprune.features import FeatureContext
 from tokenprune.history import Slot
 from tokenprune.kv import KVCache, LastKV, LayerKV, Memory, ReusedKV
 from tokenprune.pipeline import BoundPipeline
@@ -64,6 +65,7 @@ class Query:
         self._checks: list[tuple[str, Tensor]] = []
         self._protected: dict[int, Tensor] = {}
         self._reused: ReusedKV | None = None
+        self._features: dict[str, Tensor] = {}
         self._added: Tensor | None = None
         self._encoder: dict[str, dict[str, Tensor]] = {}
         self._notes: dict[int, dict[str, Tensor]] = {}
@@ -81,7 +83,8 @@ class Query:
         """Pass the features `[B, N, D]` of one view through `transform_features`."""
         for index, hook in self._pipeline.hooks["transform_features"]:
             with self.phase("selection"):
-                context = FeatureContext(view, features, self._images[view])
+                shown = (view, features, self._images[view], self._plan.layout, self._tables, self._slots)
+                context = FeatureContext(*shown, scope=f"{index}.")
                 changed = self._pipeline.call(index, "transform_features", hook, context)
             if changed is None:
                 continue
@@ -91,6 +94,8 @@ class Query:
                     f"{list(changed.shape)}; it must keep {list(features.shape)}"
                 )
             features = changed
+        if self._pipeline.hooks["transform_features"]:
+            self._features[view] = features
         return features
 
     @property
@@ -209,7 +214,9 @@ class Query:
         return run.hidden
 
     def keep(self) -> None:
-        """Leave this query's keys and values to the environment's next one, if the pipeline reuses them."""
+        """Leave features, keys and values to each environment's next query, if the pipeline needs them."""
+        for row, slot in enumerate(self._slots):
+            slot.features = {view: features[row] for view, features in self._features.items()}
         if self._reused is not None:
             self._slots[0].kv = LastKV(self._plan.layout.prunable, tuple(self._reused.now.layers))
 

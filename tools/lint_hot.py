@@ -25,6 +25,7 @@ HOT_FILES = (
     "tokenprune/resolution.py",
     "tokenprune/history.py",
     "tokenprune/context.py",
+    "tokenprune/features.py",
     "plugins/tokenprune_plugins/**/*.py",
 )
 COLD_NAMES = {"__init__.py"}

@@ -130,6 +130,13 @@ _STAGES = (
         requires=frozenset({"kv_reuse"}),
     ),
     StageSpec(
+        "ttf",
+        "scorer",
+        "keeps the features of patches that neither changed nor matter; drops nothing",
+        f"{__name__}.ttf:TTF",
+        paper="TTF-VLA, arXiv 2508.19257 (AAAI 2026)",
+    ),
+    StageSpec(
         "vla_adp",
         "selector",
         "keeps the patches most like the text by the first layer's projections",
