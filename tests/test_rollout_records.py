@@ -142,6 +142,12 @@ def test_a_label_stands_for_one_thing(path):
             file.declare("dense", {**VARIANT, "condition": "blind"})
 
 
+def test_other_words_about_a_pipeline_are_no_other_pipeline(path):
+    filled(path)
+    with opened(path) as file:
+        file.declare("dense", {**VARIANT, "pipeline": {**VARIANT["pipeline"], "description": "said better"}})
+
+
 def test_a_second_writer_is_refused_until_the_first_has_closed(path):
     with opened(path):
         with pytest.raises(RolloutError, match=r"goal\.jsonl: another evaluation is writing to this file"):

@@ -176,11 +176,12 @@ class ResultsFile:
             variant: Its resolved pipeline and what else makes it up, as plain data.
 
         Raises:
-            ResultError: If the file says that the label stands for something else.
+            ResultError: If the file says that the label stands for something else; what a pipeline's description
+                says does not matter.
         """
         plain = _plain(variant)
         if label in self.results.variants:
-            _compare(self.path, f"variant '{label}'", self.results.variants[label], plain)
+            _compare(self.path, f"variant '{label}'", _undescribed(self.results.variants[label]), _undescribed(plain))
             return
         self._write({"kind": "variant", "label": label, **plain})
         self.results.variants[label] = plain
@@ -226,6 +227,11 @@ def _plain(data: Mapping[str, Any]) -> dict[str, Any]:
     """The data as it would be read from a file."""
     plain: dict[str, Any] = json.loads(json.dumps(data, allow_nan=False))
     return plain
+
+
+def _undescribed(variant: Mapping[str, Any]) -> Mapping[str, Any]:
+    pipeline = variant.get("pipeline", {})
+    return {**variant, "pipeline": {key: value for key, value in pipeline.items() if key != "description"}}
 
 
 def _compare(path: Path, where: str, old: object, new: object) -> None:
