@@ -6,51 +6,26 @@ from typing import TYPE_CHECKING
 
 import torch
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 from tokenprune.decoder import Decoder
-from tokenprune.layout import Role, Segment, TokenLayout
+from tokenprune.testing.strategies import VIEWS, batches, layouts, random, seeds
 
 if TYPE_CHECKING:
     from transformers import LlamaModel
 
-VIEWS = ("primary", "wrist", "left")
-seeds = st.integers(0, 2**31 - 1)
-batches = st.integers(1, 3)
-
-
-def random(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Normal numbers that depend on the seed alone."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-@st.composite
-def layouts(draw: st.DrawFn, max_views: int = 3, max_side: int = 4) -> TokenLayout:
-    """Token layouts of every shape the backbones have, with fixed tokens between views in some of them."""
-    parts = [Segment(Role.BOS, 0, draw(st.integers(0, 1)))]
-    sides = st.integers(1, max_side)
-    for view in VIEWS[: draw(st.integers(1, max_views))]:
-        rows, cols = draw(sides), draw(sides)
-        parts.append(Segment(Role.VISION, 0, rows * cols, view, (rows, cols), prunable=True))
-        between = draw(st.sampled_from([None, None, Role.PAD, Role.STATE, Role.TEXT, Role.STOP]))
-        if between is not None:
-            parts.append(Segment(between, 0, draw(st.integers(1, 3))))
-    extra = draw(st.sampled_from([None, Role.PROPRIO, Role.STATE]))
-    if extra is not None:
-        parts.append(Segment(extra, 0, 1))
-
-    text = draw(st.integers(3, 12))
-    start = sum(part.length for part in parts)
-    inside = sorted(draw(st.lists(st.integers(0, text), min_size=2, max_size=2, unique=True)))
-    rows = {"text": range(start, start + text), "instruction": range(start + inside[0], start + inside[1])}
-    parts.append(Segment(Role.TEXT, 0, text))
-    stop, actions = start + text, draw(st.integers(0, 6))
-    rows["readout"] = range(stop - 1, stop + max(actions, 1) - 1)
-    if actions:
-        rows["action"] = range(stop, stop + actions)
-        parts.append(Segment(Role.ACTION, 0, actions))
-    parts.append(Segment(Role.STOP, 0, draw(st.integers(0, 1))))
-    return TokenLayout.build(parts, rows)
+__all__ = [
+    "VIEWS",
+    "batches",
+    "decoder_of",
+    "keep_counts",
+    "keep_sets",
+    "layouts",
+    "llamas",
+    "random",
+    "seeds",
+    "tiny_llama",
+]
 
 
 def keep_counts(prunable: int) -> st.SearchStrategy[int]:

@@ -1,0 +1,117 @@
+"""Hypothesis strategies for what stages are given: layouts of every shape, selections, and contexts.
+
+Needs hypothesis, which comes with the extra `dev` and with the packages that `tokenprune new plugin` writes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.context import LayoutTables, SelectContext
+from tokenprune.decoder import Decoder
+from tokenprune.frames import FrameBuffer
+from tokenprune.history import Slot
+from tokenprune.layout import Role, Segment, TokenLayout
+from tokenprune.plan import make_plan
+from tokenprune.selection import OriginalIds, TokenSelection, rows_at
+from tokenprune.stage import Stage
+
+try:
+    from hypothesis import strategies as st
+except ImportError as error:
+    raise ImportError("tokenprune.testing.strategies needs hypothesis: pip install hypothesis") from error
+
+VIEWS = ("primary", "wrist", "left")
+seeds = st.integers(0, 2**31 - 1)
+batches = st.integers(1, 3)
+
+
+def random(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Normal numbers that depend on the seed alone."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+@st.composite
+def layouts(draw: st.DrawFn, max_views: int = 3, max_side: int = 4) -> TokenLayout:
+    """Token layouts of every shape the backbones have, with fixed tokens between views in some of them."""
+    parts = [Segment(Role.BOS, 0, draw(st.integers(0, 1)))]
+    sides = st.integers(1, max_side)
+    for view in VIEWS[: draw(st.integers(1, max_views))]:
+        rows, cols = draw(sides), draw(sides)
+        parts.append(Segment(Role.VISION, 0, rows * cols, view, (rows, cols), prunable=True))
+        between = draw(st.sampled_from([None, None, Role.PAD, Role.STATE, Role.TEXT, Role.STOP]))
+        if between is not None:
+            parts.append(Segment(between, 0, draw(st.integers(1, 3))))
+    extra = draw(st.sampled_from([None, Role.PROPRIO, Role.STATE]))
+    if extra is not None:
+        parts.append(Segment(extra, 0, 1))
+
+    text = draw(st.integers(3, 12))
+    start = sum(part.length for part in parts)
+    inside = sorted(draw(st.lists(st.integers(0, text), min_size=2, max_size=2, unique=True)))
+    rows_named = {"text": range(start, start + text), "instruction": range(start + inside[0], start + inside[1])}
+    parts.append(Segment(Role.TEXT, 0, text))
+    stop, actions = start + text, draw(st.integers(0, 6))
+    rows_named["readout"] = range(stop - 1, stop + max(actions, 1) - 1)
+    if actions:
+        rows_named["action"] = range(stop, stop + actions)
+        parts.append(Segment(Role.ACTION, 0, actions))
+    parts.append(Segment(Role.STOP, 0, draw(st.integers(0, 1))))
+    return TokenLayout.build(parts, rows_named)
+
+
+@st.composite
+def selections(draw: st.DrawFn, layout: TokenLayout, batch: int = 1) -> TokenSelection:
+    """What a cut may leave of a layout: every fixed token, and as many prunable ones in each row, one at least."""
+    keep = draw(st.integers(1, len(layout.prunable)))
+    rows = [sorted([*layout.fixed, *draw(st.permutations(layout.prunable))[:keep]]) for _ in range(batch)]
+    return TokenSelection(OriginalIds(torch.tensor(rows)), layout.n_tokens)
+
+
+@st.composite
+def contexts(draw: st.DrawFn, stage: Stage[Any] | None = None, width: int = 8, side: int = 16) -> SelectContext:
+    """What a stage is given: a random layout, embeddings and pixels of noise.
+
+    Args:
+        draw: Hypothesis's own.
+        stage: Planned for, so that `ctx.plan` holds its cuts, and asked before layer 0, where every token is held;
+            without one there are no cuts, and some tokens are gone already.
+        width: Of the embeddings.
+        side: Pixels along each side of an image, for each patch of a view.
+    """
+    layout, batch, seed = draw(layouts()), draw(batches), draw(seeds)
+    everything_held = TokenSelection.identity(layout.n_tokens, batch)
+    tokens = draw(selections(layout, batch)) if stage is None else everything_held
+    tables = LayoutTables(layout, torch.device("cpu"))
+    prunable = tokens.ids[tables.place[tokens.ids] >= 0].view(batch, -1)
+    everything = random(seed, batch, layout.n_tokens, width, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    images = {
+        view: torch.randint(
+            0, 256, (batch, 3, side * (segment.grid or (1, 1))[0], side * (segment.grid or (1, 1))[1]),
+            generator=generator, dtype=torch.uint8,
+        )
+        for view, segment in layout.views.items()
+    }  # fmt: skip
+    planned = () if stage is None else (stage,)
+    return SelectContext(
+        plan=make_plan(planned, tuple(type(one).__name__ for one in planned), layout, "default", 8),
+        decoder=Decoder((), nn.Identity(), head_dim=width, rope_theta=10000.0, causal=draw(st.booleans())),
+        positions="preserve",
+        layer=-1,
+        tokens=tokens,
+        prunable=OriginalIds(prunable),
+        hidden=rows_at(everything, tokens.ids),
+        images=images,
+        seeds=tuple(range(batch)),
+        tables=tables,
+        slots=[Slot(index, "push it", FrameBuffer(0)) for index in range(batch)],
+        scope="0.",
+        past=None,
+        encoder={},
+        notes={},
+        probed=lambda *_: None,
+    )
