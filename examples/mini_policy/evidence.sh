@@ -15,7 +15,7 @@ variants=(
     uniform_grid@keep=0.5 uniform_grid@keep=0.39 uniform_grid@keep=0.25 uniform_grid@keep=0.125
     fastv@keep=0.5 fastv@keep=0.25 fastv@keep=0.125
     divprune@keep=0.39 divprune@keep=0.25 efficientvla_tokens@keep=0.25
-    vla_cache sparsevlm sparsevlm-recycle
+    vla_cache sparsevlm sparsevlm@recycle=true sparsevlm-recycle
     specprune specprune-paper specprune-c3
     specprune.static specprune.dynamic specprune.controller
     dense+blind dense+no-primary dense+no-wrist dense+other-instruction
