@@ -246,7 +246,7 @@ class Policy:
             if self.pipeline.config.on_error == "raise":
                 raise
             for slot in slots:
-                slot.kv = None
+                slot.kv, slot.features = None, {}
             query, normalised = self._run(self._dense, self._dense.plan(layout), inputs, slots, {}, clock)
             query.trace = replace(query.trace, pipeline=self.pipeline.config.name, fallback=str(error))
         actions = self.backbone.unnormalise(normalised, observations)
