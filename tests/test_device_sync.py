@@ -53,8 +53,8 @@ def test_a_union_waits_to_learn_its_count(name: str) -> None:
 def test_a_planted_wait_is_refused() -> None:
     real = signals.rank_within
 
-    def waiting(score: torch.Tensor, member: torch.Tensor) -> torch.Tensor:
-        return real(score, member) if member.any() else real(score, ~member)
+    def waiting(score: torch.Tensor, member: torch.Tensor | None = None) -> torch.Tensor:
+        return real(score, member) if score.any() else real(-score, member)
 
     with patch.object(signals, "rank_within", waiting), pytest.raises(StageError, match="is read"):
         queries("specprune")

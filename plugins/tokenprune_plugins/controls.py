@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-
 import torch
 from torch import Tensor
 
@@ -13,6 +11,7 @@ from tokenprune.hookspecs import hookimpl
 from tokenprune.layout import TokenLayout
 from tokenprune.selection import Proposal
 from tokenprune.stage import Stage
+from tokenprune_plugins.scored import Scored
 
 
 class NothingConfig(CutConfig):
@@ -43,43 +42,27 @@ class Nothing(Stage[NothingConfig]):
         return None
 
 
-class Scored(Stage[HalfConfig], ABC):
-    """A control that scores tokens the same way before layer 0 and after any layer."""
-
-    Config = HalfConfig
-
-    @abstractmethod
-    def score(self, ctx: SelectContext) -> Tensor:
-        """Scores `[B, P]` of the prunable tokens."""
-
-    @hookimpl
-    def select_tokens(self, ctx: SelectContext) -> Proposal:
-        """Scores before layer 0."""
-        return Proposal(score=self.score(ctx))
-
-    @hookimpl
-    def score_layer(self, ctx: LayerContext) -> Proposal:
-        """Scores after a layer."""
-        return Proposal(score=self.score(ctx))
-
-
-class Random(Scored):
+class Random(Scored[HalfConfig]):
     """Scores tokens at random, anew in every query.
 
     The numbers are a hash of seed, query and original id, so they are the same on every device, for every batch
     size, and whatever else draws random numbers.
     """
 
+    Config = HalfConfig
+
     def score(self, ctx: SelectContext) -> Tensor:
         """Uniform numbers."""
         return torch.stack([hashed(ids, seed) for ids, seed in zip(ctx.prunable, ctx.seeds, strict=True)])
 
 
-class UniformGrid(Scored):
+class UniformGrid(Scored[HalfConfig]):
     """Keeps patches spread evenly over each view, equally many of every view.
 
     Patches are ranked by an ordered-dither pattern, so each larger keep contains every smaller one.
     """
+
+    Config = HalfConfig
 
     def __init__(self, config: HalfConfig) -> None:
         """Tables are made at the first query of each layout."""

@@ -12,13 +12,13 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from tokenprune.config import CutConfig, Cuts, Keep
 from tokenprune.context import LayerContext
 from tokenprune.hookspecs import hookimpl
 from tokenprune.selection import Proposal, rows_at
 from tokenprune.stage import Stage
+from tokenprune_plugins.likeness import unit
 
 
 class DARTConfig(CutConfig):
@@ -63,10 +63,9 @@ def least_alike(patches: Tensor, pivots: Tensor, words: Tensor, keep: int) -> Te
         words: Text tokens that are pivots `[B, T, D]`.
         keep: Patches to keep, pivots among them; what does not divide goes to the first pivots.
     """
-    exact = torch.promote_types(patches.dtype, torch.float32)
-    unit = normalize(patches.to(exact), dim=-1)
-    looking = torch.cat([rows_at(unit, pivots), normalize(words.to(exact), dim=-1)], dim=1)
-    likeness = looking @ unit.mT
+    directions = unit(patches)
+    looking = torch.cat([rows_at(directions, pivots), unit(words)], dim=1)
+    likeness = looking @ directions.mT
     # What nobody takes comes last, the least alike first.
     score = -likeness.amax(1)
     n_pivots, taken = looking.shape[1], pivots.shape[1]

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from tokenprune.config import CutConfig, Keep
-from tokenprune.context import LayerContext, SelectContext
-from tokenprune.hookspecs import hookimpl
-from tokenprune.selection import Proposal
-from tokenprune.stage import Stage
+from tokenprune.context import SelectContext
+from tokenprune_plugins.likeness import likeness
+from tokenprune_plugins.scored import Scored
 
 
 class DivPruneConfig(CutConfig):
@@ -24,22 +22,13 @@ class DivPruneConfig(CutConfig):
     keep: Keep = 0.1
 
 
-class DivPrune(Stage[DivPruneConfig]):
+class DivPrune(Scored[DivPruneConfig]):
     """Keeps a set whose smallest distance is large, found greedily; as many steps as tokens are kept."""
 
     Config = DivPruneConfig
 
-    @hookimpl
-    def select_tokens(self, ctx: SelectContext) -> Proposal:
-        """Diversity of the projected patches."""
-        return Proposal(score=self._score(ctx))
-
-    @hookimpl
-    def score_layer(self, ctx: LayerContext) -> Proposal:
-        """Diversity of the patches' hidden states, which the paper does not try."""
-        return Proposal(score=self._score(ctx))
-
-    def _score(self, ctx: SelectContext) -> Tensor:
+    def score(self, ctx: SelectContext) -> Tensor:
+        """Diversity of the projected patches; after a layer of their hidden states, which the paper does not try."""
         return farthest_first(ctx.patches, ctx.plan.cut_after[ctx.layer].keep)
 
 
@@ -54,8 +43,7 @@ def farthest_first(embeddings: Tensor, count: int, member: Tensor | None = None)
         member: Boolean `[B, P]`: only these are compared and chosen, at least `count` in each row; the others score
             lowest. All where left out.
     """
-    unit = normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=-1)
-    distance = 1 - unit @ unit.mT
+    distance = 1 - likeness(embeddings)
     # Two patches nearest to each other tie for the first choice, and rounding must not decide it.
     distance = torch.minimum(distance, distance.mT)
     outside = torch.zeros_like(distance[:, 0], dtype=torch.bool) if member is None else ~member

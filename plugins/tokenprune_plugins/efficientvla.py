@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from tokenprune.backbone import BackboneInfo
 from tokenprune.config import CutConfig, Cuts, Keep
@@ -20,6 +19,8 @@ from tokenprune.hookspecs import hookimpl
 from tokenprune.layout import TokenLayout
 from tokenprune.selection import Proposal, rows_at
 from tokenprune.stage import Probe, Stage
+from tokenprune_plugins.likeness import unit
+from tokenprune_plugins.specprune.signals import rank_within
 
 
 class EfficientVLATokensConfig(CutConfig):
@@ -59,10 +60,8 @@ def tiers(relevance: Tensor, features: Tensor, key: int, relevant: int) -> Tenso
         relevant: Patches after them that relevance chooses.
     """
     order = relevance.argsort(dim=-1, descending=True, stable=True)
-    place = torch.empty_like(order).scatter(
-        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
-    )
-    unit = normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
-    likeness = (unit @ rows_at(unit, order[:, :key]).mT).amax(-1)
+    place = rank_within(relevance)
+    directions = unit(features)
+    likeness = (directions @ rows_at(directions, order[:, :key]).mT).amax(-1)
     first = 3 - place.to(likeness.dtype) / place.shape[1]
     return torch.where(place < key + relevant, first, 1 - likeness)

@@ -10,13 +10,12 @@ from __future__ import annotations
 from typing import Literal
 
 from pydantic import Field
+from torch import Tensor
 
 from tokenprune.backbone import BackboneInfo
 from tokenprune.config import CutConfig, Keep
 from tokenprune.context import SelectContext
-from tokenprune.hookspecs import hookimpl
-from tokenprune.selection import Proposal
-from tokenprune.stage import Stage
+from tokenprune_plugins.scored import Scored
 
 
 class FasterVLMConfig(CutConfig):
@@ -28,7 +27,7 @@ class FasterVLMConfig(CutConfig):
     )
 
 
-class FasterVLM(Stage[FasterVLMConfig]):
+class FasterVLM(Scored[FasterVLMConfig]):
     """Keeps what the vision tower itself finds important."""
 
     Config = FasterVLMConfig
@@ -51,12 +50,6 @@ class FasterVLM(Stage[FasterVLMConfig]):
             ", which has no class token" if "cls" not in info.encoder_attention else ""
         )
 
-    @hookimpl
-    def select_tokens(self, ctx: SelectContext) -> Proposal:
+    def score(self, ctx: SelectContext) -> Tensor:
         """What the tower attended to."""
-        return Proposal(score=ctx.encoder_attention(self._kind))
-
-    @hookimpl
-    def score_layer(self, ctx: SelectContext) -> Proposal:
-        """The same, later."""
-        return Proposal(score=ctx.encoder_attention(self._kind))
+        return ctx.encoder_attention(self._kind)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-from torch.nn.functional import normalize, one_hot
+from torch.nn.functional import one_hot
 
 
 def into(destination: Tensor, size: Tensor, chosen: Tensor) -> Tensor:
@@ -18,9 +17,3 @@ def into(destination: Tensor, size: Tensor, chosen: Tensor) -> Tensor:
     member = one_hot(destination, destination.shape[1]).mT.to(size.dtype) * size[:, None]
     weights = member.gather(1, chosen[..., None].expand(-1, -1, member.shape[2]))
     return weights / weights.sum(2, keepdim=True).clamp(min=1e-12)
-
-
-def likeness(features: Tensor) -> Tensor:
-    """Cosine of each two of `[B, P, D]`, in at least float32 `[B, P, P]`."""
-    unit = normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
-    return unit @ unit.mT

@@ -8,14 +8,15 @@ means nothing, so there the rows are the text's.
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from tokenprune.backbone import BackboneInfo
 from tokenprune.config import CutConfig, Cuts, Keep
 from tokenprune.context import SelectContext
-from tokenprune.hookspecs import hookimpl
 from tokenprune.layout import TokenLayout
-from tokenprune.selection import Proposal
-from tokenprune.stage import Probe, Stage, require_rows
+from tokenprune.stage import Probe, require_rows
 from tokenprune_plugins.rows import RowsOrAuto, rows_note, rows_read
+from tokenprune_plugins.scored import Scored
 
 
 class PyramidDropConfig(CutConfig):
@@ -26,7 +27,7 @@ class PyramidDropConfig(CutConfig):
     rows: RowsOrAuto = "auto"
 
 
-class PyramidDrop(Stage[PyramidDropConfig]):
+class PyramidDrop(Scored[PyramidDropConfig]):
     """Keeps the patches that the layer after the cut would attend to most."""
 
     Config = PyramidDropConfig
@@ -44,15 +45,6 @@ class PyramidDrop(Stage[PyramidDropConfig]):
         rows = rows_read(self.config.rows, info.decoder.causal)
         return tuple(Probe(layer + 1, rows, ahead=True) for layer in self.cuts(info.decoder.depth))
 
-    @hookimpl
-    def select_tokens(self, ctx: SelectContext) -> Proposal:
-        """Attention that layer 0 would pay, which the paper does not try."""
-        return self._propose(ctx)
-
-    @hookimpl
-    def score_layer(self, ctx: SelectContext) -> Proposal:
-        """Attention that the next layer would pay."""
-        return self._propose(ctx)
-
-    def _propose(self, ctx: SelectContext) -> Proposal:
-        return Proposal(score=ctx.attention_ahead(rows_read(self.config.rows, ctx.causal)).mean((1, 2)))
+    def score(self, ctx: SelectContext) -> Tensor:
+        """Attention that the next layer would pay; before layer 0, which the paper does not try, layer 0."""
+        return ctx.attention_ahead(rows_read(self.config.rows, ctx.causal)).mean((1, 2))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.selection import rows_at
+from tokenprune_plugins.specprune.signals import rank_within
 
 NEIGHBOURS = 5
 """Nearest tokens that density is measured by; ours, for want of a number at first hand."""
@@ -37,7 +38,7 @@ def fold(score: Tensor, tokens: Tensor, base: int, folded: int, clusters: int) -
     exact = rows_at(tokens, among).to(torch.promote_types(tokens.dtype, torch.float32))
     distance = torch.cdist(exact, exact) / exact.shape[-1] ** 0.5
     centre, nearest = density_peaks(distance, clusters)
-    place = torch.empty_like(order).scatter(1, order, own)
+    place = rank_within(score)
     worth = torch.where(place < base, 2.0 - place / score.shape[1], 0.0)
     worth = worth.scatter(1, among.gather(1, centre), 1.0)
     destination = own.scatter(1, among, among.gather(1, centre).gather(1, nearest))
@@ -52,11 +53,7 @@ def density_peaks(distance: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     count = distance.shape[1]
     near = distance.sort(dim=2).values[:, :, : min(NEIGHBOURS, count)]
     density = (-near.square().mean(2)).exp()
-    rank = torch.empty_like(density, dtype=torch.int64).scatter(
-        1,
-        density.argsort(dim=1, descending=True, stable=True),
-        torch.arange(count, device=distance.device).expand(len(distance), -1),
-    )
+    rank = rank_within(density)
     denser = rank[:, None] < rank[:, :, None]
     # The densest is as far from anything denser as anything is from anything.
     furthest = distance.flatten(1).amax(1)[:, None]

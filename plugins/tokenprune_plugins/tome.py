@@ -18,7 +18,8 @@ from tokenprune.context import LayerContext, SelectContext
 from tokenprune.hookspecs import hookimpl
 from tokenprune.selection import Proposal, rows_at
 from tokenprune.stage import Stage
-from tokenprune_plugins.merging import into, likeness
+from tokenprune_plugins.likeness import likeness
+from tokenprune_plugins.merging import into
 
 
 class ToMeConfig(CutConfig):

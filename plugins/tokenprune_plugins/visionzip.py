@@ -22,7 +22,7 @@ from tokenprune.context import SelectContext
 from tokenprune.hookspecs import hookimpl
 from tokenprune.selection import Proposal
 from tokenprune.stage import Stage
-from tokenprune_plugins.merging import likeness
+from tokenprune_plugins.likeness import likeness
 from tokenprune_plugins.specprune.signals import rank_within
 
 
@@ -84,7 +84,7 @@ def zipped(attention: Tensor, dominant: int, contextual: int) -> tuple[Tensor, T
         contextual: Targets.
     """
     n = attention.shape[1]
-    rank = rank_within(attention, torch.ones_like(attention, dtype=torch.bool))
+    rank = rank_within(attention)
     rest = rank >= dominant
     order = rest.long().cumsum(1) - 1
     stride = max((n - dominant) // max(contextual, 1), 1)

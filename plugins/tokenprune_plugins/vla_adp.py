@@ -17,14 +17,15 @@ from itertools import takewhile
 
 import numpy as np
 from pydantic import Field
+from torch import Tensor
 
 from tokenprune.backbone import BackboneInfo
 from tokenprune.config import CutConfig, Keep, StageConfig
 from tokenprune.context import ControlContext, ControlDecision, SelectContext
 from tokenprune.hookspecs import hookimpl
 from tokenprune.layout import TokenLayout
-from tokenprune.selection import Proposal
 from tokenprune.stage import Probe, Stage
+from tokenprune_plugins.scored import Scored
 
 
 class RelevanceConfig(CutConfig):
@@ -33,7 +34,7 @@ class RelevanceConfig(CutConfig):
     keep: Keep = 0.75
 
 
-class Relevance(Stage[RelevanceConfig]):
+class Relevance(Scored[RelevanceConfig]):
     """Keeps the patches whose keys at layer 0 are most like the text's queries."""
 
     Config = RelevanceConfig
@@ -42,18 +43,9 @@ class Relevance(Stage[RelevanceConfig]):
         """The text's rows, at the layer after every cut."""
         return tuple(Probe(layer + 1, "text", ahead=True) for layer in self.cuts(info.decoder.depth))
 
-    @hookimpl
-    def select_tokens(self, ctx: SelectContext) -> Proposal:
-        """Similarity of text and patches at layer 0."""
-        return self._propose(ctx)
-
-    @hookimpl
-    def score_layer(self, ctx: SelectContext) -> Proposal:
-        """Similarity at the next layer, which the released code offers too."""
-        return self._propose(ctx)
-
-    def _propose(self, ctx: SelectContext) -> Proposal:
-        return Proposal(score=ctx.similarity_ahead("text").mean((1, 2)))
+    def score(self, ctx: SelectContext) -> Tensor:
+        """Similarity of text and patches at layer 0; after a layer at the next, which the released code offers too."""
+        return ctx.similarity_ahead("text").mean((1, 2))
 
 
 class GateConfig(StageConfig):

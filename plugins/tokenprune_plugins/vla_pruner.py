@@ -81,8 +81,8 @@ class VLAPruner(Stage[VLAPrunerConfig]):
         cut = ctx.plan.cut_after[ctx.layer]
         if cut.keep == cut.found:
             return None
-        member = rank_within(ctx.received_attention(), ctx.prunable >= 0) < cut.keep
-        member = member | (rank_within(self._acted_on(ctx), ctx.prunable >= 0) < cut.keep)
+        member = rank_within(ctx.received_attention()) < cut.keep
+        member = member | (rank_within(self._acted_on(ctx)) < cut.keep)
         # Embeddings were noted for every prunable token; earlier cuts may have taken some.
         embeddings = rows_at(ctx.notes["embeddings"], ctx.tables.place[ctx.prunable])
         return Proposal(score=farthest_first(embeddings, cut.keep, member))

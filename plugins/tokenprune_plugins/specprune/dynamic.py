@@ -95,7 +95,7 @@ class Dynamic(Stage[DynamicConfig]):
 
     def _evidence(self, ctx: LayerContext) -> Tensor:
         attention = ctx.attention_rows(self.config.rows)
-        ranks = signals.rank_within(attention.mean((1, 2)), torch.ones_like(ctx.prunable, dtype=torch.bool))
+        ranks = signals.rank_within(attention.mean((1, 2)))
         dtype = torch.float32 if self.config.as_released else torch.float64
         weights = signals.rank_weights(ranks.shape[1], self.config.decay, dtype, ranks.device)
         confidence = ctx.once(f"confidence.{ctx.layer}", lambda: signals.entropy_confidence(attention))

@@ -80,12 +80,17 @@ def attention_to_patches(ctx: LayerContext, rows: str | range | OriginalIds) -> 
     return ctx.attention_rows(rows).mean((1, 2))
 
 
-def rank_within(score: Tensor, member: Tensor) -> Tensor:
-    """Rank of each token among the members of its row `[B, P]`, the highest finite score first; P for the others."""
+def rank_within(score: Tensor, member: Tensor | None = None) -> Tensor:
+    """Rank of each token of its row `[B, P]`, the highest finite score first.
+
+    Where members are given, it is the rank among them, and P for the others.
+    """
     n = score.shape[1]
-    order = torch.where(member, score, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    counted = score if member is None else torch.where(member, score, -torch.inf)
+    order = counted.argsort(dim=1, descending=True, stable=True)
     places = torch.arange(n, device=score.device).expand_as(order)
-    return torch.where(member, torch.empty_like(order).scatter(1, order, places), n)
+    ranks = torch.empty_like(order).scatter(1, order, places)
+    return ranks if member is None else torch.where(member, ranks, n)
 
 
 def rank_in_views(ctx: SelectContext, score: Tensor, member: Tensor | None = None) -> Tensor:

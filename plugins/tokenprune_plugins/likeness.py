@@ -1,0 +1,18 @@
+"""How alike tokens are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+
+def unit(features: Tensor) -> Tensor:
+    """Features `[..., D]` at length 1, in at least float32."""
+    return normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
+
+
+def likeness(features: Tensor) -> Tensor:
+    """Cosine of each two of `[B, P, D]`, `[B, P, P]`."""
+    directions = unit(features)
+    return directions @ directions.mT
