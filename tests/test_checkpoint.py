@@ -39,7 +39,8 @@ from tests.release_format import BODY_KEYS, HEAD, PROPRIO, UNUSED_KEYS, write_re
 from tests.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
 from tokenprune.config import DENSE
 from tokenprune.errors import CheckpointError, ConfigError
-from tokenprune.policy import Policy, load
+from tokenprune.loading import load
+from tokenprune.policy import Policy
 from tokenprune.registry import Registry
 from tokenprune_adapters import tensors
 from tokenprune_adapters.backbones.openvla_oft.backbone import OpenVLAOFT

@@ -23,7 +23,8 @@ from tokenprune.config import DENSE, PipelineConfig
 from tokenprune.errors import CheckpointError, ConfigError, TokenPruneError
 from tokenprune.flops import query_flops
 from tokenprune.layout import Role
-from tokenprune.policy import ActionChunk, Policy, load
+from tokenprune.loading import load
+from tokenprune.policy import ActionChunk, Policy
 from tokenprune.repeat import SameCuts
 from tokenprune.runtime import Query
 from tokenprune.testing.waiting import no_waiting

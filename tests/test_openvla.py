@@ -22,7 +22,8 @@ from tokenprune.config import DENSE
 from tokenprune.errors import ConfigError, ObservationError, TokenPruneError
 from tokenprune.flops import query_flops
 from tokenprune.layout import Role
-from tokenprune.policy import Policy, load
+from tokenprune.loading import load
+from tokenprune.policy import Policy
 from tokenprune.runtime import Query
 from tokenprune_adapters.backbones.openvla.backbone import OpenVLA
 from tokenprune_adapters.backbones.openvla.config import PRESETS, SEVEN_B, preset

@@ -27,7 +27,7 @@ from tests.openvla_format import (
 from tests.tiny_openvla import INSTRUCTION, act, observation, tiny_config, tiny_openvla
 from tokenprune.config import DENSE
 from tokenprune.errors import CheckpointError, ConfigError, TokenPruneError
-from tokenprune.policy import from_module, load
+from tokenprune.loading import from_module, load
 from tokenprune_adapters.backbones.openvla.backbone import OpenVLA
 from tokenprune_adapters.backbones.openvla.config import SEVEN_B
 from tokenprune_adapters.backbones.openvla.factory import OpenVLAFactory

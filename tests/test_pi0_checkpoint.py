@@ -47,7 +47,7 @@ from tests.pi0_format import (
     write_weights,
 )
 from tokenprune.errors import CheckpointError, ConfigError
-from tokenprune.policy import from_module, load
+from tokenprune.loading import from_module, load
 from tokenprune.runtime import Query
 from tokenprune_adapters import tensors as tensors_module
 from tokenprune_adapters.backbones.pi0.factory import PI0Factory, PI05Factory

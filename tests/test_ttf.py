@@ -6,11 +6,13 @@ from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
+import pytest
 from torch import Tensor
 
 from tests.naive_oft import attention_map, entering
 from tests.planting import REGISTRY, pipeline
 from tests.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
+from tokenprune.config import DENSE
 from tokenprune.policy import Policy
 from tokenprune_plugins.ttf import TTFConfig
 
@@ -80,3 +82,20 @@ def test_features_are_new_where_something_changed_or_matters() -> None:
         best = set(sorted(layout.prunable, key=lambda token: (-attention[token], token))[:3])
         before = now
     assert reused > 20
+
+
+def test_after_a_fallback_no_older_features_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = tiny_policy_parts(tiny_config(depth=4))
+    config = pipeline(TTFConfig(use="ttf", attended_top=0), on_error="dense")
+    policy, dense = Policy(backbone, config, REGISTRY), Policy(backbone, DENSE, REGISTRY)
+    for one in (policy, dense):
+        one.reset(INSTRUCTION)
+    seen, later = (observation(backbone.config, query) for query in (0, 1))
+    policy.act(seen)
+    with monkeypatch.context() as failing:
+        failing.setattr("tokenprune_plugins.ttf.changed", lambda *_: 1 / 0)
+        assert "ZeroDivisionError" in policy.act(later).trace.fallback
+    own = policy.act(later)
+    assert not own.trace.fallback
+    assert np.array_equal(own.normalised, dense.act(later).normalised)
+    assert np.array_equal(policy.act(later).normalised, own.normalised)

@@ -17,7 +17,7 @@ from tests.checkpoint_faults import HEAD, PROPRIO, QUERY, WEIGHTS, ZERO, cut, dr
 from tests.release_format import BODY_KEYS, UNUSED_KEYS, write_release
 from tests.tiny_oft import tiny_config, tiny_policy_parts
 from tokenprune.cli import main
-from tokenprune.policy import load
+from tokenprune.loading import load
 from tokenprune_adapters.backbones.openvla_oft import release
 from tokenprune_adapters.backbones.openvla_oft.backbone import OpenVLAOFT
 from tokenprune_adapters.backbones.openvla_oft.factory import OFTFactory

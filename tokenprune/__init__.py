@@ -12,14 +12,14 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from tokenprune.episode import load_episode as load_episode
     from tokenprune.hookspecs import hookimpl as hookimpl
+    from tokenprune.loading import from_module as from_module
+    from tokenprune.loading import load as load
     from tokenprune.policy import Policy as Policy
-    from tokenprune.policy import from_module as from_module
-    from tokenprune.policy import load as load
     from tokenprune.selection import Proposal as Proposal
 
 _LAZY = {
-    "load": "tokenprune.policy",
-    "from_module": "tokenprune.policy",
+    "load": "tokenprune.loading",
+    "from_module": "tokenprune.loading",
     "Policy": "tokenprune.policy",
     "Proposal": "tokenprune.selection",
     "hookimpl": "tokenprune.hookspecs",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from tokenprune.plan import Plan
 from tokenprune.probe import probabilities, received, row_entropy, similarity
 from tokenprune.selection import CurrentIds, OriginalIds, TokenSelection, rows_at
 
+if TYPE_CHECKING:
+    import numpy as np
+
 
 @dataclass(frozen=True, slots=True)
 class ControlDecision:
@@ -25,10 +28,13 @@ class ControlDecision:
     Attributes:
         mode: One of the modes the pipeline declares.
         replan: Ask the host, after an executed action, for a new query before the chunk is used up.
+        actions: A chunk `[T, D]` in the environment's units that answers the query in place of the model, which then
+            does not run; as many actions as the policy's own chunks have. The mode counts for nothing.
     """
 
     mode: str
     replan: bool = False
+    actions: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +45,7 @@ class ControlContext:
         event: `query` before a query, `executed` after an action.
         slot: Environment it is about.
         modes: What may be chosen; the first is the default.
-        queries: Queries since the last reset.
+        queries: Queries since the last reset, those not counted that a controller answered.
         executed: Actions executed since the last reset, oldest first; as many as control steps have passed.
         since_query: Those of them that follow the last query.
         memory: The stage's own, per slot; emptied by `reset`.

@@ -14,6 +14,7 @@ from tokenprune.frames import FrameBuffer
 if TYPE_CHECKING:
     import numpy as np
 
+    from tokenprune.errors import StageError
     from tokenprune.kv import LastKV
 
 
@@ -72,6 +73,7 @@ class Slot:
         kv: Keys and values of the last query, where the pipeline reuses them.
         host: What controllers keep, by stage.
         executed: Actions since the reset.
+        failed: What failed since the last query, in a pipeline that then falls back.
     """
 
     index: int
@@ -87,6 +89,7 @@ class Slot:
     kv: LastKV | None = None
     host: dict[int, dict[str, Any]] = field(default_factory=dict)
     executed: list[ExecutedAction] = field(default_factory=list)
+    failed: StageError | None = None
 
 
 def flags(values: Sequence[bool], device: torch.device) -> Tensor:

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tokenprune.adapter import Backbone, Inputs, Observation
-from tokenprune.backbones import load_backbone
 from tokenprune.config import DENSE, PipelineConfig
 from tokenprune.context import ControlContext, ControlDecision, PastFrames
-from tokenprune.errors import ObservationError, PluginError, StageError, TokenPruneError, nearest
+from tokenprune.errors import ObservationError, StageError, TokenPruneError, nearest
 from tokenprune.frames import FrameBuffer
 from tokenprune.history import EpisodeStart, ExecutedAction, Slot
 from tokenprune.layout import TokenLayout
-from tokenprune.loader import load_pipeline, parse_pipeline
 from tokenprune.pipeline import BoundPipeline, bind
 from tokenprune.plan import Plan
 from tokenprune.record import QueryRecord
@@ -38,12 +36,12 @@ class ActionChunk:
 
     Attributes:
         actions: Actions `[T, D]` in the environment's units.
-        normalised: The same before un-normalisation.
+        normalised: The same before un-normalisation; None where a controller answered.
         trace: What the query did.
     """
 
     actions: np.ndarray
-    normalised: np.ndarray
+    normalised: np.ndarray | None
     trace: QueryTrace
 
 
@@ -105,16 +103,18 @@ class Policy:
         """
         started = time.perf_counter()
         groups: dict[tuple[TokenLayout, str, int | None], list[int]] = {}
+        chunks: dict[int, ActionChunk] = {}
         for slot, observation in observations.items():
             self._begun(slot)
             self.backbone.check(observation)
         for slot in observations:
             layout = self.backbone.layout(self._slots[slot].instruction, observations[slot].get("state"))
             decision = self._decide(self._slots[slot], "query")
-            mode = decision.mode if decision else self.pipeline.config.modes[0]
-            alone = None if self.pipeline.plan(layout, mode).graph_safe else slot
-            groups.setdefault((layout, mode, alone), []).append(slot)
-        chunks: dict[int, ActionChunk] = {}
+            plan = self.pipeline.plan(layout, decision.mode)
+            if decision.actions is not None:
+                chunks[slot] = self._replay(self._slots[slot], plan, decision.actions, observations[slot], started)
+                continue
+            groups.setdefault((layout, plan.mode, None if plan.graph_safe else slot), []).append(slot)
         for (layout, mode, _), members in groups.items():
             slots = [self._slots[slot] for slot in members]
             chunks |= self._query(layout, mode, slots, [observations[slot] for slot in members], started)
@@ -165,10 +165,10 @@ class Policy:
         images = frames if observation is None else observation["images"]
         if images is not None:
             episode.past.add(len(episode.executed), images)
-        for index, hook in self.pipeline.hooks["observe"]:
-            self.pipeline.call(index, "observe", hook, record)
-        decision = self._decide(episode, "executed")
-        return decision is not None and decision.replan
+        with self._kept_for_later(episode):
+            for index, hook in self.pipeline.hooks["observe"]:
+                self.pipeline.call(index, "observe", hook, record)
+        return self._decide(episode, "executed").replan
 
     def _begun(self, slot: int) -> Slot:
         if slot not in self._slots:
@@ -181,21 +181,49 @@ class Policy:
         modes = self.pipeline.config.modes
         return ControlContext(event, slot.index, modes, slot.queries, slot.executed, since, memory)
 
-    def _decide(self, slot: Slot, event: Literal["query", "executed"]) -> ControlDecision | None:
-        modes = self.pipeline.config.modes
-        for index, hook in self.pipeline.hooks["control"]:
-            decision = self.pipeline.call(index, "control", hook, self._control(slot, index, event))
-            if decision is None:
-                continue
-            name = self.pipeline.names[index]
-            if not isinstance(decision, ControlDecision):
-                raise StageError(
-                    f"stage '{name}': control returned {type(decision).__name__}, not a ControlDecision or None"
-                )
-            if decision.mode not in modes:
-                raise StageError(f"stage '{name}' chose mode '{decision.mode}'{nearest(decision.mode, modes)}")
-            return decision
-        return None
+    @contextmanager
+    def _kept_for_later(self, slot: Slot) -> Iterator[None]:
+        """Where a pipeline falls back, let what fails outside a query fail the next one."""
+        try:
+            yield
+        except StageError as error:
+            if self.pipeline.config.on_error == "raise":
+                raise
+            slot.failed = error
+
+    def _decide(self, slot: Slot, event: Literal["query", "executed"]) -> ControlDecision:
+        """What the first controller that does not abstain chooses; the first mode where none does."""
+        with self._kept_for_later(slot):
+            for index, hook in self.pipeline.hooks["control"]:
+                decision = self.pipeline.call(index, "control", hook, self._control(slot, index, event))
+                if decision is not None:
+                    return self._checked(decision, f"stage '{self.pipeline.names[index]}'", event)
+        return ControlDecision(self.pipeline.config.modes[0])
+
+    def _checked(self, decision: object, stage: str, event: str) -> ControlDecision:
+        if not isinstance(decision, ControlDecision):
+            raise StageError(f"{stage}: control returned {type(decision).__name__}, not a ControlDecision or None")
+        modes, actions = self.pipeline.config.modes, decision.actions
+        if decision.mode not in modes:
+            raise StageError(f"{stage} chose mode '{decision.mode}'{nearest(decision.mode, modes)}")
+        if actions is not None:
+            wanted = (self.backbone.info.action.horizon, self.backbone.info.action.dims)
+            if event != "query":
+                raise StageError(f"{stage} gave actions after an executed one; only a query can be answered")
+            if actions.shape != wanted or not np.isfinite(actions).all():
+                raise StageError(f"{stage} answered with {actions!r}; a chunk is {list(wanted)} finite numbers")
+        return decision
+
+    def _replay(
+        self, slot: Slot, plan: Plan, actions: np.ndarray, observation: Observation, started: float
+    ) -> ActionChunk:
+        """A chunk that the controller gave, in place of a query."""
+        slot.past.add(len(slot.executed), observation["images"])
+        every = frozenset(range(plan.depth))
+        trace = QueryTrace(self.pipeline.config.name, replace(plan, cuts=(), calls=(), looks=(), skipped=every))
+        trace.replayed, trace.held = True, trace.plan.tokens
+        trace.milliseconds = (time.perf_counter() - started) * 1e3
+        return ActionChunk(np.array(actions, dtype=np.float64), None, trace)
 
     def _look_back(
         self, slots: list[Slot], observations: Sequence[Observation], images: Mapping[str, Tensor], clock: Clock
@@ -236,6 +264,9 @@ class Policy:
         clock.enter("preprocess")
         inputs = self.backbone.prepare(observations, [slot.instruction for slot in slots])
         try:
+            for slot in slots:
+                if slot.failed is not None:
+                    raise slot.failed
             clock.enter("selection")
             past = self._look_back(slots, observations, inputs.images, clock)
             clock.enter("preprocess")
@@ -246,7 +277,7 @@ class Policy:
             if self.pipeline.config.on_error == "raise":
                 raise
             for slot in slots:
-                slot.kv, slot.features = None, {}
+                slot.kv, slot.features, slot.failed = None, {}, None
             query, normalised = self._run(self._dense, self._dense.plan(layout), inputs, slots, {}, clock)
             query.trace = replace(query.trace, pipeline=self.pipeline.config.name, fallback=str(error))
         actions = self.backbone.unnormalise(normalised, observations)
@@ -301,82 +332,3 @@ class Policy:
             for index, hook in pipeline.hooks["observe"]:
                 pipeline.call(index, "observe", hook, replace(record, scope=f"{index}."))
         return query, normalised
-
-
-def load(
-    backbone: str,
-    *,
-    checkpoint: str | Path | None = None,
-    preset: str | None = None,
-    pipeline: str | Path | Mapping[str, Any] = "dense",
-    device: str = "cpu",
-    dtype: str = "auto",
-    seed: int = 0,
-    overrides: Sequence[str] = (),
-    registry: Registry | None = None,
-    **options: Any,  # noqa: ANN401 - the backbone's own options, checked by it
-) -> Policy:
-    """Load a backbone and bind a pipeline to it.
-
-    Args:
-        backbone: Registered name, such as `openvla-oft`.
-        checkpoint: Folder in the release's format, or a hub id.
-        preset: What the backbone offers instead of a checkpoint: a trained policy of its own, or a size to fill with
-            untrained random weights.
-        pipeline: Name of a shipped pipeline, path of a file, or what a file would say as plain data.
-        device: torch device.
-        dtype: One of `float32`, `bfloat16`, `float16`, `float64`; `auto` is bfloat16, the releases' own, where the
-            device computes it natively, and float32 elsewhere.
-        seed: Seed of an untrained preset's random weights.
-        overrides: `stages.1.keep=0.5` and the like, applied to a named pipeline or file.
-        registry: Discovered plugins; discovered now when left out.
-        **options: What the backbone accepts besides, such as `unnorm_key`.
-
-    Raises:
-        PluginError: If the backbone or a stage is unknown.
-        ConfigError: If the pipeline or an option is wrong.
-        CheckpointError: If the checkpoint cannot be used.
-    """
-    registry = registry or Registry.discover()
-    config = _configured(pipeline, registry, overrides)
-    return Policy(load_backbone(backbone, registry, checkpoint, preset, device, dtype, seed, options), config, registry)
-
-
-def from_module(
-    module: torch.nn.Module,
-    backbone: str,
-    *,
-    pipeline: str | Path | Mapping[str, Any] = "dense",
-    overrides: Sequence[str] = (),
-    registry: Registry | None = None,
-    **options: Any,  # noqa: ANN401 - the adapter's own options, checked by it
-) -> Policy:
-    """Adopt a live upstream model and bind a pipeline to it; its weights are shared, none is copied.
-
-    Args:
-        module: The upstream model, on its device and in its dtype.
-        backbone: Registered name of its family, such as `openvla`.
-        pipeline: As in `load`.
-        overrides: As in `load`.
-        registry: As in `load`.
-        **options: The adapter's options, and what the model itself does not hold, such as `tokenizer="PATH"`.
-
-    Raises:
-        PluginError: If the backbone or a stage is unknown, or the backbone cannot adopt models.
-        ConfigError: If the pipeline or an option is wrong.
-        CheckpointError: If the model is not of this family.
-    """
-    registry = registry or Registry.discover()
-    config = _configured(pipeline, registry, overrides)
-    factory = registry.backbone_factory(backbone)
-    if not callable(getattr(factory, "adopt", None)):
-        raise PluginError(f"backbone '{backbone}' of {registry.backbone(backbone).owner} cannot adopt a live model")
-    return Policy(factory.adopt(module, options), config, registry)
-
-
-def _configured(
-    pipeline: str | Path | Mapping[str, Any], registry: Registry, overrides: Sequence[str]
-) -> PipelineConfig:
-    if isinstance(pipeline, Mapping):
-        return parse_pipeline(pipeline, registry, "pipeline").config
-    return load_pipeline(pipeline, registry, overrides).config

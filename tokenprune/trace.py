@@ -80,6 +80,7 @@ class QueryTrace:
         probes: Attention rows that were computed.
         overfull: Per cut, the most protected tokens any row had beyond what the cut keeps (0: all protected were kept).
         fallback: Why the query ran without pruning although a pipeline was given, or an empty string.
+        replayed: Whether a controller answered and the model did not run.
     """
 
     pipeline: str
@@ -98,11 +99,12 @@ class QueryTrace:
     probes: list[ProbeRecord] = field(default_factory=list)
     overfull: dict[int, int] = field(default_factory=dict)
     fallback: str = ""
+    replayed: bool = False
 
     @property
     def mode(self) -> str:
-        """Mode the query ran in."""
-        return self.plan.mode
+        """Mode the query ran in; `replayed` where a controller answered."""
+        return "replayed" if self.replayed else self.plan.mode
 
     def check(self) -> None:
         """Compare what was held with the plan.
@@ -147,6 +149,7 @@ class QueryTrace:
             "protected_over_budget": {cut_name(after): n for after, n in self.overfull.items()},
             "looked_back": {stage: list(steps) for stage, steps in self.looked_back.items()},
             "fallback": self.fallback,
+            "replayed": self.replayed,
         }
         if with_ids:
             plain["kept_ids"] = {cut_name(after): ids.tolist() for after, ids in self.kept.items()}

@@ -158,6 +158,13 @@ _STAGES = (
         paper="VLA-Pruner, arXiv 2511.16449",
     ),
     StageSpec(
+        "sp_vla.scheduler",
+        "controller",
+        "goes on as the arm moved while it moves steadily, without the model",
+        f"{__name__}.sp_vla_scheduler:Scheduler",
+        paper="SP-VLA, arXiv 2506.12723 (ICLR 2026)",
+    ),
+    StageSpec(
         "specprune.static",
         "scorer",
         "keeps what changed, was attended to before, or is attended to by the first layers",

@@ -52,7 +52,8 @@ class Row:
         flop_ratio: Dense FLOPs over its own.
         median_ms: Whole query, observation to actions.
         p95_ms: Likewise.
-        speedup: Median over queries of dense time over its own, query by query.
+        speedup: Median over queries of dense time over its own, query by query; where a controller answered some in
+            place of the model, all of dense time over all of its own.
         efficiency: Speedup over FLOP ratio: how much of the saved arithmetic became saved time.
         selection: Time spent choosing, moving and remembering tokens, as a share of the dense query.
         phases: Median milliseconds of each phase of a query.
@@ -61,6 +62,7 @@ class Row:
         gripper_flips: Actions whose gripper command differs from dense.
         actions: Actions compared.
         fallbacks: Queries that ran dense because a stage failed.
+        replayed: Queries that a controller answered in place of the model.
     """
 
     pipeline: str
@@ -79,6 +81,7 @@ class Row:
     gripper_flips: int
     actions: int
     fallbacks: int
+    replayed: int
 
 
 @dataclass(frozen=True)
@@ -162,15 +165,18 @@ def make_row(label: str, own: Sequence[ActionChunk], dense: Sequence[ActionChunk
     baseline = np.array([chunk.trace.milliseconds for chunk in dense])
     spent, spent_dense = ([trace_flops(info, c.trace) for c in chunks] for chunks in (own, dense))
     flops = np.mean([f.total for f in spent])
-    whole = _gain(times, baseline, [f.total for f in spent], [f.total for f in spent_dense])
+    replayed = sum(trace.replayed for trace in traces)
+    whole = _gain(times, baseline, [f.total for f in spent], [f.total for f in spent_dense], replayed > 0)
     prefill = _gain(
         np.array([_prefill(trace) for trace in traces]),
         np.array([_prefill(chunk.trace) for chunk in dense]),
         [f.decoder + f.probe for f in spent],
         [f.decoder + f.probe for f in spent_dense],
+        replayed > 0,
     )
     pairs = np.stack([chunk.actions for chunk in own]), np.stack([chunk.actions for chunk in dense])
     distance = np.abs(pairs[0] - pairs[1])
+    phases = dict.fromkeys(name for trace in traces for name in trace.phases)
     flips = 0
     if info.action.gripper is not None:
         dim, threshold = info.action.gripper
@@ -186,17 +192,21 @@ def make_row(label: str, own: Sequence[ActionChunk], dense: Sequence[ActionChunk
         speedup=whole.speedup,
         efficiency=whole.efficiency,
         selection=float(np.median([_own_work(trace) for trace in traces]) / np.median(baseline)),
-        phases={name: float(np.median([t.phases.get(name, 0.0) for t in traces])) for name in traces[0].phases},
+        phases={name: float(np.median([t.phases.get(name, 0.0) for t in traces])) for name in phases},
         prefill=prefill,
         error={name: float(distance[..., list(dims)].mean()) for name, dims in info.action.groups.items()},
         gripper_flips=flips,
         actions=int(pairs[0].shape[0] * pairs[0].shape[1]),
         fallbacks=sum(bool(trace.fallback) for trace in traces),
+        replayed=replayed,
     )
 
 
-def _gain(own: Array, dense: Array, own_flops: Sequence[int], dense_flops: Sequence[int]) -> Gain:
-    speedup, flop_ratio = float(np.median(dense / own)), float(np.mean(dense_flops) / np.mean(own_flops))
+def _gain(
+    own: Array, dense: Array, own_flops: Sequence[int], dense_flops: Sequence[int], of_sums: bool = False
+) -> Gain:
+    speedup = float(dense.sum() / own.sum() if of_sums else np.median(dense / own))
+    flop_ratio = float(np.mean(dense_flops) / np.mean(own_flops))
     return Gain(speedup, flop_ratio, speedup / flop_ratio)
 
 
@@ -209,7 +219,9 @@ def _own_work(trace: QueryTrace) -> float:
 
 
 def trace_flops(info: BackboneInfo, trace: QueryTrace) -> QueryFlops:
-    """FLOPs of a query as it ran, attention probes included."""
+    """FLOPs of a query as it ran, attention probes included; none where a controller answered."""
+    if trace.replayed:
+        return QueryFlops(other={}, layers=(0,) * trace.plan.depth, follow_up=0, probe=0)
     probes = [(probe.layer, probe.count, probe.ahead) for probe in trace.probes]
     return query_flops(info, trace.plan, probes, trace.encoder)
 

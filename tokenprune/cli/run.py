@@ -193,6 +193,8 @@ def run(
 
 def _query_line(query: dict[str, Any]) -> str:
     """What one query did, on one line."""
+    if query["replayed"]:
+        return f"{query['query_ms']:.2g} ms  the controller answered, the model did not run"
     cuts = [
         f"{cut}: {' '.join(f'{v} {n[0]}' for v, n in views.items())}" for cut, views in query["kept_per_view"].items()
     ]

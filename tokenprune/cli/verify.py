@@ -113,7 +113,9 @@ def _actions(
     policy = Policy(backbone, DENSE, found)
     policy.reset(instruction)
     state = {} if state_size is None else {"state": np.zeros(state_size)}
-    return policy.act({"images": images, **state}).normalised
+    actions = policy.act({"images": images, **state}).normalised
+    assert actions is not None  # no controller is there to answer
+    return actions
 
 
 def _print_findings(findings: Findings) -> None:

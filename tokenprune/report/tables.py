@@ -98,6 +98,9 @@ def compare_legend(rows: tuple[Row, ...], note: str) -> str:
     fallen = [f"{row.pipeline} {row.fallbacks}" for row in rows if row.fallbacks]
     if fallen:
         lines.append(f"Queries that fell back to dense: {', '.join(fallen)}.")
+    answered = [f"{row.pipeline} {row.replayed}" for row in rows if row.replayed]
+    if answered:
+        lines.append(f"Queries a controller answered without the model: {', '.join(answered)}.")
     if note:
         lines.append(note)
     return "\n".join(lines)

@@ -34,7 +34,7 @@ class EpisodeRecord:
         queries: Times the policy was asked.
         replans: Queries a controller asked for before the chunk had ended.
         fallbacks: Queries that ran dense because a stage failed.
-        modes: Queries per mode.
+        modes: Queries per mode; `replayed` where a controller answered in place of the model.
         tokens_mean: Visual tokens held, mean over layers and queries.
         tokens_last: Visual tokens the last layer holds, mean over queries.
         gflops: Per query, the whole policy.

@@ -225,5 +225,5 @@ def _same_selection(first: Sequence[ActionChunk], second: Sequence[ActionChunk],
 
 def _same_actions(first: Sequence[ActionChunk], second: Sequence[ActionChunk], said: str) -> None:
     for query, (one, other) in enumerate(zip(first, second, strict=True)):
-        if not np.array_equal(one.normalised, other.normalised):
+        if not np.array_equal(one.actions, other.actions):
             raise CheckFailed(said.format(query))

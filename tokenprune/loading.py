@@ -1,0 +1,95 @@
+"""The front door: a backbone by name with a pipeline bound to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenprune.backbones import load_backbone
+from tokenprune.config import PipelineConfig
+from tokenprune.errors import PluginError
+from tokenprune.loader import load_pipeline, parse_pipeline
+from tokenprune.policy import Policy
+from tokenprune.registry import Registry
+
+
+def load(
+    backbone: str,
+    *,
+    checkpoint: str | Path | None = None,
+    preset: str | None = None,
+    pipeline: str | Path | Mapping[str, Any] = "dense",
+    device: str = "cpu",
+    dtype: str = "auto",
+    seed: int = 0,
+    overrides: Sequence[str] = (),
+    registry: Registry | None = None,
+    **options: Any,  # noqa: ANN401 - the backbone's own options, checked by it
+) -> Policy:
+    """Load a backbone and bind a pipeline to it.
+
+    Args:
+        backbone: Registered name, such as `openvla-oft`.
+        checkpoint: Folder in the release's format, or a hub id.
+        preset: What the backbone offers instead of a checkpoint: a trained policy of its own, or a size to fill with
+            untrained random weights.
+        pipeline: Name of a shipped pipeline, path of a file, or what a file would say as plain data.
+        device: torch device.
+        dtype: One of `float32`, `bfloat16`, `float16`, `float64`; `auto` is bfloat16, the releases' own, where the
+            device computes it natively, and float32 elsewhere.
+        seed: Seed of an untrained preset's random weights.
+        overrides: `stages.1.keep=0.5` and the like, applied to a named pipeline or file.
+        registry: Discovered plugins; discovered now when left out.
+        **options: What the backbone accepts besides, such as `unnorm_key`.
+
+    Raises:
+        PluginError: If the backbone or a stage is unknown.
+        ConfigError: If the pipeline or an option is wrong.
+        CheckpointError: If the checkpoint cannot be used.
+    """
+    registry = registry or Registry.discover()
+    config = _configured(pipeline, registry, overrides)
+    return Policy(load_backbone(backbone, registry, checkpoint, preset, device, dtype, seed, options), config, registry)
+
+
+def from_module(
+    module: torch.nn.Module,
+    backbone: str,
+    *,
+    pipeline: str | Path | Mapping[str, Any] = "dense",
+    overrides: Sequence[str] = (),
+    registry: Registry | None = None,
+    **options: Any,  # noqa: ANN401 - the adapter's own options, checked by it
+) -> Policy:
+    """Adopt a live upstream model and bind a pipeline to it; its weights are shared, none is copied.
+
+    Args:
+        module: The upstream model, on its device and in its dtype.
+        backbone: Registered name of its family, such as `openvla`.
+        pipeline: As in `load`.
+        overrides: As in `load`.
+        registry: As in `load`.
+        **options: The adapter's options, and what the model itself does not hold, such as `tokenizer="PATH"`.
+
+    Raises:
+        PluginError: If the backbone or a stage is unknown, or the backbone cannot adopt models.
+        ConfigError: If the pipeline or an option is wrong.
+        CheckpointError: If the model is not of this family.
+    """
+    registry = registry or Registry.discover()
+    config = _configured(pipeline, registry, overrides)
+    factory = registry.backbone_factory(backbone)
+    if not callable(getattr(factory, "adopt", None)):
+        raise PluginError(f"backbone '{backbone}' of {registry.backbone(backbone).owner} cannot adopt a live model")
+    return Policy(factory.adopt(module, options), config, registry)
+
+
+def _configured(
+    pipeline: str | Path | Mapping[str, Any], registry: Registry, overrides: Sequence[str]
+) -> PipelineConfig:
+    if isinstance(pipeline, Mapping):
+        return parse_pipeline(pipeline, registry, "pipeline").config
+    return load_pipeline(pipeline, registry, overrides).config
