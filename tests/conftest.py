@@ -8,8 +8,13 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tokenprune.torchvision_ops import mend_torchvision
+
 # The tensors here are tiny: on a busy machine, waiting for a second thread costs ten times what it saves.
 torch.set_num_threads(1)
+
+# Tests import transformers' models themselves, beside whatever torchvision is installed.
+mend_torchvision()
 
 # "ci" is hypothesis's own name for a profile that draws the same examples every time; here it draws fewer.
 settings.register_profile("ci", derandomize=True, deadline=None, database=None, max_examples=50)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tokenprune.backbone import ActionSpec, DecoderShape
 from tokenprune.decoder import Decoder
+from tokenprune.torchvision_ops import mend_torchvision
 from tokenprune_adapters.encoder_look import EncoderLook
 from tokenprune_adapters.preprocess import ImageTransform
 from tokenprune_adapters.vision import DINOV2_L_REG4_224, SIGLIP_SO400M_224, VisionTower, ViTConfig
@@ -162,6 +163,7 @@ class LanguageModel(nn.Module):
         """Build the modules, with an output layer over the vocabulary if asked for; the caller fills the weights."""
         # Here, because it takes seconds that `explain` and `validate` do not need; and not on the caller's meta device.
         with torch.device("cpu"):
+            mend_torchvision()
             from transformers import LlamaConfig, LlamaModel
 
         super().__init__()

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from tokenprune.backbone import DecoderShape
 from tokenprune.decoder import Decoder
+from tokenprune.torchvision_ops import mend_torchvision
 from tokenprune_adapters.backbones.pi0.config import PI0Config
 from tokenprune_adapters.vision import VisionTower
 
@@ -52,6 +53,7 @@ class Gemma(nn.Module):
     ) -> None:
         # Here, because it takes seconds that `explain` and `validate` do not need; and not on the caller's meta device.
         with torch.device("cpu"):
+            mend_torchvision()
             from transformers import GemmaConfig
             from transformers.models.gemma.modeling_gemma import GemmaDecoderLayer, GemmaRMSNorm
 
