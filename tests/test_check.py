@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from tests import broken_stages
 from tests.broken_stages import broken
+from tests.tiny_clip import write_clip
 from tokenprune.cli import app
+from tokenprune.errors import ConfigError
 from tokenprune.registry import Registry
 from tokenprune.testing import CHECKS, check_stage, parametrize_with_checks
 from tokenprune.testing.conformance import verdict
@@ -20,8 +23,10 @@ BROKEN = broken_stages.registry()
 
 
 @pytest.mark.parametrize("stage", BUILT_IN)
-def test_a_built_in_stage_keeps_every_promise(stage: str) -> None:
-    verdicts = list(check_stage(stage, Registry.discover()))
+def test_a_built_in_stage_keeps_every_promise(stage: str, tmp_path: Path) -> None:
+    # No CLIP comes with the strategy that needs one.
+    settings = write_clip(tmp_path) if stage == "trim" else None
+    verdicts = list(check_stage(stage, Registry.discover(), settings))
     assert [verdict for verdict in verdicts if verdict.outcome == "fails"] == []
     assert any(verdict.outcome == "holds" for verdict in verdicts)
 
@@ -57,6 +62,34 @@ def test_the_command_says_what_holds() -> None:
     assert "not on openvla: " in done.output
     assert "it has no cut" in done.output
     assert max(map(len, done.output.splitlines())) <= 80
+
+
+def test_settings_go_over_what_the_shipped_pipeline_says() -> None:
+    for settings in ({"keep": 7}, {"keep": 7, "after": ["embedding"]}, {"rows": "text"}):
+        subject = next(subjects("fastv" if "rows" in settings else "divprune", Registry.discover(), settings))
+        (stage,) = subject.config.stages
+        assert stage.model_dump(mode="json").items() >= settings.items()
+    (stage,) = next(subjects("specprune.static", Registry.discover(), {"floor": 2})).config.stages
+    assert isinstance(stage.keep, dict), "the rest is the shipped pipeline's"
+    with pytest.raises(ConfigError, match=r"divprune: stages\.0.*unknown key 'kep'; did you mean 'keep'"):
+        next(subjects("divprune", Registry.discover(), {"kep": 7}))
+
+
+def test_the_command_configures_the_stage() -> None:
+    done = CliRunner().invoke(app, ["check", "trim", "--set", "checkpoint=nowhere.safetensors", "--json"])
+    assert done.exit_code == 1
+    assert all("there is no file 'nowhere.safetensors'" in one["why"] for one in json.loads(done.output))
+
+
+def test_what_lacks_a_file_of_the_users_is_refused_not_blamed() -> None:
+    done = CliRunner().invoke(app, ["check", "trim"])
+    assert done.exit_code == 1
+    assert "FAILS" not in done.output
+    assert "give its weights" in done.output
+    assert "not on openvla, openvla-oft, pi0, pi05: " in done.output
+    assert "trim: nothing could be checked; --set KEY=VALUE configures it" in done.output
+    found = CliRunner().invoke(app, ["check", "trim", "--json"])
+    assert (found.exit_code, {one["outcome"] for one in json.loads(found.output)}) == (1, {"refused"})
 
 
 def test_the_command_says_what_is_broken(tmp_path) -> None:

@@ -145,5 +145,6 @@ def test_everything_that_can_run_is_compared_and_the_rest_is_named(tmp_path: Pat
     assert done.exit_code == 0, done.output
     (path,) = tmp_path.iterdir()
     compared = set(json.loads(path.read_text())["queries"])
-    assert set(Registry.discover().pipelines) - compared == {"efficientvla", "head_cache"}
-    assert done.output.count("left out: ") == 2
+    assert set(Registry.discover().pipelines) - compared == {"efficientvla", "head_cache", "trim"}
+    assert done.output.count("left out: ") == 3
+    assert "give its weights" in done.output

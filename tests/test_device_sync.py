@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from tests.planting import REGISTRY
+from tests.tiny_clip import write_clip
 from tests.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
 from tokenprune.errors import StageError
 from tokenprune.loader import load_pipeline
@@ -23,10 +25,10 @@ GRAPH_SAFE = (
 )  # fmt: skip
 
 
-def queries(name: str) -> None:
+def queries(name: str, overrides: tuple[str, ...] = ()) -> None:
     config = tiny_config(depth=8)
     backbone = tiny_policy_parts(config)
-    policy = Policy(backbone, load_pipeline(name, REGISTRY).config, REGISTRY)
+    policy = Policy(backbone, load_pipeline(name, REGISTRY, overrides).config, REGISTRY)
     for slot in range(2):
         policy.reset(INSTRUCTION, slot)
     for query in range(3):
@@ -42,6 +44,10 @@ def queries(name: str) -> None:
 @pytest.mark.parametrize("name", GRAPH_SAFE)
 def test_no_query_waits_for_the_device(name: str) -> None:
     queries(name)
+
+
+def test_a_clip_of_its_own_does_not_wait_either(tmp_path: Path) -> None:
+    queries("trim", tuple(f"stages.0.{key}={value}" for key, value in write_clip(tmp_path).items()))
 
 
 @pytest.mark.parametrize("name", ["specprune-paper", "specprune-c3", "vla_cache"])

@@ -151,6 +151,11 @@ class SelectContext:
         return self.plan.mode
 
     @property
+    def instructions(self) -> tuple[str, ...]:
+        """What each batch row's episode is about."""
+        return tuple(slot.instruction for slot in self.slots)
+
+    @property
     def patches(self) -> Tensor:
         """Rows of `hidden` that belong to the prunable tokens `[B, P, D]`."""
         return rows_at(self.hidden, self.tokens.to_current(self.prunable))

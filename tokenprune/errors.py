@@ -18,6 +18,10 @@ class CapabilityError(ConfigError):
     """A pipeline asks for something the backbone does not offer."""
 
 
+class MissingError(ConfigError):
+    """A stage lacks what only the user can give: a file, a setting, a package."""
+
+
 class PluginError(TokenPruneError):
     """A plugin is unknown, broken, registered twice, or does not follow the hook specifications."""
 

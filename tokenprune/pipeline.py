@@ -13,7 +13,7 @@ from tokenprune.backbone import BackboneInfo
 from tokenprune.budget import UNION
 from tokenprune.config import CutConfig, PipelineConfig
 from tokenprune.context import LayoutTables
-from tokenprune.errors import CapabilityError, ConfigError, PluginError, StageError, nearest
+from tokenprune.errors import CapabilityError, ConfigError, MissingError, PluginError, StageError, nearest
 from tokenprune.hookspecs import HOT_HOOKS, PROJECT, StageHooks
 from tokenprune.layout import TokenLayout
 from tokenprune.plan import Plan, make_plan
@@ -88,6 +88,7 @@ def bind(config: PipelineConfig, info: BackboneInfo, registry: Registry) -> Boun
     Raises:
         CapabilityError: If a stage requires something the backbone does not offer.
         ConfigError: If a cut does not fit the decoder's depth.
+        MissingError: If a stage lacks what only the user can give.
         PluginError: If a stage cannot be made.
     """
     names = tuple(stage.use for stage in config.stages)
@@ -111,8 +112,9 @@ def bind(config: PipelineConfig, info: BackboneInfo, registry: Registry) -> Boun
                         f"{nearest(kind, info.encoder_attention)}"
                     )
             _check_cuts(stage, info.decoder.depth)
-        except ValueError as error:
-            raise ConfigError(f"pipeline '{config.name}', stages.{index} ('{stage_config.use}'): {error}") from error
+        except (ValueError, MissingError) as error:
+            wrong = MissingError if isinstance(error, MissingError) else ConfigError
+            raise wrong(f"pipeline '{config.name}', stages.{index} ('{stage_config.use}'): {error}") from error
         stages.append(stage)
     _check_skips(config.name, stages, names, info.decoder.depth)
     _check_reuse(config, stages, names)

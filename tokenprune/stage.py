@@ -96,6 +96,7 @@ class Stage(Generic[ConfigT]):
 
         Raises:
             ValueError: If the stage cannot work on it.
+            MissingError: If the stage lacks what only the user can give, such as weights of its own.
         """
 
     def frames(self) -> int:
@@ -105,6 +106,10 @@ class Stage(Generic[ConfigT]):
     def notes(self, info: BackboneInfo) -> str:
         """What this stage does differently on a backbone, for `explain` and results; may be empty."""
         return ""
+
+    def own_flops(self, layout: TokenLayout) -> int:
+        """FLOPs of models of its own that run in every query beside the policy; none unless overridden."""
+        return 0
 
     def findings(self) -> Mapping[str, object]:
         """What a stage that measures has found over all queries so far, plain data for `run`; may be empty."""

@@ -84,6 +84,14 @@ _STAGES = (
         requires=frozenset({"encoder_attention", "merge"}),
     ),
     StageSpec(
+        "trim",
+        "selector",
+        "keeps the patches that a CLIP relates to the instruction, and the mean of the others",
+        f"{__name__}.trim:TRIM",
+        paper="TRIM, arXiv 2409.10994 (COLING 2025)",
+        requires=frozenset({"merge"}),
+    ),
+    StageSpec(
         "tome",
         "selector",
         "merges the pairs of patches that are most alike",

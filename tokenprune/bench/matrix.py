@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from tokenprune.adapter import Backbone
 from tokenprune.backbones import load_backbone
-from tokenprune.config import PipelineConfig
+from tokenprune.config import DENSE, PipelineConfig
 from tokenprune.errors import CapabilityError, ConfigError, LayoutError, TokenPruneError
 from tokenprune.loader import load_pipeline, parse_pipeline
 from tokenprune.policy import Policy
@@ -66,14 +66,31 @@ def _backbones(registry: Registry) -> Iterator[tuple[str, Backbone]]:
             yield name, load_backbone(name, registry, None, PRESET, "cpu", "float32", 0, {})
 
 
-def alone(stage: str, shipped: Iterable[PipelineConfig], registry: Registry) -> PipelineConfig:
-    """A pipeline of one stage, configured as in the first shipped pipeline that has it, else by its defaults."""
-    for pipeline in shipped:
-        for config in pipeline.stages:
-            if config.use == stage:
-                return PipelineConfig(version=1, name="alone", modes=pipeline.modes, stages=(config,))
-    settings = {"use": stage, **({"keep": 0.5} if "keep" in registry.stage_class(stage).Config.model_fields else {})}
-    return parse_pipeline({"version": 1, "name": "alone", "stages": [settings]}, registry, stage).config
+def alone(
+    stage: str, shipped: Iterable[PipelineConfig], registry: Registry, settings: Mapping[str, Any] | None = None
+) -> PipelineConfig:
+    """A pipeline of one stage, configured as in the first shipped pipeline that has it, else by its defaults.
+
+    Args:
+        stage: Its name.
+        shipped: Pipelines to look for it in.
+        registry: Installed plugins.
+        settings: Keys of its configuration that are to be otherwise.
+
+    Raises:
+        ConfigError: If the stage cannot be configured so.
+    """
+    modes: tuple[str, ...] = DENSE.modes
+    said: dict[str, Any] = {"keep": 0.5} if "keep" in registry.stage_class(stage).Config.model_fields else {}
+    found = ((pipeline, config) for pipeline in shipped for config in pipeline.stages if config.use == stage)
+    for pipeline, config in found:
+        if not settings:
+            return PipelineConfig(version=1, name="alone", modes=pipeline.modes, stages=(config,))
+        modes, said = pipeline.modes, config.model_dump(mode="json", exclude_unset=True)
+        break
+    entry = {**said, **(settings or {}), "use": stage}
+    data = {"version": 1, "name": "alone", "modes": list(modes), "stages": [entry]}
+    return parse_pipeline(data, registry, stage).config
 
 
 def _cell(

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tokenprune.cli.options import Json, Plugins, print_json, registry
+from tokenprune.cli.options import Json, Plugins, key_values, print_json, registry
 from tokenprune.report.tables import WIDTH
 
 
@@ -19,17 +19,21 @@ def add_to(app: typer.Typer) -> None:
 
 def check(
     name: Annotated[str, typer.Argument(help="A stage, as `tokenprune list` shows it.")],
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", help="keep=0.5 and the like: a key of the stage; may be repeated.")
+    ] = None,
     plugins: Plugins = None,
     as_json: Json = False,
 ) -> None:
-    """Run a stage through every check of `tokenprune.testing`; exit 1 if it breaks a promise."""
+    """Run a stage through every check of `tokenprune.testing`; exit 1 if it breaks one, or none could be checked."""
     from tokenprune.testing import check_stage
 
-    verdicts = list(check_stage(name, registry(plugins)))
+    verdicts = list(check_stage(name, registry(plugins), key_values("--set", sets)))
     broken = [verdict for verdict in verdicts if verdict.outcome == "fails"]
+    on = dict.fromkeys(verdict.backbone for verdict in verdicts if verdict.outcome != "refused")
     if as_json:
         print_json([asdict(verdict) for verdict in verdicts])
-        raise typer.Exit(1 if broken else 0)
+        raise typer.Exit(0 if on and not broken else 1)
     for promise in dict.fromkeys(verdict.promise for verdict in verdicts):
         mine = [verdict for verdict in verdicts if verdict.promise == promise]
         held = [verdict.backbone for verdict in mine if verdict.outcome == "holds"]
@@ -44,10 +48,15 @@ def check(
             indent = " " * 7
             text = f"{', '.join(where)}: {why}"
             print(textwrap.fill(text, WIDTH, initial_indent=indent, subsequent_indent=indent))
-    refused = {verdict.why: verdict.backbone for verdict in verdicts if verdict.outcome == "refused"}
-    for why, backbone in refused.items():
-        print(textwrap.fill(f"not on {backbone}: {why}", WIDTH))
-    on = dict.fromkeys(verdict.backbone for verdict in verdicts if verdict.outcome != "refused")
+    refused: dict[str, dict[str, None]] = {}
+    for verdict in verdicts:
+        if verdict.outcome == "refused":
+            refused.setdefault(verdict.why, {})[verdict.backbone] = None
+    for why, backbones in refused.items():
+        print(textwrap.fill(f"not on {', '.join(backbones)}: {why}", WIDTH))
+    if not on:
+        print(f"\n{name}: nothing could be checked; --set KEY=VALUE configures it")
+        raise typer.Exit(1)
     print(f"\n{name}: {'breaks a promise' if broken else 'keeps every promise'}; run on {', '.join(on)}")
     if broken:
         raise typer.Exit(1)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from tokenprune.errors import CapabilityError, LayoutError, TokenPruneError
+from tokenprune.errors import CapabilityError, LayoutError, MissingError, TokenPruneError
 from tokenprune.registry import Registry
 from tokenprune.testing.checks import CHECKS, CheckFailed, NotApplicable
 from tokenprune.testing.subject import Subject, subjects
@@ -23,7 +23,8 @@ class Verdict:
         check: Name of the check.
         promise: What holds if it holds.
         backbone: Name of the backbone.
-        outcome: `refused` where the backbone cannot offer what the stage requires.
+        outcome: `refused` where the backbone cannot offer what the stage requires, or the stage lacks what only the
+            user can give.
         why: What was found, or why it does not apply.
     """
 
@@ -34,14 +35,20 @@ class Verdict:
     why: str = ""
 
 
-def check_stage(stage: str, registry: Registry) -> Iterator[Verdict]:
+def check_stage(stage: str, registry: Registry, settings: Mapping[str, Any] | None = None) -> Iterator[Verdict]:
     """Every check on every backbone, in order.
+
+    Args:
+        stage: Its name.
+        registry: Installed plugins.
+        settings: Keys of the stage's configuration, over what a shipped pipeline or its defaults say; for a stage that
+            needs what nobody can ship, such as a checkpoint.
 
     Raises:
         PluginError: If there is no such stage.
-        ConfigError: If neither a shipped pipeline nor the defaults configure it.
+        ConfigError: If neither a shipped pipeline nor the defaults configure it, or not with these settings.
     """
-    for subject in subjects(stage, registry):
+    for subject in subjects(stage, registry, settings):
         for check in CHECKS:
             yield verdict(check, subject)
 
@@ -52,7 +59,7 @@ def verdict(check: Callable[[Subject], None], subject: Subject) -> Verdict:
     said = partial(Verdict, check.__name__, promise, subject.backbone_name)
     try:
         subject.policy()
-    except (CapabilityError, LayoutError) as error:
+    except (CapabilityError, LayoutError, MissingError) as error:
         return said("refused", str(error))
     except TokenPruneError as error:
         return said("fails", str(error))
@@ -65,15 +72,18 @@ def verdict(check: Callable[[Subject], None], subject: Subject) -> Verdict:
     return said("holds")
 
 
-def parametrize_with_checks(*stages: str, registry: Registry | None = None) -> Callable[[Any], Any]:
+def parametrize_with_checks(
+    *stages: str, registry: Registry | None = None, settings: Mapping[str, Any] | None = None
+) -> Callable[[Any], Any]:
     """Parametrise a pytest function with one `check` to call for each stage, backbone and promise.
 
-    A check that does not apply, or that the backbone cannot run, passes; `tokenprune check` says why.
+    A check that does not apply, or that the backbone cannot run, passes; `tokenprune check` says why. `settings` are
+    keys of the stages' configuration.
     """
     import pytest
 
     found = registry or Registry.discover()
-    cases = [(check, subject) for stage in stages for subject in subjects(stage, found) for check in CHECKS]
+    cases = [(check, subject) for stage in stages for subject in subjects(stage, found, settings) for check in CHECKS]
     return pytest.mark.parametrize(
         "check",
         [pytest.param(partial(_demand, *case), id=_name(*case)) for case in cases],

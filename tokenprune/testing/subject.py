@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -30,7 +30,8 @@ class Subject:
         stage: Its name.
         registry: Where it is found.
         backbone_name: The backbone's name.
-        config: The pipeline: the stage as the first shipped pipeline that has it says, else by its defaults.
+        config: The pipeline: the stage as the first shipped pipeline that has it says, else by its defaults,
+            but for what was set.
     """
 
     stage: str
@@ -90,10 +91,10 @@ class Subject:
         return fresh
 
 
-def subjects(stage: str, registry: Registry) -> Iterator[Subject]:
-    """The stage on every backbone that has a preset `tiny`."""
+def subjects(stage: str, registry: Registry, settings: Mapping[str, Any] | None = None) -> Iterator[Subject]:
+    """The stage, with some keys of its configuration set, on every backbone that has a preset `tiny`."""
     shipped = [load_pipeline(name, registry).config for name in sorted(registry.pipelines)]
-    config = alone(stage, shipped, registry)
+    config = alone(stage, shipped, registry, settings)
     for name, registered in sorted(registry.backbones.items()):
         if PRESET in registered.spec.presets:
             yield Subject(stage, registry, name, config)
