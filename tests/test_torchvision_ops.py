@@ -10,11 +10,11 @@ import pytest
 
 # What the real package runs into beside a torch it was not built for: torch itself raises the error.
 BUILT_FOR_ANOTHER = """
-from torchvision import extension
 import torch
+import torchvision.extension
 torch._C._dispatch_has_kernel_for_dispatch_key("torchvision::nms", "Meta")
 torch._C._dispatch_has_kernel_for_dispatch_key("torchvision::qnms", "Meta")
-whole = True
+whole = torchvision.extension.loaded
 """
 REPORT = """
 import sys, traceback
