@@ -20,12 +20,12 @@ from tokenprune_plugins.specprune import signals
 
 GRAPH_SAFE = (
     "none", "random", "uniform_grid", "fastv", "divprune", "efficientvla_tokens", "sparsevlm", "pyramiddrop", "dart",
-    "vla_adp", "vla_pruner", "fastervlm", "visionzip", "tome", "pool2x2",
+    "vla_adp", "vla_pruner", "fastervlm", "visionzip", "tome", "pool2x2", "keep_view",
     "specprune", "specprune.static", "specprune.dynamic",
 )  # fmt: skip
 
 
-def queries(name: str, overrides: tuple[str, ...] = ()) -> None:
+def queries(name: str, *overrides: str) -> None:
     config = tiny_config(depth=8)
     backbone = tiny_policy_parts(config)
     policy = Policy(backbone, load_pipeline(name, REGISTRY, overrides).config, REGISTRY)
@@ -47,13 +47,20 @@ def test_no_query_waits_for_the_device(name: str) -> None:
 
 
 def test_a_clip_of_its_own_does_not_wait_either(tmp_path: Path) -> None:
-    queries("trim", tuple(f"stages.0.{key}={value}" for key, value in write_clip(tmp_path).items()))
+    queries("trim", *(f"stages.0.{key}={value}" for key, value in write_clip(tmp_path).items()))
 
 
-@pytest.mark.parametrize("name", ["specprune-paper", "specprune-c3", "vla_cache"])
+@pytest.mark.parametrize(
+    "name", ["specprune-paper", "specprune-c3", "vla_cache", "prumerge", "prumerge-plus", "sp_vla"]
+)
 def test_a_union_waits_to_learn_its_count(name: str) -> None:
     with pytest.raises(AssertionError, match="is read"):
         queries(name)
+
+
+@pytest.mark.parametrize("name", ["prumerge", "prumerge-plus", "sp_vla"])
+def test_with_a_fixed_number_it_does_not_wait(name: str) -> None:
+    queries(name, "stages.0.keep=9")
 
 
 def test_a_planted_wait_is_refused() -> None:

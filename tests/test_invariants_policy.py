@@ -80,7 +80,9 @@ def test_I10_notices_renumbering() -> None:
     i10.notices(decoder, "rotary", lambda tokens, positions, *rest: real(tokens, "compact", *rest))
 
 
-ANYWHERE = ("none", "random", "uniform_grid", "divprune", "pyramiddrop", "vla_adp", "fastervlm", "tome")
+ANYWHERE = (
+    "none", "random", "uniform_grid", "divprune", "pyramiddrop", "vla_adp", "fastervlm", "tome", "prumerge", "sp_vla",
+)  # fmt: skip
 
 
 @prop(

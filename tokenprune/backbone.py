@@ -80,7 +80,7 @@ class BackboneInfo:
         action: What it returns.
         state_size: Numbers of robot state it reads, None where it reads none.
         capabilities: Names from `specs.CAPABILITIES` it offers.
-        encoder_attention: What stages may ask of the vision towers' attention, `cls` or `received`, and its FLOPs.
+        encoder_attention: What stages may ask of the vision towers' attention, such as `cls`, and its FLOPs.
         other_flops: FLOPs per query outside the decoder, by part (2 per multiply-add).
         repeats: Times the layout's tokens go through the decoder in one query.
         follow_up: What comes after them, if anything does.

@@ -208,7 +208,8 @@ class SelectContext:
         """What the vision towers' attention says of the prunable tokens held now, at the block whose output is read.
 
         Mean over heads: what they got from the class token (`cls`) or from every token (`received`), `[B, P]`; or
-        their keys (`keys`), `[B, P, d]`.
+        their keys (`keys`), `[B, P, d]`. As if there were one head of the full width: what they got from the class
+        token (`cls_whole`), `[B, P]`; or their keys (`keys_whole`), `[B, P, D]`.
         """
         by_view = self.encoder[kind]
         like = next(iter(by_view.values()))

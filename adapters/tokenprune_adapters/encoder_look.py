@@ -19,7 +19,9 @@ def towers_asked(towers: Sequence[ViTConfig]) -> dict[str, int]:
     """
     with_cls = [number for number, tower in enumerate(towers) if tower.cls]
     last = len(towers) - 1
-    return {"received": last, **({"cls": with_cls[0]} if with_cls else {}), "keys": with_cls[0] if with_cls else last}
+    best = with_cls[0] if with_cls else last
+    from_cls = dict.fromkeys(("cls", "cls_whole"), best) if with_cls else {}
+    return {"received": last, **from_cls, "keys": best, "keys_whole": best}
 
 
 def look_flops(towers: Sequence[ViTConfig], views: int) -> Mapping[str, int]:
@@ -28,7 +30,7 @@ def look_flops(towers: Sequence[ViTConfig], views: int) -> Mapping[str, int]:
     for kind, number in towers_asked(towers).items():
         tower = towers[number]
         tokens = tower.grid[0] * tower.grid[1] + tower.prefix_tokens
-        rows = {"received": tokens, "cls": 1, "keys": 0}[kind]
+        rows = {"received": tokens, "cls": 1, "cls_whole": 1, "keys": 0, "keys_whole": 0}[kind]
         found[kind] = views * 2 * rows * tokens * tower.hidden_size
     return found
 
@@ -38,7 +40,8 @@ class EncoderLook:
 
     Attributes:
         seen: By kind, mean over heads: what each patch got `[B, N]` from the class token (`cls`) or from all tokens
-            (`received`), and the patches' `keys` `[B, N, d]`.
+            (`received`), and the patches' `keys` `[B, N, d]`. With heads not split: what it got from the class token
+            (`cls_whole`) `[B, N]`, and `keys_whole` `[B, N, D]`.
     """
 
     def __init__(self, towers: Sequence[ViTConfig], wanted: frozenset[str]) -> None:
@@ -62,4 +65,13 @@ class EncoderLook:
 def _answer(kind: str, q: Tensor, k: Tensor) -> Tensor:
     if kind == "keys":
         return k.mean(1)
+    if kind == "keys_whole":
+        return _whole(k)
+    if kind == "cls_whole":
+        return probabilities(_whole(q[:, :, :1])[:, None], _whole(k)[:, None], None).flatten(0, 2)
     return received(q, k, None) if kind == "received" else probabilities(q[:, :, :1], k, None).mean((1, 2))
+
+
+def _whole(parts: Tensor) -> Tensor:
+    """Queries or keys before the heads were split, `[B, n, D]` of `[B, H, n, d]`."""
+    return parts.transpose(1, 2).flatten(2)

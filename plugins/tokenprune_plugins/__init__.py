@@ -25,6 +25,12 @@ _STAGES = (
         f"{__name__}.controls:UniformGrid",
     ),
     StageSpec(
+        "keep_view",
+        "control",
+        "keeps the whole of named views and nothing of the others",
+        f"{__name__}.keep_view:KeepView",
+    ),
+    StageSpec(
         "pool2x2",
         "control",
         "averages squares of two by two patches",
@@ -92,6 +98,14 @@ _STAGES = (
         requires=frozenset({"merge"}),
     ),
     StageSpec(
+        "prumerge",
+        "selector",
+        "keeps the patches whose attention in the vision tower stands out, and merges the others into them",
+        f"{__name__}.prumerge:PruMerge",
+        paper="LLaVA-PruMerge, arXiv 2403.15388 (ICCV 2025)",
+        requires=frozenset({"encoder_attention", "merge"}),
+    ),
+    StageSpec(
         "tome",
         "selector",
         "merges the pairs of patches that are most alike",
@@ -143,6 +157,14 @@ _STAGES = (
         "keeps the features of patches that neither changed nor matter; drops nothing",
         f"{__name__}.ttf:TTF",
         paper="TTF-VLA, arXiv 2508.19257 (AAAI 2026)",
+    ),
+    StageSpec(
+        "sp_vla",
+        "selector",
+        "keeps edges, and fewer of the other patches the faster the arm moves up or down",
+        f"{__name__}.sp_vla:SPVLA",
+        paper="SP-VLA, arXiv 2506.12723 (ICLR 2026)",
+        requires=frozenset({"encoder_attention"}),
     ),
     StageSpec(
         "vla_adp",
@@ -206,7 +228,9 @@ _PRESETS = {
     "specprune": "controller, static and dynamic stage of SpecPrune-VLA, with fixed counts",
     "specprune-paper": "SpecPrune-VLA as its third version describes it",
     "specprune-c3": "SpecPrune-VLA as its final released code selects tokens, for comparison",
+    "prumerge-plus": "PruMerge+: an even sample of patches stays beside those that stand out",
     "sparsevlm-recycle": "SparseVLM with recycling: the best of what leaves stays as means of clusters",
+    "sp_vla-scheduled": "SP-VLA's scheduler, and its token pruning in the queries that reach the model",
     "efficientvla": "EfficientVLA on a flow head: fewer patches, and its layers at one of five steps",
 }
 _COMPOSED = {

@@ -115,12 +115,12 @@ def compare(
 
 def _refusal(loaded: LoadedPipeline, backbone: Backbone, found: Registry) -> str:
     """Why a backbone cannot run a pipeline; empty if it can."""
-    from tokenprune.errors import CapabilityError
+    from tokenprune.errors import CapabilityError, LayoutError
     from tokenprune.pipeline import bind
 
     try:
         bind(loaded.config, backbone.info, found)
-    except (CapabilityError, ConfigError) as error:
+    except (CapabilityError, ConfigError, LayoutError) as error:
         return str(error)
     return ""
 
