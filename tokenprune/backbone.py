@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,13 @@ class FollowUp:
         return kept[:once] + kept[once::interval]
 
 
+class EncoderAnswer(NamedTuple):
+    """What stages may learn of the vision towers' attention: FLOPs per query, and numbers it tells of each patch."""
+
+    flops: int
+    width: int
+
+
 @dataclass(frozen=True)
 class BackboneInfo:
     """Everything known about a backbone before any weight exists.
@@ -80,7 +88,7 @@ class BackboneInfo:
         action: What it returns.
         state_size: Numbers of robot state it reads, None where it reads none.
         capabilities: Names from `specs.CAPABILITIES` it offers.
-        encoder_attention: What stages may ask of the vision towers' attention, such as `cls`, and its FLOPs.
+        encoder_attention: What stages may ask of the vision towers' attention, such as `cls`.
         other_flops: FLOPs per query outside the decoder, by part (2 per multiply-add).
         repeats: Times the layout's tokens go through the decoder in one query.
         follow_up: What comes after them, if anything does.
@@ -94,7 +102,7 @@ class BackboneInfo:
     action: ActionSpec
     state_size: int | None = None
     capabilities: frozenset[str] = frozenset()
-    encoder_attention: Mapping[str, int] = field(default_factory=dict)
+    encoder_attention: Mapping[str, EncoderAnswer] = field(default_factory=dict)
     other_flops: Mapping[str, int] = field(default_factory=dict)
     repeats: int = 1
     follow_up: FollowUp | None = None

@@ -17,7 +17,7 @@ class QueryFlops:
     Attributes:
         other: Outside the decoder, by part.
         layers: Each decoder layer, all its passes over the layout's tokens.
-        probe: Attention computed for stages, tokens merged by them, and models of their own.
+        probe: Attention computed for stages, tokens merged by them, and what they multiply themselves.
         follow_up: Passes behind the layout.
     """
 
@@ -95,7 +95,7 @@ def query_flops(
         layers=tuple(info.repeats * n for n in layers),
         follow_up=follow_up,
         probe=sum(probe_flops(shape, rows, keys_probed(plan, layer, ahead), ahead) for layer, rows, ahead in probes)
-        + sum(info.encoder_attention[kind] for kind in encoder)
+        + sum(info.encoder_attention[kind].flops for kind in encoder)
         + plan.own_flops
         + sum(2 * cut.keep * cut.found * shape.hidden for cut in plan.cuts if cut.merge and cut.keep < cut.found),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pluggy
@@ -50,7 +50,8 @@ class BoundPipeline:
         """The plan of a layout in a mode (the default one when left out), made once and kept."""
         key = (layout, mode or self.config.modes[0], unions)
         if key not in self._plans:
-            self._plans[key] = make_plan(self.stages, self.names, layout, key[1], self.info.decoder.depth, unions)
+            plan = make_plan(self.stages, self.names, layout, key[1], self.info.decoder.depth, unions)
+            self._plans[key] = replace(plan, own_flops=sum(stage.own_flops(self.info, plan) for stage in self.stages))
         return self._plans[key]
 
     def tables(self, layout: TokenLayout, device: torch.device) -> LayoutTables:

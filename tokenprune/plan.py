@@ -61,7 +61,7 @@ class Plan:
         skipped: Layers that are left out.
         head_interval: Of the action head's flow steps, the first of each so many runs through its layers.
         unions: Counts of the `keep: union` cuts resolved so far.
-        own_flops: FLOPs of models that stages run beside the policy.
+        own_flops: FLOPs of what stages multiply themselves.
     """
 
     layout: TokenLayout
@@ -194,7 +194,6 @@ def make_plan(
         frozenset(layer for stage in stages for layer in stage.skips(depth)),
         max((stage.head_interval() for stage in stages), default=1),
         unions,
-        sum(stage.own_flops(layout) for stage in stages),
     )
 
 

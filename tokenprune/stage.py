@@ -10,6 +10,7 @@ from tokenprune.config import CutConfig, StageConfig, layer_of
 if TYPE_CHECKING:
     from tokenprune.backbone import BackboneInfo
     from tokenprune.layout import TokenLayout
+    from tokenprune.plan import Cut, Plan
 
 ConfigT = TypeVar("ConfigT", bound=StageConfig)
 
@@ -107,9 +108,16 @@ class Stage(Generic[ConfigT]):
         """What this stage does differently on a backbone, for `explain` and results; may be empty."""
         return ""
 
-    def own_flops(self, layout: TokenLayout) -> int:
-        """FLOPs of models of its own that run in every query beside the policy; none unless overridden."""
+    def own_flops(self, info: BackboneInfo, plan: Plan) -> int:
+        """FLOPs of its own in a query that runs to plan: matrix products of tokens, models beside the policy.
+
+        Attention that it asks the context for, and merging, are counted by the framework. None unless overridden.
+        """
         return 0
+
+    def own_cuts(self, plan: Plan) -> list[Cut]:
+        """Those of the plan's cuts that are this stage's."""
+        return [cut for cut in plan.cuts if cut.after in self.cuts(plan.depth)]
 
     def findings(self) -> Mapping[str, object]:
         """What a stage that measures has found over all queries so far, plain data for `run`; may be empty."""

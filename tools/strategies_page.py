@@ -13,7 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tokenprune.bench.costs import costs
 from tokenprune.config import CutConfig
+from tokenprune.loader import load_pipeline
 from tokenprune.registry import Registry
 from tokenprune.specs import CAPABILITIES
 
@@ -25,6 +27,15 @@ words, and where it differs from its paper or from the code released with it. `t
 keys, `tokenprune explain NAME` what a pipeline costs, `tokenprune check NAME` that it keeps every promise.
 """
 CAPABILITY_HEAD = "Some need what not every backbone offers, and are refused by the others before the first query:"
+RELEASES = {"openvla": "7b", "openvla-oft": "7b", "pi0": "base", "pi05": "base"}
+INSTRUCTION = "put the bowl on the plate"
+COST_HEAD = """## What runs where, and what it saves
+
+FLOPs of the dense query over the pipeline's own, at the releases' dimensions, counted from the plan
+(`tokenprune explain --all` does it for one backbone; `tokenprune list --matrix` runs everything everywhere). Where a
+pipeline has several modes there is a number for each; "from 1.00" means that counts depend on what is seen. The last
+column is what choosing costs on openvla-oft, in % of the dense query's FLOPs: attention computed for stages, merging,
+and what stages multiply themselves. How much of this becomes time is measured, not counted."""
 KEYS = "`after`, `keep`, `views`, `of`, `floor`, `bucket` and `weight` are the same in every stage that cuts."
 
 
@@ -52,9 +63,33 @@ def page(registry: Registry) -> str:
         if needing:
             offered = ("yes" if capability in info.capabilities else "no" for info in backbones.values())
             parts[-1] += f"\n| {meaning} | {', '.join(needing)} | {' | '.join(offered)} |"
-    parts.append(KEYS)
+    parts += [_saved(registry), "## The strategies\n\n" + KEYS]
     parts += [_section(name, registry.stage_class(name)) for name in stages]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def _saved(registry: Registry) -> str:
+    """FLOP ratios of every shipped pipeline on every backbone."""
+    shipped = [
+        load_pipeline(name, registry)
+        for name, registered in sorted(registry.pipelines.items())
+        if registered.spec.package == "tokenprune_plugins"
+    ]
+    cells: dict[str, dict[str, str]] = {loaded.label: {} for loaded in shipped}
+    choosing: dict[str, str] = {}
+    for backbone, preset in RELEASES.items():
+        described = registry.backbone_factory(backbone).describe(preset, None, {})
+        rows, refused = costs(shipped, described.info, described.layout(INSTRUCTION), registry)
+        for label in cells:
+            mine = [row for row in rows if row.pipeline == label]
+            ratios = [("from " if row.at_most else "") + f"{row.flop_ratio:.2f}" for row in mine]
+            needs = "weights of yours" if "give its weights" in refused.get(label, "") else "no"
+            cells[label][backbone] = ", ".join(dict.fromkeys(ratios)) or needs
+            if backbone == "openvla-oft":
+                choosing[label] = ", ".join(dict.fromkeys(f"{100 * row.share:.2g}" for row in mine))
+    lines = ["| pipeline | " + " | ".join(RELEASES) + " | choosing, % |", "| --- " * (2 + len(RELEASES)) + "|"]
+    lines += [f"| `{label}` | {' | '.join(cells[label].values())} | {choosing[label]} |" for label in cells]
+    return COST_HEAD + "\n\n" + "\n".join(lines)
 
 
 def _section(name: str, stage: type[Any]) -> str:

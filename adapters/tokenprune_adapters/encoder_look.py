@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
+from tokenprune.backbone import EncoderAnswer
 from tokenprune.probe import probabilities, received
 from tokenprune_adapters.vision import ViTConfig
 
@@ -24,14 +25,15 @@ def towers_asked(towers: Sequence[ViTConfig]) -> dict[str, int]:
     return {"received": last, **from_cls, "keys": best, "keys_whole": best}
 
 
-def look_flops(towers: Sequence[ViTConfig], views: int) -> Mapping[str, int]:
-    """FLOPs per query of each answer these towers can give."""
+def answers(towers: Sequence[ViTConfig], views: int) -> Mapping[str, EncoderAnswer]:
+    """What these towers can tell."""
     found = {}
     for kind, number in towers_asked(towers).items():
         tower = towers[number]
         tokens = tower.grid[0] * tower.grid[1] + tower.prefix_tokens
         rows = {"received": tokens, "cls": 1, "cls_whole": 1, "keys": 0, "keys_whole": 0}[kind]
-        found[kind] = views * 2 * rows * tokens * tower.hidden_size
+        width = {"keys": tower.hidden_size // tower.heads, "keys_whole": tower.hidden_size}.get(kind, 1)
+        found[kind] = EncoderAnswer(views * 2 * rows * tokens * tower.hidden_size, width)
     return found
 
 

@@ -13,12 +13,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from tokenprune.backbone import BackboneInfo
 from tokenprune.config import CutConfig, Cuts, Keep
 from tokenprune.context import LayerContext
 from tokenprune.hookspecs import hookimpl
+from tokenprune.plan import Plan
 from tokenprune.selection import Proposal, rows_at
 from tokenprune.stage import Stage
-from tokenprune_plugins.likeness import unit
+from tokenprune_plugins.likeness import likeness_flops, unit
 
 
 class DARTConfig(CutConfig):
@@ -34,6 +36,14 @@ class DART(Stage[DARTConfig]):
     """Keeps patches that resemble the pivots least."""
 
     Config = DARTConfig
+
+    def own_flops(self, info: BackboneInfo, plan: Plan) -> int:
+        """Cosines of patches and pivots."""
+        text = min(self.config.pivot_text, len(plan.layout.span("text")))
+        return sum(
+            likeness_flops(cut.found, info.decoder.hidden, min(self.config.pivot_patches, cut.keep) + text)
+            for cut in self.own_cuts(plan)
+        )
 
     @hookimpl
     def score_layer(self, ctx: LayerContext) -> Proposal:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tokenprune.backbone import BackboneInfo
 from tokenprune.config import CutConfig, Keep
 from tokenprune.context import SelectContext
-from tokenprune_plugins.likeness import likeness
+from tokenprune.plan import Plan
+from tokenprune_plugins.likeness import likeness, likeness_flops
 from tokenprune_plugins.scored import Scored
 
 
@@ -26,6 +28,10 @@ class DivPrune(Scored[DivPruneConfig]):
     """Keeps a set whose smallest distance is large, found greedily; as many steps as tokens are kept."""
 
     Config = DivPruneConfig
+
+    def own_flops(self, info: BackboneInfo, plan: Plan) -> int:
+        """Cosines of all pairs."""
+        return sum(likeness_flops(cut.found, info.decoder.hidden) for cut in self.own_cuts(plan))
 
     def score(self, ctx: SelectContext) -> Tensor:
         """Diversity of the projected patches; after a layer of their hidden states, which the paper does not try."""

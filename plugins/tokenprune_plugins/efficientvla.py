@@ -17,9 +17,10 @@ from tokenprune.config import CutConfig, Cuts, Keep
 from tokenprune.context import LayerContext
 from tokenprune.hookspecs import hookimpl
 from tokenprune.layout import TokenLayout
+from tokenprune.plan import Plan
 from tokenprune.selection import Proposal, rows_at
 from tokenprune.stage import Probe, Stage
-from tokenprune_plugins.likeness import unit
+from tokenprune_plugins.likeness import likeness_flops, unit
 from tokenprune_plugins.specprune.signals import rank_within
 
 
@@ -40,6 +41,13 @@ class EfficientVLATokens(Stage[EfficientVLATokensConfig]):
     def probes(self, info: BackboneInfo, layout: TokenLayout, mode: str) -> tuple[Probe, ...]:
         """The text's rows, at every layer a cut follows."""
         return tuple(Probe(layer, "text") for layer in self.layers(info.decoder.depth))
+
+    def own_flops(self, info: BackboneInfo, plan: Plan) -> int:
+        """Cosines with the key patches."""
+        return sum(
+            likeness_flops(cut.found, info.decoder.hidden, min(self.config.key, cut.keep))
+            for cut in self.own_cuts(plan)
+        )
 
     @hookimpl
     def score_layer(self, ctx: LayerContext) -> Proposal:

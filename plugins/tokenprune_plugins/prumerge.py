@@ -32,9 +32,10 @@ from tokenprune.budget import UNION
 from tokenprune.config import CutConfig, Keep
 from tokenprune.context import LayerContext, SelectContext
 from tokenprune.hookspecs import hookimpl
+from tokenprune.plan import Plan
 from tokenprune.selection import Proposal
 from tokenprune.stage import Stage
-from tokenprune_plugins.likeness import likeness
+from tokenprune_plugins.likeness import likeness, likeness_flops
 from tokenprune_plugins.specprune.signals import rank_within
 
 
@@ -75,6 +76,11 @@ class PruMerge(Stage[PruMergeConfig]):
         return "attention from all tokens of the vision tower, mean over heads" + (
             ", which has no class token" if "cls_whole" not in info.encoder_attention else ""
         )
+
+    def own_flops(self, info: BackboneInfo, plan: Plan) -> int:
+        """Cosines of all pairs of keys, where anything leaves."""
+        cuts = [cut for cut in self.own_cuts(plan) if cut.keep < cut.found]
+        return sum(likeness_flops(cut.found, info.encoder_attention["keys_whole"].width) for cut in cuts)
 
     @hookimpl
     def select_tokens(self, ctx: SelectContext) -> Proposal:

@@ -22,8 +22,10 @@ from tokenprune.config import CutConfig, Cuts, Keep
 from tokenprune.context import LayerContext, SelectContext
 from tokenprune.hookspecs import hookimpl
 from tokenprune.layout import TokenLayout
+from tokenprune.plan import Plan
 from tokenprune.selection import Proposal
 from tokenprune.stage import Probe, Stage
+from tokenprune_plugins.likeness import likeness_flops
 from tokenprune_plugins.merging import into
 from tokenprune_plugins.recycling import fold, recycled
 
@@ -64,6 +66,15 @@ class SparseVLM(Stage[SparseVLMConfig]):
     def probes(self, info: BackboneInfo, layout: TokenLayout, mode: str) -> tuple[Probe, ...]:
         """The text's rows, at every cut; those that are no raters do not count."""
         return tuple(Probe(layer, "text") for layer in self.layers(info.decoder.depth) if layer >= 0)
+
+    def own_flops(self, info: BackboneInfo, plan: Plan) -> int:
+        """Products of patches and text, and distances of what is recycled."""
+        width = info.decoder.hidden
+        products = likeness_flops(len(plan.layout.prunable), width, len(plan.layout.span("text")))
+        if not self.config.recycle:
+            return products
+        folded = [recycled(cut.found - cut.keep)[0] for cut in self.own_cuts(plan) if cut.keep < cut.found]
+        return products + sum(likeness_flops(n, width) for n in folded)
 
     @hookimpl
     def select_tokens(self, ctx: SelectContext) -> None:

@@ -16,9 +16,10 @@ from tokenprune.backbone import BackboneInfo
 from tokenprune.config import CutConfig, Cuts, Keep
 from tokenprune.context import LayerContext, SelectContext
 from tokenprune.hookspecs import hookimpl
+from tokenprune.plan import Plan
 from tokenprune.selection import Proposal, rows_at
 from tokenprune.stage import Stage
-from tokenprune_plugins.likeness import likeness
+from tokenprune_plugins.likeness import likeness, likeness_flops
 from tokenprune_plugins.merging import into
 
 
@@ -54,6 +55,13 @@ class ToMe(Stage[ToMeConfig]):
         small = [amount for amount in amounts if isinstance(amount, float) and amount < 0.5]
         if small:
             raise ValueError(f"keep: {min(small)}: at most half can merge at one cut; use several cuts")
+
+    def own_flops(self, info: BackboneInfo, plan: Plan) -> int:
+        """Cosines of all pairs of embeddings, or of keys."""
+        shape = info.decoder
+        return sum(
+            likeness_flops(cut.found, shape.hidden if cut.after < 0 else shape.head_dim) for cut in self.own_cuts(plan)
+        )
 
     @hookimpl
     def select_tokens(self, ctx: SelectContext) -> Proposal | None:

@@ -31,7 +31,7 @@ from tokenprune.config import CutConfig, Keep
 from tokenprune.context import SelectContext
 from tokenprune.errors import MissingError
 from tokenprune.hookspecs import hookimpl
-from tokenprune.layout import TokenLayout
+from tokenprune.plan import Plan
 from tokenprune.selection import Proposal
 from tokenprune.stage import Stage
 from tokenprune_plugins.clip import Clip, load
@@ -79,9 +79,9 @@ class TRIM(Stage[TRIMConfig]):
         """What leaves is averaged, if the mean is wanted."""
         return self.config.aggregate
 
-    def own_flops(self, layout: TokenLayout) -> int:
+    def own_flops(self, info: BackboneInfo, plan: Plan) -> int:
         """The image tower, once a view; the text tower is spared while the instruction stays the same."""
-        return len(layout.views) * self._clip.flops
+        return len(plan.layout.views) * self._clip.flops
 
     def notes(self, info: BackboneInfo) -> str:
         """What runs beside the policy."""

@@ -20,9 +20,10 @@ from tokenprune.backbone import BackboneInfo
 from tokenprune.config import CutConfig, Keep
 from tokenprune.context import SelectContext
 from tokenprune.hookspecs import hookimpl
+from tokenprune.plan import Plan
 from tokenprune.selection import Proposal
 from tokenprune.stage import Stage
-from tokenprune_plugins.likeness import likeness
+from tokenprune_plugins.likeness import likeness, likeness_flops
 from tokenprune_plugins.specprune.signals import rank_within
 
 
@@ -60,6 +61,11 @@ class VisionZip(Stage[VisionZipConfig]):
             "cls": "attention of the vision tower's class token",
             "received": "attention from all tokens of the vision tower",
         }[self.encoder(info)[0]]
+
+    def own_flops(self, info: BackboneInfo, plan: Plan) -> int:
+        """Cosines of all pairs of keys."""
+        width = info.encoder_attention["keys"].width
+        return sum(likeness_flops(cut.found, width) for cut in self.own_cuts(plan))
 
     @hookimpl
     def select_tokens(self, ctx: SelectContext) -> Proposal:

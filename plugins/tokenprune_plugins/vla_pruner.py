@@ -19,10 +19,12 @@ from tokenprune.context import ControlContext, ControlDecision, LayerContext, Se
 from tokenprune.history import ExecutedAction
 from tokenprune.hookspecs import hookimpl
 from tokenprune.layout import TokenLayout
+from tokenprune.plan import Plan
 from tokenprune.record import QueryRecord
 from tokenprune.selection import Proposal, rows_at
 from tokenprune.stage import Probe, Stage
 from tokenprune_plugins.divprune import farthest_first
+from tokenprune_plugins.likeness import likeness_flops
 from tokenprune_plugins.specprune.signals import rank_within
 
 SECOND_HALF = tuple(f"{100 * layer / 32:.0f}%" for layer in range(16, 32))
@@ -64,6 +66,11 @@ class VLAPruner(Stage[VLAPrunerConfig]):
         own = tuple(Probe(layer, "all") for layer in self.drops(depth, mode))
         watched = self.watches(depth) if "action" in layout.row_names else ()
         return own + tuple(Probe(layer, "action") for layer in watched)
+
+    def own_flops(self, info: BackboneInfo, plan: Plan) -> int:
+        """Cosines of all pairs, where anything leaves."""
+        cuts = [cut for cut in self.own_cuts(plan) if cut.keep < cut.found]
+        return sum(likeness_flops(cut.found, info.decoder.hidden) for cut in cuts)
 
     @hookimpl
     def control(self, ctx: ControlContext) -> ControlDecision:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,16 +27,16 @@ from tokenprune.cli.options import (
     registry,
     source,
 )
+from tokenprune.errors import ConfigError
 from tokenprune.report.tables import WIDTH
 
 if TYPE_CHECKING:
     from tokenprune.adapter import Description
     from tokenprune.backbone import BackboneInfo
     from tokenprune.layout import TokenLayout
+    from tokenprune.loader import LoadedPipeline
     from tokenprune.pipeline import BoundPipeline
-    from tokenprune.plan import Plan
     from tokenprune.registry import Registry
-    from tokenprune.stage import Probe
 
 
 def add_to(app: typer.Typer) -> None:
@@ -55,31 +55,40 @@ def describe_backbone(
 
 
 def explain(
-    pipeline: Annotated[str, typer.Argument(help="A pipeline file or name.")],
+    pipeline: Annotated[str | None, typer.Argument(help="A pipeline file or name.")] = None,
     backbone: BackboneName = "openvla-oft",
     preset: Preset = None,
     checkpoint: Checkpoint = None,
     instruction: Annotated[str | None, typer.Option(help="The bundled episode's when left out.")] = None,
     depth: Annotated[int | None, typer.Option(min=2, help="Explain it as if the decoder had this many layers.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every shipped pipeline instead, a line each.")] = False,
     options: Options = None,
     sets: Sets = None,
     plugins: Plugins = None,
     as_json: Json = False,
 ) -> None:
-    """Show tokens and FLOPs per layer, every cut, who is asked in which order, and what asking costs."""
+    """Show tokens and FLOPs per layer, every cut, who is asked in which order, and what asking costs.
+
+    With `--all`, what choosing costs each shipped pipeline.
+    """
     from tokenprune.episode import load_episode
     from tokenprune.loader import load_pipeline
     from tokenprune.pipeline import bind
 
     found = registry(plugins)
-    loaded = load_pipeline(pipeline, found, sets or ())
+    if (pipeline is None) == (not every):
+        raise ConfigError("name a pipeline, or give --all")
     described = describe_backbone(found, backbone, preset, checkpoint, key_values("--option", options))
     info = described.info
     if depth is not None:
         info = replace(info, decoder=replace(info.decoder, depth=depth))
     instruction = instruction or load_episode(bundled_episode(found, backbone)).instruction
-    bound = bind(loaded.config, info, found)
     layout = described.layout(instruction)
+    if pipeline is None:
+        _explain_all([load_pipeline(name, found) for name in sorted(found.pipelines)], info, layout, found, as_json)
+        return
+    loaded = load_pipeline(pipeline, found, sets or ())
+    bound = bind(loaded.config, info, found)
     facts = {
         "pipeline": loaded.resolved,
         "backbone": f"{info.name} {info.source}"
@@ -111,6 +120,33 @@ def explain(
         _print(facts)
 
 
+def _explain_all(
+    pipelines: Sequence[LoadedPipeline], info: BackboneInfo, layout: TokenLayout, found: Registry, as_json: bool
+) -> None:
+    from tokenprune.bench.costs import costs
+
+    rows, refused = costs(pipelines, info, layout, found)
+    if as_json:
+        print_json({"pipelines": [asdict(row) for row in rows], "refused": refused})
+        return
+    print(f"{info.name} {info.source}: {len(layout.prunable)} visual tokens of {layout.n_tokens}\n")
+    table = _table("pipeline", "mode", "tokens", "last", "FLOP\nratio", "choosing\nGFLOP", "% of\ndense")
+    for row in rows:
+        bound = "<= " if row.at_most else ""
+        numbers = (f"{row.flop_ratio:.2f}", f"{row.choosing / 1e9:.3g}", f"{100 * row.share:.2g}")
+        mode = "" if row.mode == "default" else row.mode
+        table.add_row(row.pipeline, mode, f"{bound}{row.tokens_mean:.0f}", str(row.tokens_last), *numbers)
+    Console(width=WIDTH, highlight=False).print(table)
+    said = (
+        "tokens: visual tokens held, mean over layers, and by the last. Choosing: attention computed for stages, "
+        "merging, and what stages multiply themselves; sorting and comparing are no FLOPs, their time is in "
+        "`compare` and `bench`. <=: counts depend on what is seen."
+    )
+    print("\n" + textwrap.fill(said, WIDTH))
+    for why in refused.values():
+        print(textwrap.fill(f"left out: {why}", WIDTH))
+
+
 def _owner(found: Registry, stage: str) -> str:
     owner = found.stage(stage).owner
     return f"{owner.distribution} {owner.version}"
@@ -136,6 +172,7 @@ def _limits(info: BackboneInfo, layout: TokenLayout) -> dict[str, Any]:
 
 
 def _mode(bound: BoundPipeline, info: BackboneInfo, layout: TokenLayout, mode: str) -> dict[str, Any]:
+    from tokenprune.bench.costs import planned_flops, rows_probed
     from tokenprune.context import rows_name
     from tokenprune.flops import keys_probed, probe_flops, query_flops
     from tokenprune.plan import make_plan
@@ -143,11 +180,9 @@ def _mode(bound: BoundPipeline, info: BackboneInfo, layout: TokenLayout, mode: s
 
     plan = bound.plan(layout, mode)
     asked = {probe for stage in bound.stages for probe in stage.probes(info, layout, mode)}
-    probes = sorted((p.layer, rows_name(p.rows), _rows_probed(p, plan), p.ahead) for p in asked)
-    own, dense = (
-        query_flops(info, plan, [(layer, count, ahead) for layer, _, count, ahead in probes], bound.encoder),
-        query_flops(info, make_plan((), (), layout, mode, info.decoder.depth)),
-    )
+    probes = sorted((p.layer, rows_name(p.rows), rows_probed(p, layout, plan.tokens), p.ahead) for p in asked)
+    own = planned_flops(bound, layout, mode)
+    dense = query_flops(info, make_plan((), (), layout, mode, info.decoder.depth))
     return {
         "cuts": [
             {
@@ -185,12 +220,6 @@ def _mode(bound: BoundPipeline, info: BackboneInfo, layout: TokenLayout, mode: s
         },
         "flop_ratio": dense.total / own.total,
     }
-
-
-def _rows_probed(probe: Probe, plan: Plan) -> int:
-    if probe.rows == "all":
-        return plan.tokens[probe.layer]
-    return len(plan.layout.span(probe.rows) if isinstance(probe.rows, str) else probe.rows)
 
 
 def _print(facts: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from tokenprune.backbone import ActionSpec, BackboneInfo, FollowUp
 from tokenprune.errors import ConfigError, nearest
 from tokenprune.layout import Role, Segment, TokenLayout
-from tokenprune_adapters.encoder_look import look_flops
+from tokenprune_adapters.encoder_look import answers
 from tokenprune_adapters.heads import lm_head_flops
 from tokenprune_adapters.preprocess import ImageTransform
 from tokenprune_adapters.prismatic import LIBERO_ACTION, PrismaticConfig, body_of
@@ -89,7 +89,7 @@ class OpenVLAConfig:
             views=self.views,
             action=self.action,
             capabilities=frozenset({"batch", "encoder_attention", "kv_reuse", "layer_skip", "merge"}),
-            encoder_attention=look_flops(self.body.towers, len(self.views)),
+            encoder_attention=answers(self.body.towers, len(self.views)),
             other_flops={**self.body.vision_flops(1), "lm_head": lm_head},
             follow_up=FollowUp("decode", shape, tuple((1, behind) for behind in range(dims - 1))),
         )

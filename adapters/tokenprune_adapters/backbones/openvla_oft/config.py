@@ -10,7 +10,7 @@ from tokenprune.backbone import ActionSpec, BackboneInfo, DecoderShape
 from tokenprune.errors import ConfigError, nearest
 from tokenprune.layout import Role, Segment, TokenLayout
 from tokenprune_adapters import OFT_TRAINED
-from tokenprune_adapters.encoder_look import look_flops
+from tokenprune_adapters.encoder_look import answers
 from tokenprune_adapters.heads import head_flops, lm_head_flops, noisy_action_flops, proprio_flops
 from tokenprune_adapters.preprocess import SIGLIP_MEAN, SIGLIP_STD, ImageTransform
 from tokenprune_adapters.prismatic import LIBERO_ACTION, PrismaticConfig, body_of
@@ -165,7 +165,7 @@ class OFTConfig:
             action=self.action,
             state_size=self.state_size,
             capabilities=frozenset(offered),
-            encoder_attention=look_flops(self.body.towers, len(self.views)),
+            encoder_attention=answers(self.body.towers, len(self.views)),
             other_flops=other,
             repeats=repeats,
         )

@@ -11,7 +11,7 @@ import numpy as np
 from tokenprune.backbone import ActionSpec, BackboneInfo, DecoderShape, FollowUp
 from tokenprune.errors import ConfigError, nearest
 from tokenprune.layout import Role, Segment, TokenLayout
-from tokenprune_adapters.encoder_look import look_flops
+from tokenprune_adapters.encoder_look import answers
 from tokenprune_adapters.gemma_prompt import PI0_MAX_TOKENS, PI05_MAX_TOKENS
 from tokenprune_adapters.prompt import Prompt
 from tokenprune_adapters.resize_pad import ResizePad
@@ -148,7 +148,7 @@ class PI0Config:
             action=self.action,
             state_size=self.state_size,
             capabilities=frozenset({"batch", "encoder_attention", "head_cache", "kv_reuse", "layer_skip", "merge"}),
-            encoder_attention=look_flops((self.tower,), views),
+            encoder_attention=answers((self.tower,), views),
             other_flops=other,
             follow_up=FollowUp("flow", self.expert, passes, self.steps, 2 * norm),
         )
