@@ -18,7 +18,7 @@ from tests import drawing, stages
 from tests.naive_oft import naive_actions
 from tests.planting import REGISTRY, pipeline, pipelines, prop
 from tests.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
-from tokenprune import decoder, policy, runtime
+from tokenprune import cutting, decoder, policy, runtime
 from tokenprune.config import DENSE, PipelineConfig
 from tokenprune.decoder import Decoder
 from tokenprune.kv import KVCache
@@ -106,13 +106,13 @@ def test_I11_keeping_everything_is_dense_bit_for_bit() -> None:
 
 
 def test_I11_notices_the_last_bit() -> None:
-    real = runtime.Query._apply
+    real = cutting.Cutting._apply
 
     def rounding(self: Any, *args: Any) -> Any:
         hidden, tokens = real(self, *args)
         return hidden * (1 + 2**-50), tokens
 
-    i11.notices(runtime.Query, "_apply", rounding)
+    i11.notices(cutting.Cutting, "_apply", rounding)
 
 
 @prop(policies(), examples=15)
@@ -180,15 +180,15 @@ def test_I14_dtype_and_device_stay() -> None:
 
 
 def test_I14_notices_a_silent_upcast() -> None:
-    real = runtime.apply
+    real = cutting.apply
 
     def upcast(tokens: TokenSelection, *rest: Any) -> Any:
         return real(tokens, *rest)
 
-    moved = runtime.moved
+    moved = cutting.moved
     fault = lambda ctx, layer, tokens, prunable, hidden: moved(ctx, layer, tokens, prunable, hidden.double())  # noqa: E731
-    with patch.object(runtime, "apply", upcast):
-        i14.notices(runtime, "moved", fault)
+    with patch.object(cutting, "apply", upcast):
+        i14.notices(cutting, "moved", fault)
 
 
 ROOT = Path(__file__).parent.parent
@@ -283,9 +283,9 @@ def test_I20_notices_maps_that_survive_a_reset() -> None:
     real = policy.Policy.reset
 
     def sticky(self: Any, instruction: str, slot: int = 0) -> None:
-        maps = self._slots[slot].maps if slot in self._slots else {}
+        maps = self._slots[slot].memory.maps if slot in self._slots else {}
         real(self, instruction, slot)
-        self._slots[slot].maps.update(maps)
+        self._slots[slot].memory.maps.update(maps)
 
     i20.notices(policy.Policy, "reset", sticky)
 
@@ -294,8 +294,8 @@ def test_I20_notices_frames_that_survive_a_reset() -> None:
     real = policy.Policy.reset
 
     def sticky(self: Any, instruction: str, slot: int = 0) -> None:
-        frames = self._slots[slot].frames if slot in self._slots else {}
+        frames = self._slots[slot].memory.frames if slot in self._slots else {}
         real(self, instruction, slot)
-        self._slots[slot].frames = frames
+        self._slots[slot].memory.frames = frames
 
     i20.notices(policy.Policy, "reset", sticky)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from tests import drawing, stages
 from tests.planting import REGISTRY, pipeline, pipelines, prop
 from tests.tiny_oft import INSTRUCTION, tiny_config
-from tokenprune import resolution, runtime, selection
+from tokenprune import cutting, resolution, runtime, selection
+from tokenprune.chance import Chance
 from tokenprune.config import PipelineConfig
 from tokenprune.context import LayoutTables
 from tokenprune.decoder import Decoded, Decoder
@@ -54,7 +56,11 @@ def passed(layout: TokenLayout, config: PipelineConfig, batch: int, depth: int =
     slots = [Slot(index, INSTRUCTION, FrameBuffer(0)) for index in range(batch)]
     clock = Clock(torch.device("cpu"))
     clock.enter("test")
-    query = runtime.Query(bound, bound.plan(layout), LayoutTables(layout, torch.device("cpu")), slots, {}, {}, clock)
+    tables = LayoutTables(layout, torch.device("cpu"))
+    given = runtime.Given(
+        SimpleNamespace(images={}), slots, {}, Chance(slots, config.seed, torch.device("cpu")), tables
+    )
+    query = runtime.Query(bound, bound.plan(layout), given, clock)
     embeddings = torch.arange(layout.n_tokens, dtype=torch.float64)[None, :, None].expand(batch, -1, 2).clone()
     decoder = Passing(depth)
     query.read = query.decode(decoder, embeddings)
@@ -78,7 +84,7 @@ def test_I1_notices_unsorted_tokens() -> None:
         kept = prunable.gather(1, chosen)
         return TokenSelection(torch.cat([fixed.expand(len(kept), -1), kept], 1), tokens.n_source), kept
 
-    i1.notices(runtime, "apply", unsorted)
+    i1.notices(cutting, "apply", unsorted)
 
 
 @prop(drawing.layouts(), st.integers(0, 3), st.integers(1, 20), drawing.batches)
@@ -90,7 +96,7 @@ def i2(layout: TokenLayout, after: int, keep: int, batch: int) -> None:
         assert set(layout.fixed) <= set(row)
         if len(protected) <= keep:
             assert protected <= set(row)
-    query.finish()
+    query.outcome(query.read).finish(query.trace)
     assert query.trace.overfull.get(min(after, 2), 0) == max(0, len(protected) - min(keep, len(layout.prunable))) or (
         keep >= len(layout.prunable)
     )
@@ -132,7 +138,7 @@ def test_I3_notices_current_indices_taken_for_original_ones() -> None:
         ids = torch.cat([fixed.expand(len(kept), -1), kept], 1).sort(1).values
         return TokenSelection(OriginalIds(ids), tokens.n_source), OriginalIds(kept)
 
-    i3.notices(runtime, "apply", confused)
+    i3.notices(cutting, "apply", confused)
 
 
 @prop(drawing.layouts(), pipelines(depth=4), drawing.batches)
@@ -288,6 +294,6 @@ def test_I18_notices_positions_of_the_unpruned_sequence() -> None:
     def shifted(self: Any, batch: int) -> Any:
         # What a layout shortened by its first cut would say, taken for positions of the whole sequence.
         missing = self._plan.layout.n_tokens - self._plan.tokens[-1]
-        return OriginalIds((self._tables.rows["readout"] - missing).clamp(min=0).expand(batch, -1))
+        return OriginalIds((self._given.tables.rows["readout"] - missing).clamp(min=0).expand(batch, -1))
 
     i18.notices(runtime.Query, "_readout", shifted)

@@ -108,7 +108,8 @@ class SelectContext:
         prunable: Original ids of the prunable tokens held now `[B, P]`; proposals are over these, in this order.
         hidden: Embeddings or hidden states of all tokens held now `[B, n, D]`.
         images: Per view, the policy's own cropped pixels, uint8 `[B, 3, S, S]`; patches align to these.
-        seeds: One number per batch row that differs from query to query and repeats with the pipeline's seed.
+        seeds: One number per batch row, int64 `[B]`, that differs from query to query and repeats with the pipeline's
+            seed.
         tables: The layout as tensors.
         scope: Prefix of what the stage remembers, so that stages do not meet.
         past: What the stage's `look_back` asked for.
@@ -126,7 +127,7 @@ class SelectContext:
     prunable: OriginalIds
     hidden: Tensor
     images: Mapping[str, Tensor]
-    seeds: tuple[int, ...]
+    seeds: Tensor
     tables: LayoutTables
     slots: Sequence[Slot]
     scope: str
@@ -220,7 +221,7 @@ class SelectContext:
 
     def reusable(self) -> Tensor:
         """Which rows `[B]` have keys and values of a last query with the same prunable tokens."""
-        known = [slot.kv is not None and slot.kv.prunable == self.layout.prunable for slot in self.slots]
+        known = [slot.memory.kv is not None and slot.memory.kv.prunable == self.layout.prunable for slot in self.slots]
         return flags(known, self.prunable.device)
 
     def _prunable_columns(self, weights: Tensor) -> Tensor:
@@ -229,7 +230,7 @@ class SelectContext:
 
     def previous_images(self, view: str) -> tuple[Tensor, Tensor]:
         """Pixels `[B, 3, S, S]` of the last query since the reset, and which rows `[B]` had one (zeros where none)."""
-        return last_of([slot.frames.get(view) for slot in self.slots], self.images[view])
+        return last_of([slot.memory.frames.get(view) for slot in self.slots], self.images[view])
 
     def past_images(self, view: str) -> tuple[Tensor, Tensor]:
         """Pixels `[B, 3, S, S]` of the frames the stage's `look_back` asked for, and which rows `[B]` have one."""

@@ -6,8 +6,9 @@ every kept token keeps its rotary position, and the attention kernel stays the f
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, Protocol
 
 import torch
@@ -85,6 +86,7 @@ class Decoder:
         read: OriginalIds | None = None,
         condition: Tensor | None = None,
         skip: Container[int] = (),
+        compiled: bool = False,
     ) -> Decoded:
         """Run every layer over `hidden` `[B, n, D]`, whose rows are the tokens `tokens`.
 
@@ -101,11 +103,13 @@ class Decoder:
             read: Tokens `[B, R]` whose hidden states are wanted, all when left out. In a causal decoder, the last one.
             condition: What adaptive norms depend on `[B, C]`.
             skip: Layers to leave out, never the last; tokens go past them as they are.
+            compiled: Whether what a layer does before and after its attention runs compiled.
 
         Raises:
             ValueError: If a causal decoder is to continue a filled cache, or to be read, with several tokens, which
                 would need a mask.
         """
+        before, after = compiled_parts() if compiled else (project, finish)
         behind = cache.lengths if cache is not None else ()
         if behind and self.causal and hidden.shape[1] > 1:
             raise ValueError(f"a causal decoder continues its cache one token at a time, not {hidden.shape[1]}")
@@ -122,7 +126,7 @@ class Decoder:
             held.append(hidden.shape[1])
             if behind and positions == "compact" and behind[index] != behind[index - 1]:
                 cos, sin = rotary(tokens, positions, self.head_dim, self.rope_theta, hidden.dtype, behind[index])
-            q, k, v, gate = project(layer, hidden, cos, sin, self.head_dim, condition)
+            q, k, v, gate = before(layer, hidden, cos, sin, self.head_dim, condition)
             seen = LayerKV(k, v, tokens.ids)
             seen = seen if cache is None else cache.extend(index, seen)
             asked = pruner is not None and pruner.acts_after(index)
@@ -134,7 +138,7 @@ class Decoder:
                 break
             # Kept ids ascend, so the plain causal pattern stays right after any cut and no mask tensor is needed.
             mixed = attend(q, seen, tokens.ids if self.causal and not behind else None)
-            hidden = finish(layer, hidden, mixed, gate, condition)
+            hidden = after(layer, hidden, mixed, gate, condition)
             if pruner is not None and asked:
                 hidden, tokens = pruner.after_layer(index, hidden, tokens, q, seen)
                 cos, sin = rotary(tokens, positions, self.head_dim, self.rope_theta, hidden.dtype)
@@ -200,6 +204,12 @@ def project_rows(
     own = tuple(part[:, 0].expand(len(hidden), -1, -1) for part in turn)
     cos, sin = (rows_at(part, rows)[:, None] for part in own)
     return rotate(q, cos, sin), rotate(k, *turn)
+
+
+@cache
+def compiled_parts() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """`project` and `finish`, compiled once for all layers and any number of tokens."""
+    return torch.compile(project, dynamic=True), torch.compile(finish, dynamic=True)
 
 
 def attend(q: Tensor, seen: LayerKV, ids: OriginalIds | None = None) -> Tensor:

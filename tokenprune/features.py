@@ -37,11 +37,11 @@ class FeatureContext:
 
     def previous_images(self) -> tuple[Tensor, Tensor]:
         """Pixels `[B, 3, S, S]` of the last query since the reset, and which rows `[B]` had one (zeros where none)."""
-        return last_of([slot.frames.get(self.view) for slot in self.slots], self.images)
+        return last_of([slot.memory.frames.get(self.view) for slot in self.slots], self.images)
 
     def previous_features(self) -> tuple[Tensor, Tensor]:
         """What the last query passed on to the projector `[B, N, D]`, and which rows `[B]` had one."""
-        return last_of([slot.features.get(self.view) for slot in self.slots], self.features)
+        return last_of([slot.memory.features.get(self.view) for slot in self.slots], self.features)
 
     def recall(self, name: str) -> tuple[Tensor, Tensor]:
         """Values the stage remembered for the view's patches `[B, N]`, and whether each was seen then `[B, N]`."""

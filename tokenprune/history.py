@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,8 +56,31 @@ class TokenMap:
 
 
 @dataclass(slots=True)
+class Remembered:
+    """What the queries of one environment leave on the device for the next.
+
+    Attributes:
+        frames: The last query's cropped pixels by view.
+        features: The last query's features by view, where some stage changes features.
+        maps: Values by prunable token, by name.
+        numbers: Single values by name.
+        kv: Keys and values of the last query, where the pipeline reuses them.
+    """
+
+    frames: Mapping[str, Tensor] = field(default_factory=dict)
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+    maps: dict[str, TokenMap] = field(default_factory=dict)
+    numbers: dict[str, Tensor] = field(default_factory=dict)
+    kv: LastKV | None = None
+
+    def copy(self) -> Remembered:
+        """The same tensors under names of its own."""
+        return Remembered(self.frames, self.features, dict(self.maps), dict(self.numbers), self.kv)
+
+
+@dataclass(slots=True)
 class Slot:
-    """The memory of one environment, made anew by `reset`.
+    """One environment, made anew by `reset`.
 
     Attributes:
         index: Number of the slot.
@@ -66,11 +89,7 @@ class Slot:
         number: Episodes of this slot before this one.
         queries: Queries since the reset.
         asked_at: Control step of the last query.
-        frames: The last query's cropped pixels by view, on the device.
-        features: The last query's features by view, where some stage changes features.
-        maps: Values by prunable token, by name.
-        numbers: Single values by name.
-        kv: Keys and values of the last query, where the pipeline reuses them.
+        memory: What is on the device.
         host: What controllers keep, by stage.
         executed: Actions since the reset.
         failed: What failed since the last query, in a pipeline that then falls back.
@@ -82,14 +101,14 @@ class Slot:
     number: int = 0
     queries: int = 0
     asked_at: int = 0
-    frames: Mapping[str, Tensor] = field(default_factory=dict)
-    features: Mapping[str, Tensor] = field(default_factory=dict)
-    maps: dict[str, TokenMap] = field(default_factory=dict)
-    numbers: dict[str, Tensor] = field(default_factory=dict)
-    kv: LastKV | None = None
+    memory: Remembered = field(default_factory=Remembered)
     host: dict[int, dict[str, Any]] = field(default_factory=dict)
     executed: list[ExecutedAction] = field(default_factory=list)
     failed: StageError | None = None
+
+    def draft(self) -> Slot:
+        """The same environment for one query, which may fail and then must have changed nothing."""
+        return replace(self, memory=self.memory.copy())
 
 
 def flags(values: Sequence[bool], device: torch.device) -> Tensor:
@@ -109,27 +128,29 @@ def remember(slots: Sequence[Slot], name: str, places: Tensor, values: Tensor, s
     for row, slot in enumerate(slots):
         blank = torch.zeros(size, dtype=values.dtype, device=values.device)
         seen = torch.zeros(size, dtype=torch.bool, device=values.device)
-        slot.maps[name] = TokenMap(blank.scatter(0, places[row], values[row]), seen.scatter(0, places[row], True))
+        slot.memory.maps[name] = TokenMap(
+            blank.scatter(0, places[row], values[row]), seen.scatter(0, places[row], True)
+        )
 
 
 def shift(slots: Sequence[Slot], name: str, depth: int) -> None:
     """Make room for a newest map `name.0`: each map `name.i` becomes `name.(i + 1)`, and `depth` of them stay."""
     for slot in slots:
         for age in reversed(range(depth - 1)):
-            if f"{name}.{age}" in slot.maps:
-                slot.maps[f"{name}.{age + 1}"] = slot.maps[f"{name}.{age}"]
+            if f"{name}.{age}" in slot.memory.maps:
+                slot.memory.maps[f"{name}.{age + 1}"] = slot.memory.maps[f"{name}.{age}"]
 
 
 def recall(slots: Sequence[Slot], name: str, like: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Values `[B, P]` and seen `[B, P]` of a map; nothing is seen in a slot that has none since its reset."""
     blank = TokenMap(like.new_zeros(size), torch.zeros(size, dtype=torch.bool, device=like.device))
-    maps = [slot.maps.get(name, blank) for slot in slots]
+    maps = [slot.memory.maps.get(name, blank) for slot in slots]
     return torch.stack([m.values for m in maps]), torch.stack([m.seen for m in maps])
 
 
 def once(slots: Sequence[Slot], name: str, compute: Callable[[], Tensor]) -> Tensor:
     """Numbers `[B]` of which each slot keeps the first it was given since its reset; computed only where one lacks."""
-    if any(name not in slot.numbers for slot in slots):
+    if any(name not in slot.memory.numbers for slot in slots):
         for slot, value in zip(slots, compute(), strict=True):
-            slot.numbers.setdefault(name, value)
-    return torch.stack([slot.numbers[name] for slot in slots])
+            slot.memory.numbers.setdefault(name, value)
+    return torch.stack([slot.memory.numbers[name] for slot in slots])

@@ -26,6 +26,7 @@ def load(
     dtype: str = "auto",
     seed: int = 0,
     overrides: Sequence[str] = (),
+    execution: str = "eager",
     registry: Registry | None = None,
     **options: Any,  # noqa: ANN401 - the backbone's own options, checked by it
 ) -> Policy:
@@ -42,6 +43,8 @@ def load(
             device computes it natively, and float32 elsewhere.
         seed: Seed of an untrained preset's random weights.
         overrides: `stages.1.keep=0.5` and the like, applied to a named pipeline or file.
+        execution: `eager`; `compile`, whose first queries take long; or, on a CUDA device, `cuda_graph`, which replays
+            a query as one graph and needs counts that do not depend on what is seen.
         registry: Discovered plugins; discovered now when left out.
         **options: What the backbone accepts besides, such as `unnorm_key`.
 
@@ -52,7 +55,8 @@ def load(
     """
     registry = registry or Registry.discover()
     config = _configured(pipeline, registry, overrides)
-    return Policy(load_backbone(backbone, registry, checkpoint, preset, device, dtype, seed, options), config, registry)
+    loaded = load_backbone(backbone, registry, checkpoint, preset, device, dtype, seed, options)
+    return Policy(loaded, config, registry, execution)
 
 
 def from_module(
@@ -61,6 +65,7 @@ def from_module(
     *,
     pipeline: str | Path | Mapping[str, Any] = "dense",
     overrides: Sequence[str] = (),
+    execution: str = "eager",
     registry: Registry | None = None,
     **options: Any,  # noqa: ANN401 - the adapter's own options, checked by it
 ) -> Policy:
@@ -71,6 +76,7 @@ def from_module(
         backbone: Registered name of its family, such as `openvla`.
         pipeline: As in `load`.
         overrides: As in `load`.
+        execution: As in `load`.
         registry: As in `load`.
         **options: The adapter's options, and what the model itself does not hold, such as `tokenizer="PATH"`.
 
@@ -84,7 +90,7 @@ def from_module(
     factory = registry.backbone_factory(backbone)
     if not callable(getattr(factory, "adopt", None)):
         raise PluginError(f"backbone '{backbone}' of {registry.backbone(backbone).owner} cannot adopt a live model")
-    return Policy(factory.adopt(module, options), config, registry)
+    return Policy(factory.adopt(module, options), config, registry, execution)
 
 
 def _configured(

@@ -13,17 +13,18 @@ import torch
 from torch import Tensor
 
 from tokenprune.adapter import Backbone, Inputs, Observation
+from tokenprune.chance import Chance
 from tokenprune.config import DENSE, PipelineConfig
 from tokenprune.context import ControlContext, ControlDecision, PastFrames
 from tokenprune.errors import ObservationError, StageError, TokenPruneError, nearest
+from tokenprune.execution import Executor, executor
 from tokenprune.frames import FrameBuffer
 from tokenprune.history import EpisodeStart, ExecutedAction, Slot
 from tokenprune.layout import TokenLayout
 from tokenprune.pipeline import BoundPipeline, bind
 from tokenprune.plan import Plan
-from tokenprune.record import QueryRecord
 from tokenprune.registry import Registry
-from tokenprune.runtime import Query
+from tokenprune.runtime import Given, Outcome
 from tokenprune.trace import Clock, QueryTrace
 
 _DRAWING = "drawing"
@@ -51,13 +52,16 @@ class Policy:
     Several policies may share one backbone; each has a memory of its own.
     """
 
-    def __init__(self, backbone: Backbone, config: PipelineConfig, registry: Registry) -> None:
+    def __init__(
+        self, backbone: Backbone, config: PipelineConfig, registry: Registry, execution: str = "eager"
+    ) -> None:
         """Bind the pipeline to the backbone.
 
         Raises:
-            ConfigError: If the pipeline does not fit the backbone.
+            ConfigError: If the pipeline does not fit the backbone, or the device has no such execution.
         """
         self.backbone = backbone
+        self.executor: Executor = executor(execution, backbone)
         self.pipeline = bind(config, backbone.info, registry)
         self._dense = bind(DENSE, backbone.info, registry)
         self._slots: dict[int, Slot] = {}
@@ -74,11 +78,12 @@ class Policy:
 
         Raises:
             ObservationError: If the instruction cannot be given to the policy.
-            ConfigError: If a budget of the pipeline does not fit the tokens of this policy.
+            ConfigError: If a budget of the pipeline does not fit the tokens of this policy, or a mode cannot run the
+                way it is to be executed.
         """
         layout = self.backbone.layout(instruction)
         for mode in self.pipeline.config.modes:
-            self.pipeline.plan(layout, mode)
+            self.executor.check(self.pipeline, self.pipeline.plan(layout, mode))
         number = self._slots[slot].number + 1 if slot in self._slots else 0
         self._slots[slot] = Slot(slot, instruction, FrameBuffer(self.pipeline.frames), number)
         start = EpisodeStart(slot, instruction, number)
@@ -250,7 +255,7 @@ class Policy:
         if step is None:
             return {}
         if step == slot.asked_at:
-            return slot.frames
+            return slot.memory.frames
         phase = clock.enter(_DRAWING)
         # The current state was checked before; only the images can be wrong.
         drawn = slot.past.images(step, lambda images: self.backbone.check({**observation, "images": images}))
@@ -270,27 +275,24 @@ class Policy:
             clock.enter("selection")
             past = self._look_back(slots, observations, inputs.images, clock)
             clock.enter("preprocess")
-            plan = self.pipeline.plan(layout, mode)
-            query, normalised = self._run(self.pipeline, plan, inputs, slots, past, clock)
-            query.keep()
+            trace, outcome, normalised = self._run(self.pipeline, layout, mode, inputs, slots, past, clock)
         except StageError as error:
             if self.pipeline.config.on_error == "raise":
                 raise
-            for slot in slots:
-                slot.kv, slot.features, slot.failed = None, {}, None
-            query, normalised = self._run(self._dense, self._dense.plan(layout), inputs, slots, {}, clock)
-            query.trace = replace(query.trace, pipeline=self.pipeline.config.name, fallback=str(error))
+            trace, outcome, normalised = self._run(self._dense, layout, None, inputs, slots, {}, clock)
+            trace = replace(trace, pipeline=self.pipeline.config.name, fallback=str(error))
         actions = self.backbone.unnormalise(normalised, observations)
         clock.enter("history")
         for row, slot in enumerate(slots):
             slot.queries += 1
             slot.asked_at = len(slot.executed)
-            slot.frames = {view: pixels[row] for view, pixels in inputs.images.items()}
+            slot.failed = None
+            slot.memory = outcome.memories[row]
+            slot.memory.frames = {view: pixels[row] for view, pixels in inputs.images.items()}
             slot.past.add(slot.asked_at, observations[row]["images"])
         clock.enter("end")
         if self.backbone.device.type == "cuda":
             torch.cuda.synchronize(self.backbone.device)
-        trace = query.trace
         trace.phases = clock.milliseconds()
         # A camera would have delivered by then what a simulator draws only when it is asked.
         trace.milliseconds = (time.perf_counter() - started) * 1e3 - trace.phases.pop(_DRAWING, 0.0)
@@ -299,36 +301,26 @@ class Policy:
     def _run(
         self,
         pipeline: BoundPipeline,
-        plan: Plan,
+        layout: TokenLayout,
+        mode: str | None,
         inputs: Inputs,
         slots: list[Slot],
         past: Mapping[int, PastFrames],
         clock: Clock,
-    ) -> tuple[Query, np.ndarray]:
-        tables = pipeline.tables(plan.layout, self.backbone.device)
-        query = Query(pipeline, plan, tables, slots, inputs.images, past, clock)
-        query.trace.looked_back = {pipeline.names[index]: frames.steps for index, frames in past.items()}
-        result = self.backbone.infer(inputs, query)
+    ) -> tuple[QueryTrace, Outcome, np.ndarray]:
+        """One pass of the model; what it would have the slots remember is theirs only if all went well."""
+        plan = pipeline.plan(layout, mode or pipeline.config.modes[0])
+        device = self.backbone.device
+        chance = Chance(slots, pipeline.config.seed, device)
+        given = Given(inputs, [slot.draft() for slot in slots], past, chance, pipeline.tables(layout, device))
+        trace, outcome = self.executor.run(pipeline, plan, given, clock)
+        trace.looked_back = {pipeline.names[index]: frames.steps for index, frames in past.items()}
         clock.enter("head")
-        normalised = result.double().cpu().numpy()
-        query.finish()
+        normalised = outcome.actions.double().cpu().numpy()
+        outcome.finish(trace)
         if not np.isfinite(normalised).all():
             raise TokenPruneError(
                 f"backbone '{self.backbone.info.name}' returned actions that are not finite; "
                 "its weights or dtype cannot be used (float16 overflows where bfloat16 does not)"
             )
-        if pipeline.hooks["observe"]:
-            clock.enter("history")
-            record = QueryRecord(
-                slots=tuple(slot.index for slot in slots),
-                mode=plan.mode,
-                layout=plan.layout,
-                tokens=query.tokens,
-                actions=result,
-                attention=query.attention,
-                memories=slots,
-                tables=tables,
-            )
-            for index, hook in pipeline.hooks["observe"]:
-                pipeline.call(index, "observe", hook, replace(record, scope=f"{index}."))
-        return query, normalised
+        return trace, outcome, normalised

@@ -78,12 +78,3 @@ def merged(
     if list(weights.shape) != wanted:
         raise StageError(f"stage '{name}' {where}: weights to merge by have shape {list(weights.shape)}, not {wanted}")
     return weights.to(context.hidden.dtype) @ context.patches
-
-
-def mix(*numbers: int) -> int:
-    """Combine small integers into one 63-bit number, the same on every machine."""
-    mixed = 0x9E3779B97F4A7C15
-    for number in numbers:
-        mixed = (mixed ^ number) * 0xBF58476D1CE4E5B9 % 2**64
-        mixed ^= mixed >> 29
-    return mixed >> 1

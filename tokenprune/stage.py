@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING, ClassVar, Generic, NamedTuple, TypeVar
 
 from tokenprune.config import CutConfig, StageConfig, layer_of
 
 if TYPE_CHECKING:
     from tokenprune.backbone import BackboneInfo
+    from tokenprune.history import Slot
     from tokenprune.layout import TokenLayout
     from tokenprune.plan import Cut, Plan
 
@@ -91,6 +92,17 @@ class Stage(Generic[ConfigT]):
         At the others, what the layers added at the last step that ran is added again. Needs `head_cache`.
         """
         return 1
+
+    def host_state(self, slot: Slot) -> Hashable:
+        """What a query of this stage depends on besides its mode and tensors: values it reads on the host.
+
+        A query recorded as a CUDA graph is replayed only where they are the same again. Nothing unless overridden.
+        """
+        return None
+
+    def recordable(self) -> bool:
+        """Whether the hooks called in a query do all their work on the device, so that a CUDA graph can replay it."""
+        return True
 
     def bind(self, info: BackboneInfo) -> None:
         """Learn the backbone; called once, before any hook.

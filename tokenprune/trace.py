@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from typing import Any
@@ -39,6 +40,15 @@ class Clock:
         self._marks.append((phase, mark))
         return before
 
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a phase; time inside it that belongs to another phase counts there."""
+        before = self.enter(name)
+        try:
+            yield
+        finally:
+            self.enter(before)
+
     def milliseconds(self) -> dict[str, float]:
         """Total per phase up to the last mark; call when the device has finished."""
         spent: dict[str, float] = {}
@@ -46,6 +56,18 @@ class Clock:
             passed = start.elapsed_time(stop) if self._cuda else (stop - start) * 1e3
             spent[phase] = spent.get(phase, 0.0) + passed
         return spent
+
+
+class SilentClock(Clock):
+    """Times nothing: inside a recorded graph there is no time of its own."""
+
+    def __init__(self) -> None:
+        """No device is asked."""
+        super().__init__(torch.device("cpu"))
+
+    def enter(self, phase: str) -> str:
+        """Nothing."""
+        return ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +103,7 @@ class QueryTrace:
         overfull: Per cut, the most protected tokens any row had beyond what the cut keeps (0: all protected were kept).
         fallback: Why the query ran without pruning although a pipeline was given, or an empty string.
         replayed: Whether a controller answered and the model did not run.
+        execution: How it ran: `eager`, `compile` or `cuda_graph`, of which the first query of its kind is `eager`.
     """
 
     pipeline: str
@@ -100,6 +123,7 @@ class QueryTrace:
     overfull: dict[int, int] = field(default_factory=dict)
     fallback: str = ""
     replayed: bool = False
+    execution: str = ""
 
     @property
     def mode(self) -> str:
@@ -150,6 +174,7 @@ class QueryTrace:
             "looked_back": {stage: list(steps) for stage, steps in self.looked_back.items()},
             "fallback": self.fallback,
             "replayed": self.replayed,
+            "execution": self.execution,
         }
         if with_ids:
             plain["kept_ids"] = {cut_name(after): ids.tolist() for after, ids in self.kept.items()}

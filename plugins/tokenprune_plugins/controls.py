@@ -53,7 +53,7 @@ class Random(Scored[HalfConfig]):
 
     def score(self, ctx: SelectContext) -> Tensor:
         """Uniform numbers."""
-        return torch.stack([hashed(ids, seed) for ids, seed in zip(ctx.prunable, ctx.seeds, strict=True)])
+        return hashed(ctx.prunable, ctx.seeds[:, None])
 
 
 class UniformGrid(Scored[HalfConfig]):
@@ -77,9 +77,9 @@ class UniformGrid(Scored[HalfConfig]):
         return self._tables[key][ctx.prunable]
 
 
-def hashed(ids: Tensor, seed: int) -> Tensor:
+def hashed(ids: Tensor, seeds: Tensor | int) -> Tensor:
     """Uniform float64 numbers in [0, 1), one per id, from a 64-bit integer hash (wrap-around is intended)."""
-    mixed = (ids + seed) * -7046029254386353131
+    mixed = (ids + seeds) * -7046029254386353131
     mixed = (mixed ^ (mixed >> 30 & 0x3FFFFFFFF)) * -4658895280553007687
     mixed = (mixed ^ (mixed >> 27 & 0x1FFFFFFFFF)) * -7723592293110705685
     return (mixed >> 11 & 0x1FFFFFFFFFFFFF).double() / 2**53

@@ -57,6 +57,10 @@ class LayerCosine(Stage[LayerCosineConfig]):
         super().__init__(config)
         self._measured: dict[int, list[Tensor]] = {}
 
+    def recordable(self) -> bool:
+        """What is measured is collected on the host."""
+        return False
+
     def layers(self, depth: int) -> tuple[int, ...]:
         """A look at the embeddings, and at every layer whose output is made."""
         return tuple(range(-1, depth - 1))

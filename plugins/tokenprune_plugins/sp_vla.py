@@ -74,6 +74,10 @@ class SPVLA(Stage[SPVLAConfig]):
         """What patches get from all tokens."""
         return ("received",)
 
+    def host_state(self, slot: Slot) -> float:
+        """The vertical speed; it is seldom the same again."""
+        return self._speed(slot)
+
     def notes(self, info: BackboneInfo) -> str:
         """What the speed is measured in."""
         return "vertical speed in the action's own units"
@@ -99,9 +103,11 @@ class SPVLA(Stage[SPVLAConfig]):
 
     def _shares(self, slots: Sequence[Slot], device: torch.device) -> Tensor:
         """Share of the attention that stays in each environment `[B]`."""
-        speeds = [abs(float(slot.executed[-1].action[self._vertical])) if slot.executed else 0.0 for slot in slots]
-        shares = [share_at(speed, self.config.rise, self.config.given_up) for speed in speeds]
+        shares = [share_at(self._speed(slot), self.config.rise, self.config.given_up) for slot in slots]
         return torch.stack([torch.full((), share, dtype=torch.float64, device=device) for share in shares])
+
+    def _speed(self, slot: Slot) -> float:
+        return abs(float(slot.executed[-1].action[self._vertical])) if slot.executed else 0.0
 
 
 def share_at(speed: float, rise: float, given_up: float) -> float:

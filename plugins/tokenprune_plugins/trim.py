@@ -30,6 +30,7 @@ from tokenprune.budget import UNION
 from tokenprune.config import CutConfig, Keep
 from tokenprune.context import SelectContext
 from tokenprune.errors import MissingError
+from tokenprune.history import Slot
 from tokenprune.hookspecs import hookimpl
 from tokenprune.plan import Plan
 from tokenprune.selection import Proposal
@@ -78,6 +79,10 @@ class TRIM(Stage[TRIMConfig]):
     def merges(self) -> bool:
         """What leaves is averaged, if the mean is wanted."""
         return self.config.aggregate
+
+    def host_state(self, slot: Slot) -> str:
+        """The instruction, whose embedding is looked up."""
+        return slot.instruction
 
     def own_flops(self, info: BackboneInfo, plan: Plan) -> int:
         """The image tower, once a view; the text tower is spared while the instruction stays the same."""

@@ -18,7 +18,7 @@ from tokenprune.backbone import BackboneInfo
 from tokenprune.config import StageConfig, layer_of
 from tokenprune.context import LayerContext
 from tokenprune.features import FeatureContext
-from tokenprune.history import flags
+from tokenprune.history import Slot, flags
 from tokenprune.hookspecs import hookimpl
 from tokenprune.layout import TokenLayout
 from tokenprune.stage import Probe, Stage
@@ -44,6 +44,10 @@ class TTF(Stage[TTFConfig]):
         """Find the layer in this decoder."""
         (self._layer,) = self.layers(info.decoder.depth)
 
+    def host_state(self, slot: Slot) -> bool:
+        """Whether the query is a keyframe."""
+        return slot.queries % self.config.keyframe == 0
+
     def layers(self, depth: int) -> tuple[int, ...]:
         """The layer that says what matters."""
         return (layer_of(self.config.attended_layer, depth),)
@@ -59,7 +63,7 @@ class TTF(Stage[TTFConfig]):
         earlier, _ = ctx.previous_images()
         # How much is the best of a view is not known before all views are seen; the map of all of them is.
         attended, _ = ctx.recall("attended")
-        key = flags([slot.queries % self.config.keyframe == 0 for slot in ctx.slots], had.device) | ~had
+        key = flags([self.host_state(slot) for slot in ctx.slots], had.device) | ~had
         moved = changed(ctx.images, earlier, ctx.layout.views[ctx.view].grid, ctx.features.shape[1])
         new = (moved > self.config.threshold) | (attended > 0) | key[:, None]
         return torch.where(new[..., None], ctx.features, before)

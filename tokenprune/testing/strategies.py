@@ -106,7 +106,7 @@ def contexts(draw: st.DrawFn, stage: Stage[Any] | None = None, width: int = 8, s
         prunable=OriginalIds(prunable),
         hidden=rows_at(everything, tokens.ids),
         images=images,
-        seeds=tuple(range(batch)),
+        seeds=torch.arange(batch),
         tables=tables,
         slots=[Slot(index, "push it", FrameBuffer(0)) for index in range(batch)],
         scope="0.",

@@ -1,0 +1,150 @@
+"""How a query runs on the device: call by call, through compiled layers, or as one recorded graph."""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
+
+import torch
+
+from tokenprune.errors import ConfigError, nearest
+from tokenprune.pipeline import BoundPipeline
+from tokenprune.plan import Plan
+from tokenprune.recording import Recorder, Recording, cuda_graph, recording_key
+from tokenprune.runtime import Given, Outcome, Query
+from tokenprune.trace import Clock, QueryTrace
+
+if TYPE_CHECKING:
+    from tokenprune.adapter import Backbone
+
+Execution = Literal["eager", "compile", "cuda_graph"]
+EXECUTIONS: tuple[str, ...] = get_args(Execution)
+RECORDINGS = 16
+"""Recordings that are kept, the last used ones: a pipeline with two modes needs four to eight of them."""
+
+
+class Executor(Protocol):
+    """Runs queries."""
+
+    name: str
+
+    def check(self, pipeline: BoundPipeline, plan: Plan) -> None:
+        """Refuse a plan that cannot run this way.
+
+        Raises:
+            ConfigError: Saying why.
+        """
+        ...
+
+    def run(self, pipeline: BoundPipeline, plan: Plan, given: Given, clock: Clock) -> tuple[QueryTrace, Outcome]:
+        """Run one query; the clock is in no phase of the model's before or after."""
+        ...
+
+
+class CallByCall:
+    """Every operation is launched by itself; layers may be compiled."""
+
+    def __init__(self, backbone: Backbone, compiled: bool = False) -> None:
+        """Nothing is compiled before it runs."""
+        self.name = "compile" if compiled else "eager"
+        self._backbone = backbone
+        self._compiled = compiled
+
+    def check(self, pipeline: BoundPipeline, plan: Plan) -> None:
+        """Every plan can."""
+
+    def run(self, pipeline: BoundPipeline, plan: Plan, given: Given, clock: Clock) -> tuple[QueryTrace, Outcome]:
+        """Run the model through its hook points."""
+        query = Query(pipeline, plan, given, clock, compiled=self._compiled)
+        actions = self._backbone.infer(given.inputs, query)
+        clock.enter("history")
+        outcome = query.outcome(actions)
+        query.trace.execution = self.name
+        return query.trace, outcome
+
+
+class Recorded:
+    """The first query of each kind runs call by call and is recorded; later ones are replays."""
+
+    name = "cuda_graph"
+
+    def __init__(self, backbone: Backbone, recorder: Recorder = cuda_graph) -> None:
+        """Nothing is recorded yet.
+
+        Raises:
+            ConfigError: If graphs are to be CUDA's and the backbone is elsewhere.
+        """
+        if recorder is cuda_graph and backbone.device.type != "cuda":
+            raise ConfigError(f"execution: cuda_graph needs a CUDA device; the policy is on '{backbone.device}'")
+        self._first = CallByCall(backbone)
+        self._backbone = backbone
+        self._recorder = recorder
+        self._recordings: OrderedDict[Hashable, Recording | None] = OrderedDict()
+
+    def check(self, pipeline: BoundPipeline, plan: Plan) -> None:
+        """Only what is known before the query can be recorded.
+
+        Raises:
+            ConfigError: If a count depends on data, or a stage says that it cannot be recorded.
+        """
+        where = f"pipeline '{pipeline.config.name}', mode '{plan.mode}': execution: cuda_graph"
+        unsafe = [pipeline.names[index] for cut in plan.cuts if cut.union for index in cut.stages]
+        if unsafe:
+            raise ConfigError(
+                f"{where} needs counts that are known before the query, and 'keep: union' of '{unsafe[0]}' depends on "
+                "what is seen; give it a count or a ratio, or use execution: eager"
+            )
+        for stage, name in zip(pipeline.stages, pipeline.names, strict=True):
+            if not stage.recordable():
+                raise ConfigError(f"{where} cannot hold '{name}', which works on the host; use execution: eager")
+
+    def run(self, pipeline: BoundPipeline, plan: Plan, given: Given, clock: Clock) -> tuple[QueryTrace, Outcome]:
+        """Replay what is recorded for queries like this; record it where nothing is."""
+        key = recording_key(pipeline, plan, given)
+        recording = self._recordings.get(key)
+        if recording is not None:
+            self._recordings.move_to_end(key)
+            clock.enter("replay")
+            trace, outcome = recording.replay(given)
+            clock.enter("history")
+            trace.execution = self.name
+            return trace, outcome
+        again = None if key in self._recordings else _as_it_was(given)
+        trace, outcome = self._first.run(pipeline, plan, given, clock)
+        if again is not None:
+            clock.enter("recording")
+            self._recordings[key] = self._record(pipeline, plan, again, trace)
+            clock.enter("history")
+            if len(self._recordings) > RECORDINGS:
+                self._recordings.popitem(last=False)
+        return trace, outcome
+
+    def _record(self, pipeline: BoundPipeline, plan: Plan, given: Given, trace: QueryTrace) -> Recording | None:
+        try:
+            return Recording(self._backbone, pipeline, plan, given, self._recorder)
+        except torch.OutOfMemoryError:
+            trace.execution = "eager (no memory for a graph)"
+            warnings.warn(
+                f"no memory to record pipeline '{pipeline.config.name}', mode '{plan.mode}', as a CUDA graph; "
+                "queries like this one run call by call",
+                stacklevel=2,
+            )
+            return None
+
+
+def _as_it_was(given: Given) -> Given:
+    """The same query with drafts of its own, before it writes to them."""
+    return Given(given.inputs, [slot.draft() for slot in given.slots], given.past, given.chance, given.tables)
+
+
+def executor(name: str, backbone: Backbone) -> Executor:
+    """The executor of a name.
+
+    Raises:
+        ConfigError: If there is none, or the backbone's device cannot do it.
+    """
+    if name not in EXECUTIONS:
+        raise ConfigError(f"no execution '{name}'{nearest(name, EXECUTIONS)}")
+    return Recorded(backbone) if name == "cuda_graph" else CallByCall(backbone, compiled=name == "compile")
