@@ -1,0 +1,56 @@
+"""Memory stays flat over many queries, resets, modes and instructions."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tokenprune
+from tests.test_recording import taped
+from tokenprune.bench.matrix import random_observation
+from tokenprune.execution import RECORDINGS, Recorded
+from tokenprune.policy import Policy
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+
+from long_run import long_run
+
+
+@pytest.mark.slow
+def test_five_thousand_queries_leave_nothing_behind() -> None:
+    policy = tokenprune.load("openvla-oft", preset="mini", pipeline="specprune")
+    stretches = list(long_run(policy, 5000, 500))
+    assert all(len(one.modes) == 2 for one in stretches)
+    # What one query leaves on the device is some hundred kB, so a leak of it would be hundreds of MB by the end.
+    assert stretches[-1].resident_mb - stretches[1].resident_mb < 40
+
+
+def test_what_a_policy_holds_does_not_grow() -> None:
+    policy = tokenprune.load("openvla-oft", preset="tiny", pipeline="specprune", dtype="float32")
+    sizes = [held(policy) for _ in long_run(policy, 230, 115)]
+    assert sizes[0] == sizes[1]
+
+
+def test_recordings_are_let_go() -> None:
+    policy = tokenprune.load("openvla-oft", preset="tiny", pipeline="random", dtype="float32")
+    policy.executor = recorded = Recorded(policy.backbone, taped)
+    seen = random_observation(policy.backbone, np.random.default_rng(0))
+    for words in range(1, RECORDINGS + 5):
+        policy.reset(" ".join(["put"] * words))
+        policy.act(seen)
+    assert len(recorded._recordings) == RECORDINGS
+
+
+def held(policy: Policy) -> dict[str, int]:
+    """How much is kept under each name."""
+    (slot,) = policy._slots.values()
+    return {
+        "plans": len(policy.pipeline._plans),
+        "tables": len(policy.pipeline._tables),
+        "maps": len(slot.memory.maps),
+        "frames": len(slot.past._frames),
+        "executed": len(slot.executed),
+    }

@@ -1,0 +1,124 @@
+"""Many queries in one process, and what becomes of memory and latency.
+
+    python tools/long_run.py --preset small --queries 5000 --out long-run.json
+
+The policy is asked, resets, gets other instructions, and a controller switches its mode all the time. Weights are
+untrained random numbers unless the preset is a trained one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import tokenprune
+from tokenprune.bench.matrix import random_observation
+from tokenprune.bench.provenance import provenance
+from tokenprune.policy import Policy
+
+INSTRUCTIONS = (
+    "put the bowl on the plate",
+    "pick up the black bowl between the plate and the ramekin and place it on the plate",
+    "push it",
+)
+EPISODE = 23
+"""Queries of an episode; odd, so that resets fall at every place of the modes' turns."""
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A stretch of queries.
+
+    Attributes:
+        until: Queries asked by its end.
+        resident_mb: Memory of the process then.
+        device_mb: Memory allocated on a CUDA device then, 0 elsewhere.
+        median_ms: Of a query in it.
+        modes: Queries of each mode in it.
+    """
+
+    until: int
+    resident_mb: float
+    device_mb: float
+    median_ms: float
+    modes: dict[str, int]
+
+
+def long_run(policy: Policy, queries: int, stretch: int) -> Iterator[Stretch]:
+    """Ask the policy and measure at the end of each stretch."""
+    info, rng = policy.backbone.info, np.random.default_rng(0)
+    seen = [random_observation(policy.backbone, rng) for _ in range(7)]
+    spent: list[float] = []
+    modes: dict[str, int] = {}
+    for query in range(queries):
+        if query % EPISODE == 0:
+            policy.reset(INSTRUCTIONS[query // EPISODE % len(INSTRUCTIONS)])
+        started = time.perf_counter()
+        trace = policy.act(seen[query % len(seen)]).trace
+        spent.append((time.perf_counter() - started) * 1e3)
+        modes[trace.mode] = modes.get(trace.mode, 0) + 1
+        for step in range(2):
+            # Fast for some queries, then slow, so that a controller changes its mind.
+            pace = 0.7 if query % 5 < 3 else 0.01
+            after = seen[(query + step) % len(seen)]
+            policy.executed(np.full(info.action.dims, pace), np.full(7, float(query)), observation=after)
+        if (query + 1) % stretch == 0:
+            yield Stretch(query + 1, resident_mb(), device_mb(), statistics.median(spent), modes)
+            spent, modes = [], {}
+
+
+def resident_mb() -> float:
+    """Resident memory of this process."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def device_mb() -> float:
+    """Memory that tensors hold on the CUDA device."""
+    return torch.cuda.memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
+
+
+def main() -> None:
+    """Run, print a line for each stretch, write the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", default="openvla-oft")
+    parser.add_argument("--preset", default="small")
+    parser.add_argument("--pipeline", default="specprune")
+    parser.add_argument("--execution", default="eager")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--queries", type=int, default=5000)
+    parser.add_argument("--stretch", type=int, default=500)
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    policy = tokenprune.load(
+        given.backbone, preset=given.preset, pipeline=given.pipeline, device=given.device, execution=given.execution
+    )
+    data: dict[str, Any] = {
+        "kind": "long-run",
+        "provenance": provenance(policy.backbone.device),
+        "settings": {name: value for name, value in vars(given).items() if name != "out"},
+        "untrained": policy.backbone.info.untrained,
+        "stretches": [],
+    }
+    for one in long_run(policy, given.queries, given.stretch):
+        print(
+            f"{one.until:6d} queries  {one.resident_mb:8.1f} MB resident  {one.device_mb:8.1f} MB on the device  "
+            f"{one.median_ms:8.2f} ms",
+            flush=True,
+        )
+        data["stretches"].append(asdict(one))
+        given.out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
