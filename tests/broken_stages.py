@@ -60,6 +60,15 @@ class OneInstruction(Sound):
         return super().score(ctx)
 
 
+class CountsQueries(Sound):
+    """Does something else in every other query, by a number that it reads on the host."""
+
+    BREAKS = "a_replay_is_the_query", "belongs in `host_state`"
+
+    def score(self, ctx: SelectContext) -> Tensor:
+        return super().score(ctx) * (-1) ** ctx.slots[0].queries
+
+
 class ScoresNaN(Sound):
     """Divides by what may be nothing."""
 

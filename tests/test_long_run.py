@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 import tokenprune
-from tests.test_recording import taped
 from tokenprune.bench.matrix import random_observation
 from tokenprune.execution import RECORDINGS, Recorded
 from tokenprune.policy import Policy
+from tokenprune.testing.tape import taped
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 

@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from tests.planting import REGISTRY, pipeline
 from tests.stages import TestConfig
@@ -25,46 +23,8 @@ from tokenprune.execution import Recorded
 from tokenprune.loader import load_pipeline
 from tokenprune.policy import ActionChunk, Policy
 from tokenprune.runtime import Outcome
-from tokenprune.trees import map_tensors, tensors_in
+from tokenprune.testing.tape import taped
 from tokenprune_plugins.ttf import TTFConfig
-
-
-class Tape(TorchDispatchMode):
-    """Every operation with what it was given; running them again takes what is there by then."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations: list[tuple[Any, Any, Any, Any]] = []
-
-    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = operation(*args, **(kwargs or {}))
-        self.operations.append((operation, args, kwargs or {}, made))
-        return made
-
-    def again(self) -> dict[int, torch.Tensor]:
-        """What each tensor that was made is this time, by its identity."""
-        now: dict[int, torch.Tensor] = {}
-        current = lambda value: now.get(id(value), value)  # noqa: E731
-        for operation, args, kwargs, made in self.operations:
-            new = operation(*tree_map(current, args), **tree_map(current, kwargs))
-            for old, value in zip(tree_leaves(made), tree_leaves(new), strict=True):
-                if isinstance(old, torch.Tensor):
-                    now[id(old)] = value
-        return now
-
-
-def taped(run: Callable[[], Outcome]) -> tuple[Outcome, Callable[[], None]]:
-    """Record the operations of a function; running them again fills the outcome anew."""
-    with Tape() as tape:
-        made = run()
-    outcome = map_tensors(torch.clone, made)
-
-    def again() -> None:
-        now = tape.again()
-        for place, old in zip(tensors_in(outcome), tensors_in(made), strict=True):
-            place.copy_(now.get(id(old), old))
-
-    return outcome, again
 
 
 def both(backbone: Any, config: PipelineConfig, rounds: list[tuple[Any, ...]]) -> list[list[ActionChunk]]:

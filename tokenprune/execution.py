@@ -19,7 +19,7 @@ from tokenprune.trace import Clock, QueryTrace
 if TYPE_CHECKING:
     from tokenprune.adapter import Backbone
 
-Execution = Literal["eager", "compile", "cuda_graph"]
+Execution = Literal["eager", "compile", "cuda_graph", "compiled_cuda_graph"]
 EXECUTIONS: tuple[str, ...] = get_args(Execution)
 RECORDINGS = 16
 """Recordings that are kept, the last used ones: a pipeline with two modes needs four to eight of them."""
@@ -68,17 +68,17 @@ class CallByCall:
 class Recorded:
     """The first query of each kind runs call by call and is recorded; later ones are replays."""
 
-    name = "cuda_graph"
-
-    def __init__(self, backbone: Backbone, recorder: Recorder = cuda_graph) -> None:
-        """Nothing is recorded yet.
+    def __init__(self, backbone: Backbone, recorder: Recorder = cuda_graph, *, compiled: bool = False) -> None:
+        """Nothing is recorded yet; layers may be compiled before they are.
 
         Raises:
             ConfigError: If graphs are to be CUDA's and the backbone is elsewhere.
         """
+        self.name = "compiled_cuda_graph" if compiled else "cuda_graph"
         if recorder is cuda_graph and backbone.device.type != "cuda":
-            raise ConfigError(f"execution: cuda_graph needs a CUDA device; the policy is on '{backbone.device}'")
-        self._first = CallByCall(backbone)
+            raise ConfigError(f"execution: {self.name} needs a CUDA device; the policy is on '{backbone.device}'")
+        self._first = CallByCall(backbone, compiled)
+        self._compiled = compiled
         self._backbone = backbone
         self._recorder = recorder
         self._recordings: OrderedDict[Hashable, Recording | None] = OrderedDict()
@@ -89,7 +89,7 @@ class Recorded:
         Raises:
             ConfigError: If a count depends on data, or a stage says that it cannot be recorded.
         """
-        where = f"pipeline '{pipeline.config.name}', mode '{plan.mode}': execution: cuda_graph"
+        where = f"pipeline '{pipeline.config.name}', mode '{plan.mode}': execution: {self.name}"
         unsafe = [pipeline.names[index] for cut in plan.cuts if cut.union for index in cut.stages]
         if unsafe:
             raise ConfigError(
@@ -123,9 +123,9 @@ class Recorded:
 
     def _record(self, pipeline: BoundPipeline, plan: Plan, given: Given, trace: QueryTrace) -> Recording | None:
         try:
-            return Recording(self._backbone, pipeline, plan, given, self._recorder)
+            return Recording(self._backbone, pipeline, plan, given, self._recorder, self._compiled)
         except torch.OutOfMemoryError:
-            trace.execution = "eager (no memory for a graph)"
+            trace.execution = f"{self._first.name} (no memory for a graph)"
             warnings.warn(
                 f"no memory to record pipeline '{pipeline.config.name}', mode '{plan.mode}', as a CUDA graph; "
                 "queries like this one run call by call",
@@ -147,4 +147,5 @@ def executor(name: str, backbone: Backbone) -> Executor:
     """
     if name not in EXECUTIONS:
         raise ConfigError(f"no execution '{name}'{nearest(name, EXECUTIONS)}")
-    return Recorded(backbone) if name == "cuda_graph" else CallByCall(backbone, compiled=name == "compile")
+    compiled = name.startswith("compile")
+    return Recorded(backbone, compiled=compiled) if name.endswith("cuda_graph") else CallByCall(backbone, compiled)

@@ -43,8 +43,8 @@ def load(
             device computes it natively, and float32 elsewhere.
         seed: Seed of an untrained preset's random weights.
         overrides: `stages.1.keep=0.5` and the like, applied to a named pipeline or file.
-        execution: `eager`; `compile`, whose first queries take long; or, on a CUDA device, `cuda_graph`, which replays
-            a query as one graph and needs counts that do not depend on what is seen.
+        execution: `eager`; `compile`, whose first queries take long; or, on a CUDA device, `cuda_graph` or
+            `compiled_cuda_graph`, which replay a query as one graph and need counts that do not depend on what is seen.
         registry: Discovered plugins; discovered now when left out.
         **options: What the backbone accepts besides, such as `unnorm_key`.
 

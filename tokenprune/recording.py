@@ -45,7 +45,13 @@ class Recording:
     """
 
     def __init__(
-        self, backbone: Backbone, pipeline: BoundPipeline, plan: Plan, given: Given, recorder: Recorder
+        self,
+        backbone: Backbone,
+        pipeline: BoundPipeline,
+        plan: Plan,
+        given: Given,
+        recorder: Recorder,
+        compiled: bool = False,
     ) -> None:
         """Record a query like the one `given`, which has run before: nothing may be made for the first time here."""
         self._given = _buffers(given)
@@ -54,7 +60,7 @@ class Recording:
         def run() -> Outcome:
             # Run on drafts of the buffers: what a query leaves must not be where it reads.
             own = replace(self._given, slots=[slot.draft() for slot in self._given.slots])
-            query = Query(pipeline, plan, own, SilentClock())
+            query = Query(pipeline, plan, own, SilentClock(), compiled=compiled)
             outcome = query.outcome(backbone.infer(own.inputs, query))
             self._trace = query.trace
             return outcome

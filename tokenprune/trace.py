@@ -103,7 +103,7 @@ class QueryTrace:
         overfull: Per cut, the most protected tokens any row had beyond what the cut keeps (0: all protected were kept).
         fallback: Why the query ran without pruning although a pipeline was given, or an empty string.
         replayed: Whether a controller answered and the model did not run.
-        execution: How it ran: `eager`, `compile` or `cuda_graph`, of which the first query of its kind is `eager`.
+        execution: How it ran: `eager`, `compile`, or as a replayed graph, which the first query of its kind is not.
     """
 
     pipeline: str

@@ -19,9 +19,11 @@ from tokenprune.budget import UNION
 from tokenprune.config import DENSE, CutConfig
 from tokenprune.context import rows_name
 from tokenprune.errors import TokenPruneError
+from tokenprune.execution import Recorded
 from tokenprune.pipeline import BoundPipeline, bind
 from tokenprune.policy import ActionChunk
 from tokenprune.testing.subject import INSTRUCTIONS, Subject
+from tokenprune.testing.tape import taped
 from tokenprune.testing.waiting import no_waiting
 
 DEPTHS = (6, 18, 32)
@@ -135,6 +137,20 @@ def no_query_waits(subject: Subject) -> None:
         subject.queries(policy, 1, (0, 1), first=4)
 
 
+def a_replay_is_the_query(subject: Subject) -> None:
+    """Recorded once, as for a CUDA graph, it answers later queries as if it were asked."""
+    if _has_union(subject):
+        raise NotApplicable("its count is known only during the query")
+    eager, recorded = subject.policy(), subject.policy()
+    if not all(stage.recordable() for stage in recorded.pipeline.stages):
+        raise NotApplicable("it says that it cannot be recorded")
+    recorded.executor = Recorded(recorded.backbone, taped)
+    own, plain = (subject.queries(policy, 7) for policy in (recorded, eager))
+    said = "query {} was replayed and differs; what it reads on the host belongs in `host_state`"
+    _same_selection(own, plain, said)
+    _same_actions(own, plain, said)
+
+
 def probes_are_declared(subject: Subject) -> None:
     """The attention it computes is the attention that `probes` declares, so that FLOPs are told right."""
     policy = subject.policy()
@@ -196,6 +212,7 @@ CHECKS: tuple[Callable[[Subject], None], ...] = (
     what_it_is_shown_stays_as_it_was,
     it_works_in_bfloat16,
     no_query_waits,
+    a_replay_is_the_query,
     probes_are_declared,
     it_fits_every_depth,
     unknown_keys_are_refused,
