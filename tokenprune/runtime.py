@@ -75,10 +75,17 @@ class Outcome:
         Raises:
             StageError: If a stage gave a NaN score.
         """
-        for what, bad in self.nan:
-            if bad.item():
+        noted = [bad.long() for _, bad in self.nan] + [count.long() for count in self.overfull.values()]
+        if not noted:
+            return
+        # One copy instead of one for each.
+        numbers = torch.stack(noted).tolist()
+        for (what, _), bad in zip(self.nan, numbers, strict=False):
+            if bad:
                 raise StageError(f"{what} gave a NaN score")
-        trace.overfull = {after: max(int(n.item()), 0) for after, n in self.overfull.items()}
+        trace.overfull = {
+            after: max(count, 0) for after, count in zip(self.overfull, numbers[len(self.nan) :], strict=True)
+        }
 
 
 class Query:
