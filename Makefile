@@ -11,7 +11,7 @@ SIMULATORS := .venv/.simulators-done
 # What MuJoCo draws with where there is no GPU, as Debian and Ubuntu call it.
 RENDERING := libegl1 libgl1 libgles2 libegl-mesa0 libgl1-mesa-dri libosmesa6 libglib2.0-0
 
-.PHONY: setup demo test lint docs simulators rendering clean
+.PHONY: setup demo test lint docs simulators rendering bench-gpu bench-cpu speed-page clean
 
 setup: $(STAMP)
 
@@ -55,6 +55,34 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python tools/lint_hot.py
+
+# Under 8 minutes on one GPU: the whole table at the releases' dimensions, then the tests marked `cuda`, graph against
+# eager among them. Weights are random, so no checkpoint is needed; they and the rest take 20 GB of the GPU's memory.
+# No prerequisites: without a GPU it ends before anything is installed.
+STAGES := specprune specprune.static specprune.dynamic specprune.controller
+bench-gpu:
+	@test -e /dev/nvidiactl || test -e /dev/dxg || nvidia-smi -L >/dev/null 2>&1 || { \
+		echo "make bench-gpu needs a CUDA device, and there is none here" >&2; exit 2; }
+	@$(MAKE) --no-print-directory setup
+	@$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit( \
+		f'make bench-gpu needs a CUDA device, and torch {torch.__version__} sees none')"
+	$(BIN)/tokenprune bench $(STAGES) $(foreach keep,0.5 0.25 0.125,uniform_grid@keep=$(keep) fastv@keep=$(keep)) \
+		--backbone openvla-oft --preset 7b --backbone openvla --preset 7b \
+		--backbone pi0 --preset base --backbone pi05 --preset base \
+		--device cuda --dtype bfloat16 --mode eager --pairs 10 --warmup 3 --reference upstream \
+		--out docs/evidence/bench-gpu.json --chart docs/assets/bench-gpu.png
+	$(BIN)/python -m pytest -m cuda
+
+# 15 minutes on two cores with bfloat16 instructions and nothing else to do; 17 GB of memory.
+bench-cpu: setup
+	OMP_NUM_THREADS=2 $(BIN)/tokenprune bench specprune specprune.static uniform_grid@keep=0.25 fastv@keep=0.25 \
+		--backbone openvla-oft --preset 7b --dtype bfloat16 --pairs 3 --warmup 1 --queries 3 --reference upstream \
+		--out docs/evidence/bench-cpu-7b.json --chart docs/assets/bench-cpu-7b.png
+	$(MAKE) speed-page
+
+# Brings the page up to the result files.
+speed-page: setup
+	$(BIN)/python tools/speed_page.py docs/speed.md
 
 # Never add --quiet: mkdocs then lets broken links pass even with --strict.
 docs: setup

@@ -27,3 +27,9 @@ def pytest_configure() -> None:
     """Let HYPOTHESIS_PROFILE win over the profile named in pyproject.toml."""
     if profile := os.environ.get("HYPOTHESIS_PROFILE"):
         settings.load_profile(profile)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test of what only a GPU shows is never passed over for want of one: it fails."""
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.fail("this test was asked for with `-m cuda`, and torch sees no CUDA device", pytrace=False)

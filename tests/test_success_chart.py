@@ -12,7 +12,8 @@ from tests.eval_records import record
 from tokenprune.errors import ResultError
 from tokenprune.rollout.statistics import wilson
 from tokenprune.rollout.summary import summarise
-from tokenprune.viz.success import draw_success, place, write_success
+from tokenprune.viz.labels import place
+from tokenprune.viz.success import draw_success, write_success
 
 
 def labels_of(figure):

@@ -90,6 +90,9 @@ class BackboneInfo:
         capabilities: Names from `specs.CAPABILITIES` it offers.
         encoder_attention: What stages may ask of the vision towers' attention, such as `cls`.
         other_flops: FLOPs per query outside the decoder, by part (2 per multiply-add).
+        other_weights: Numbers in the matrices that each of these parts reads, as often as it reads them in one query.
+        unread_logits: Rows of the output layer to which upstream's code multiplies every token of the layout, although
+            no query reads those scores; 0 where it does not.
         repeats: Times the layout's tokens go through the decoder in one query.
         follow_up: What comes after them, if anything does.
     """
@@ -104,5 +107,7 @@ class BackboneInfo:
     capabilities: frozenset[str] = frozenset()
     encoder_attention: Mapping[str, EncoderAnswer] = field(default_factory=dict)
     other_flops: Mapping[str, int] = field(default_factory=dict)
+    other_weights: Mapping[str, int] = field(default_factory=dict)
+    unread_logits: int = 0
     repeats: int = 1
     follow_up: FollowUp | None = None

@@ -13,12 +13,12 @@ import io
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from tokenprune.cli.eval import report
 
 ROOT = Path(__file__).resolve().parents[1]
-_BLOCK = re.compile(r"(<!-- report (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def told(words: str) -> str:
@@ -32,9 +32,15 @@ def told(words: str) -> str:
     return "\n".join(lines[: lines.index(f"results: {ROOT / path}")]).strip("\n")
 
 
+def fill(page: str, word: str, told: Callable[[str], str]) -> str:
+    """The page with every block after a marker `<!-- WORD … -->` replaced by what is told of the words behind WORD."""
+    block = re.compile(rf"(<!-- {word} (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+    return block.sub(lambda found: f"{found[1]}{told(found[2])}\n{found[3]}", page)
+
+
 def filled(page: str) -> str:
     """The page with every marked block as its file has it now."""
-    return _BLOCK.sub(lambda block: f"{block[1]}```text\n{told(block[2])}\n```\n{block[3]}", page)
+    return fill(page, "report", lambda words: f"```text\n{told(words)}\n```")
 
 
 def main() -> None:

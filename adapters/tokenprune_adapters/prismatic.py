@@ -20,6 +20,7 @@ from tokenprune_adapters.encoder_look import EncoderLook
 from tokenprune_adapters.preprocess import ImageTransform
 from tokenprune_adapters.vision import DINOV2_L_REG4_224, SIGLIP_SO400M_224, VisionTower, ViTConfig
 from tokenprune_adapters.vision import flops as tower_flops
+from tokenprune_adapters.vision import weights as tower_weights
 
 TOWERS = ("featurizer", "fused_featurizer")
 """Names of the towers in the checkpoint, in the order in which their features are concatenated: DINOv2, SigLIP.
@@ -88,6 +89,11 @@ class PrismaticConfig:
         """Channels before, between and behind the projector's linear layers: three for fused towers, two for one."""
         vision, width = self.vision_width, self.decoder.hidden
         return (vision, 4 * vision, width, width) if len(self.towers) > 1 else (vision, width, width)
+
+    def vision_weights(self) -> dict[str, int]:
+        """Numbers in the matrices of towers and projector, which a query reads once."""
+        projector = sum(before * behind for before, behind in pairwise(self.projector_widths))
+        return {"vision": sum(tower_weights(tower) for tower in self.towers), "projector": projector}
 
     def vision_flops(self, views: int) -> dict[str, int]:
         """FLOPs of towers and projector per query."""
@@ -211,17 +217,19 @@ def fill_untrained(module: nn.Module, seed: int, device: torch.device, dtype: to
     """Give a module on the meta device random weights.
 
     Matrices are scaled by the root of their inputs so that every part passes on signals of ordinary size; norms
-    and layer scales are ones, biases zeros. The numbers are drawn in float32 on the CPU, so they do not depend on
-    device or dtype. They are no policy: whatever comes out is marked untrained.
+    and layer scales are ones, biases zeros. The numbers are drawn in float32 on the device itself, one matrix after the
+    other: they do not depend on the dtype, and next to the weights there is never more in memory than one matrix. They
+    are no policy: whatever comes out is marked untrained.
     """
-    module.to_empty(device=device)
+    # The type first, while nothing has memory yet.
     module.to(dtype)
-    generator = torch.Generator().manual_seed(seed)
+    module.to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(seed)
     for name, parameter in module.named_parameters():
         leaf = name.rsplit(".", 1)[-1]
         if parameter.dim() < 2:
             parameter.fill_(0.0 if leaf == "bias" else 1.0)
             continue
         fan_in = 1 if "embed" in name and "proj" not in name else parameter[0].numel()
-        values = torch.empty(parameter.shape).normal_(0.0, fan_in**-0.5, generator=generator)
+        values = torch.empty(parameter.shape, device=device).normal_(0.0, fan_in**-0.5, generator=generator)
         parameter.copy_(values)

@@ -262,3 +262,10 @@ def flops(config: ViTConfig) -> int:
     mlp = 2 * tokens * width * config.mlp_size
     film = 2 * width * (config.film or 0)
     return 2 * (embed + (config.tap + 1) * (attention + mlp + film))
+
+
+def weights(config: ViTConfig) -> int:
+    """Numbers in the matrices of the tapped tower, FiLM's included; positions and biases are not counted."""
+    width = config.hidden_size
+    block = 4 * width * width + 2 * width * config.mlp_size + 2 * width * (config.film or 0)
+    return 3 * config.patch_size**2 * width + (config.tap + 1) * block

@@ -119,13 +119,8 @@ def compare(
         ConfigError: If two pipelines have the same name.
         TraceError: If a query did not run to plan.
     """
-    others = [p for p in pipelines if p.label != "dense"]
+    others = beside_dense(pipelines)
     labels = ["dense", *(p.label for p in others)]
-    for label in labels:
-        if labels.count(label) > 1:
-            raise ConfigError(
-                f"two pipelines are called '{label}'; rename one, or write '{label}@keep=0.25' to vary it"
-            )
     policies = [Policy(backbone, config, registry) for config in (DENSE, *(p.config for p in others))]
     steps = query_steps(episode, backbone.info.action.horizon, queries)
     warm = steps[: min(WARMUP, len(steps))]
@@ -156,6 +151,22 @@ def compare(
         },
     }
     return Comparison(rows, data)
+
+
+def beside_dense(pipelines: Sequence[LoadedPipeline]) -> list[LoadedPipeline]:
+    """The pipelines that are to stand beside the dense policy, which is always there.
+
+    Raises:
+        ConfigError: If two have the same name.
+    """
+    others = [p for p in pipelines if p.label != "dense"]
+    labels = [p.label for p in others]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ConfigError(
+                f"two pipelines are called '{label}'; rename one, or write '{label}@keep=0.25' to vary it"
+            )
+    return others
 
 
 def make_row(label: str, own: Sequence[ActionChunk], dense: Sequence[ActionChunk], info: BackboneInfo) -> Row:

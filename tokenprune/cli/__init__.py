@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from tokenprune.cli import catalog, check, eval, explain, new, run, verify, viz
+from tokenprune.cli import bench, catalog, check, eval, explain, new, run, verify, viz
 from tokenprune.errors import (
     CheckpointError,
     ConfigError,
@@ -27,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for module in (run, eval, explain, verify, viz, check, new, catalog):
+for module in (run, bench, eval, explain, verify, viz, check, new, catalog):
     module.add_to(app)
 
 

@@ -17,17 +17,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tokenprune.cli.options import (
     BackboneName,
     Checkpoint,
+    Device,
+    Dtype,
     Json,
     Options,
     Plugins,
     Preset,
+    Seed,
     Sets,
+    charts,
     key_values,
     print_json,
     registry,
     source,
 )
-from tokenprune.cli.run import Device, Dtype, Seed
 from tokenprune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -306,14 +309,8 @@ def _print(summary: Summary) -> None:
 
 
 def _draw(summary: Summary, chart: Path) -> None:
-    try:
+    with charts():
         from tokenprune.viz.success import write_success
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "matplotlib":
-            raise
-        raise ConfigError(
-            '--chart draws with matplotlib, which is missing: pip install "tokenprune-vla[viz]"'
-        ) from error
     write_success(summary, chart)
 
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import importlib.resources
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tokenprune.errors import ConfigError
 from tokenprune.registry import Registry
@@ -27,6 +31,9 @@ Checkpoint = Annotated[str | None, typer.Option(help="Folder in the release's fo
 Options = Annotated[
     list[str] | None, typer.Option("--option", help="The backbone's own: views=[primary], proprio=false, unnorm_key=…")
 ]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:0.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64; auto: bfloat16 where it is native.")]
+Seed = Annotated[int, typer.Option(help="Seed of an untrained preset's random weights.")]
 EpisodePath = Annotated[
     Path | None, typer.Option("--episode", help="A recorded episode; the bundled one when left out.")
 ]
@@ -79,3 +86,52 @@ def bundled_episode(found: Registry, backbone: str) -> Path:
         raise ConfigError(f"no episode ships with backbone '{backbone}'; give one with --episode PATH")
     package, _, resource = name.partition(":")
     return Path(str(importlib.resources.files(package).joinpath(resource)))
+
+
+@contextmanager
+def charts() -> Iterator[None]:
+    """Import inside what draws charts.
+
+    Raises:
+        ConfigError: If matplotlib is not installed, naming the extra.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
+        raise ConfigError(
+            '--chart draws with matplotlib, which is missing: pip install "tokenprune-vla[viz]"'
+        ) from error
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[int], Callable[[], None]]]:
+    """A bar of queries on standard error, absent where that is no terminal."""
+    console = Console(file=sys.stderr)
+    columns = (TextColumn("queries"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+
+        def begin(total: int) -> Callable[[], None]:
+            task = bar.add_task("queries", total=total)
+            return lambda: bar.advance(task)
+
+        yield begin
+
+
+def free_path(folder: Path, stem: str) -> Path:
+    """Where a result can be written under a name that is not taken; the folder is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    path = folder / f"{stem}-{stamp}.json"
+    number = 1
+    while path.exists():
+        path, number = folder / f"{stem}-{stamp}-{number}.json", number + 1
+    return path
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Write plain data, so that whoever reads the file meanwhile finds it whole."""
+    beside = path.with_name(f".{path.name}.new")
+    beside.write_text(json.dumps(data, indent=1, default=str) + "\n", encoding="utf-8")
+    beside.replace(path)

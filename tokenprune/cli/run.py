@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from datetime import UTC, datetime
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tokenprune.cli.options import (
     BackboneName,
     Checkpoint,
+    Device,
+    Dtype,
     EpisodePath,
     Json,
     Options,
     Plugins,
     Preset,
+    Seed,
     Sets,
     bundled_episode,
+    free_path,
     key_values,
     print_json,
+    progress,
     registry,
     source,
+    write_json,
 )
 from tokenprune.errors import ConfigError
 
@@ -38,9 +39,6 @@ if TYPE_CHECKING:
     from tokenprune.loader import LoadedPipeline
     from tokenprune.registry import Registry
 
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:0.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64; auto: bfloat16 where it is native.")]
-Seed = Annotated[int, typer.Option(help="Seed of an untrained preset's random weights.")]
 Queries = Annotated[int | None, typer.Option(help="Queries from the start of the episode; all when left out.")]
 Out = Annotated[Path, typer.Option(help="Folder for the result file.")]
 
@@ -86,9 +84,10 @@ def compare(
         extra = [one for one in loaded if one.label not in (pipelines or ())]
         refused = {one.label: why for one in extra if (why := _refusal(one, opened, found))}
         loaded = [one for one in loaded if one.label not in refused]
-    with _progress() as begin:
+    with progress() as begin:
         result = measure(opened, loaded, recorded, found, queries, settings, begin)
-    path = _write(out, f"compare-{backbone}", result.data)
+    path = free_path(out, f"compare-{backbone}")
+    write_json(path, result.data)
     if as_json:
         print_json(result.data)
         return
@@ -155,7 +154,7 @@ def run(
     policy = Policy(opened, loaded.config, found)
     info = opened.info
     steps = query_steps(recorded, info.action.horizon, queries)
-    with _progress() as begin:
+    with progress() as begin:
         chunks = replay([policy], recorded, steps, begin(len(steps)))[0]
     told = [c.trace.to_json(with_ids=True) | {"actions": c.actions.tolist()} for c in chunks]
     data: dict[str, Any] = {
@@ -175,7 +174,8 @@ def run(
             if stage.findings()
         },
     }
-    path = _write(out, f"run-{backbone}", data)
+    path = free_path(out, f"run-{backbone}")
+    write_json(path, data)
     if as_json:
         print_json(data)
         return
@@ -237,29 +237,3 @@ def _open(
         "episode": str(episode or "bundled"),
     }
     return load_backbone(backbone, found, checkpoint, preset, device, dtype, seed, chosen), recorded, settings
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int], Callable[[], None]]]:
-    """A bar on standard error, absent where that is no terminal."""
-    console = Console(file=sys.stderr)
-    columns = (TextColumn("queries"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-
-        def begin(total: int) -> Callable[[], None]:
-            task = bar.add_task("queries", total=total)
-            return lambda: bar.advance(task)
-
-        yield begin
-
-
-def _write(folder: Path, stem: str, data: dict[str, Any]) -> Path:
-    """Write a result under a name that is not taken."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    path = folder / f"{stem}-{stamp}.json"
-    number = 1
-    while path.exists():
-        path, number = folder / f"{stem}-{stamp}-{number}.json", number + 1
-    path.write_text(json.dumps(data, indent=1, default=str) + "\n", encoding="utf-8")
-    return path

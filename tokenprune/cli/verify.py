@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokenprune.cli.options import BackboneName, Json, Options, Plugins, key_values, print_json, registry
-from tokenprune.cli.run import Device, Dtype
+from tokenprune.cli.options import BackboneName, Device, Dtype, Json, Options, Plugins, key_values, print_json, registry
 from tokenprune.errors import PluginError
 from tokenprune.report.tables import WIDTH
 

@@ -26,7 +26,7 @@ def compare_table(rows: tuple[Row, ...]) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
-            _broken(row.pipeline),
+            broken(row.pipeline),
             f"{row.tokens_mean:.0f}",
             f"{row.tokens_last:.0f}",
             f"{row.gflops:.4g}",
@@ -63,7 +63,7 @@ def phase_table(rows: tuple[Row, ...], follow_up: str | None) -> Table:
         rest = sum(ms for phase, ms in row.phases.items() if phase not in named)
         gain = row.prefill
         table.add_row(
-            _broken(row.pipeline),
+            broken(row.pipeline),
             *(milliseconds(row.phases.get(phase, 0.0)) for phase in named),
             milliseconds(rest),
             *(f"{value:.2f}" for value in (gain.speedup, gain.flop_ratio, gain.efficiency)),
@@ -71,7 +71,7 @@ def phase_table(rows: tuple[Row, ...], follow_up: str | None) -> Table:
     return table
 
 
-def _broken(name: str) -> str:
+def broken(name: str) -> str:
     """A long name is broken between its parts rather than in a word."""
     if len(name) <= _NAME:
         return name

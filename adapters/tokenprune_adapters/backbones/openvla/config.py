@@ -91,6 +91,8 @@ class OpenVLAConfig:
             capabilities=frozenset({"batch", "encoder_attention", "kv_reuse", "layer_skip", "merge"}),
             encoder_attention=answers(self.body.towers, len(self.views)),
             other_flops={**self.body.vision_flops(1), "lm_head": lm_head},
+            other_weights={**self.body.vision_weights(), "lm_head": dims * shape.hidden * self.body.vocab},
+            unread_logits=self.body.vocab,
             follow_up=FollowUp("decode", shape, tuple((1, behind) for behind in range(dims - 1))),
         )
 

@@ -152,6 +152,15 @@ class OFTConfig:
             other["head"] = repeats * head_flops(horizon, dims, width)
         if self.head == "diffusion":
             other["noisy_actions"] = repeats * noisy_action_flops(horizon, dims, width)
+        weights = self.body.vision_weights()
+        if self.state_size is not None:
+            weights["proprio"] = proprio_flops(self.state_size, width) // 2
+        if self.head == "discrete":
+            weights["lm_head"] = width * self.body.vocab
+        else:
+            weights["head"] = repeats * head_flops(1, dims, width) // 2
+        if self.head == "diffusion":
+            weights["noisy_actions"] = repeats * noisy_action_flops(1, 1, width) // 2
         offered = {"action_rows", "batch", "encoder_attention", "layer_skip"}
         if self.head != "diffusion":
             # Diffusion runs the same tokens again, and what was reused or merged would have to be so again.
@@ -167,6 +176,9 @@ class OFTConfig:
             capabilities=frozenset(offered),
             encoder_attention=answers(self.body.towers, len(self.views)),
             other_flops=other,
+            other_weights=weights,
+            # Whatever the head, upstream runs the output layer too.
+            unread_logits=self.body.vocab,
             repeats=repeats,
         )
 

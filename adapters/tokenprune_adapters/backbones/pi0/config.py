@@ -17,6 +17,7 @@ from tokenprune_adapters.prompt import Prompt
 from tokenprune_adapters.resize_pad import ResizePad
 from tokenprune_adapters.vision import SIGLIP_SO400M_224_PALIGEMMA, ViTConfig
 from tokenprune_adapters.vision import flops as tower_flops
+from tokenprune_adapters.vision import weights as tower_weights
 
 Variant = Literal["pi0", "pi05"]
 
@@ -138,6 +139,11 @@ class PI0Config:
         if self.has_state_token:
             other["state"] = 2 * self.width * width
             behind = 1
+        # Of what is not vision every step reads all of it: for each action, or once where it makes the condition.
+        rows_of = {"actions": horizon, "time": horizon if self.has_state_token else 1, "state": 1}
+        weights = {part: n // (2 * rows_of[part]) for part, n in other.items() if part in rows_of}
+        weights["vision"] = tower_weights(self.tower)
+        weights["projector"] = self.tower.hidden_size * self.decoder.hidden
         passes = ((1, 0),) * behind + ((horizon, behind),) * self.steps
         return BackboneInfo(
             name=self.variant,
@@ -150,6 +156,7 @@ class PI0Config:
             capabilities=frozenset({"batch", "encoder_attention", "head_cache", "kv_reuse", "layer_skip", "merge"}),
             encoder_attention=answers((self.tower,), views),
             other_flops=other,
+            other_weights=weights,
             follow_up=FollowUp("flow", self.expert, passes, self.steps, 2 * norm),
         )
 

@@ -1,0 +1,117 @@
+"""What only a GPU shows. `make bench-gpu` runs these; without a GPU they fail, and nothing else asks for them."""
+
+from __future__ import annotations
+
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+
+from tests.planting import REGISTRY
+from tests.test_device_sync import GRAPH_SAFE
+from tokenprune.backbones import load_backbone
+from tokenprune.bench.bench import BenchSettings, Subject, bench
+from tokenprune.bench.matrix import INSTRUCTION, random_observation
+from tokenprune.bench.roofline import measure_roof
+from tokenprune.bench.upstream import UPSTREAM, UpstreamBackbone
+from tokenprune.cli.options import bundled_episode
+from tokenprune.config import DENSE
+from tokenprune.episode import load_episode
+from tokenprune.loader import load_pipeline
+from tokenprune.policy import Policy
+
+pytestmark = pytest.mark.cuda
+
+BACKBONES = ("openvla", "openvla-oft", "pi0", "pi05")
+
+
+def made(name: str, device: str, dtype: str = "float32"):
+    return load_backbone(name, REGISTRY, None, "tiny", device, dtype, 0, {})
+
+
+def queries(backbone, pipeline: str, count: int = 3):
+    policy = Policy(backbone, load_pipeline(pipeline, REGISTRY).config, REGISTRY)
+    policy.reset(INSTRUCTION)
+    rng = np.random.default_rng(0)
+    chunks = []
+    for _ in range(count):
+        chunks.append(policy.act(random_observation(backbone, rng)))
+        policy.executed(np.full(backbone.info.action.dims, 0.4))
+    return chunks
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("pipeline", ["dense", "uniform_grid", "fastv", "specprune"])
+def test_a_gpu_keeps_the_same_tokens_and_gives_the_same_actions(name, pipeline):
+    on_cpu, on_gpu = made(name, "cpu", "float64"), made(name, "cuda", "float64")
+    on_gpu.model.load_state_dict(on_cpu.model.state_dict())
+    for one, other in zip(queries(on_cpu, pipeline), queries(on_gpu, pipeline), strict=True):
+        assert one.trace.held == other.trace.held
+        for after, ids in one.trace.kept.items():
+            assert torch.equal(ids, other.trace.kept[after].cpu())
+        assert np.abs(one.actions - other.actions).max() < 1e-5
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_weights_are_made_on_the_device_in_their_dtype(name):
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    backbone = load_backbone(name, REGISTRY, None, "small", "cuda", "bfloat16", 0, {})
+    values = list(backbone.model.state_dict().values())
+    assert {(value.device.type, value.dtype) for value in values} == {("cuda", torch.bfloat16)}
+    taken = torch.cuda.max_memory_allocated() - before
+    weights, largest = sum(value.nbytes for value in values), max(4 * value.numel() for value in values)
+    assert taken < 1.1 * weights + 2 * largest + 2**22
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("pipeline", GRAPH_SAFE)
+def test_no_query_waits_for_the_device_by_torchs_own_account(pipeline):
+    backbone = made("openvla-oft", "cuda")
+    real = type(backbone).infer
+
+    def infer(self, inputs, query):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return real(self, inputs, query)
+        finally:
+            torch.cuda.set_sync_debug_mode(0)
+
+    with patch.object(type(backbone), "infer", infer):
+        queries(backbone, pipeline)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_the_upstream_reconstruction_equals_dense(name):
+    backbone = made(name, "cuda", "float64")
+    policies = [Policy(one, DENSE, REGISTRY) for one in (backbone, UpstreamBackbone(backbone))]
+    seen = random_observation(backbone, np.random.default_rng(0))
+    for policy in policies:
+        policy.reset(INSTRUCTION)
+    dense, upstream = (policy.act(seen).actions for policy in policies)
+    assert np.abs(dense - upstream).max() < 1e-6
+
+
+def test_the_bench_counts_waits_and_memory_on_a_gpu():
+    episode = load_episode(bundled_episode(REGISTRY, "openvla-oft"))
+    settings = BenchSettings(dtypes=("bfloat16",), device="cuda", pairs=3, warmup=1, reference="upstream")
+    subjects = [Subject("openvla-oft", "small", episode)]
+    data = bench(subjects, [load_pipeline("specprune", REGISTRY)], settings, REGISTRY)
+    rows = {row["pipeline"]: row for row in data["results"][0]["rows"]}
+    assert data["provenance"]["gpu"]
+    assert rows["dense"]["waits"] > 0, "the upload of the pictures and the download of the actions wait"
+    assert rows["dense"]["kernel"].startswith("sdpa/")
+    assert rows["dense"]["kernel"].endswith("(cuda)")
+    assert 0 < rows["specprune"]["peak_bytes"] <= rows[UPSTREAM]["peak_bytes"]
+    assert all(row["phases"]["decoder"] > 0 for row in rows.values())
+
+
+def test_the_roof_of_a_gpu_is_above_any_cpus():
+    roof = measure_roof(torch.device("cuda"), torch.bfloat16)
+    assert 5e12 < roof.flops < 1e16
+    assert 1e11 < roof.bandwidth < 1e14
+
+
+# Graph against eager: execution modes other than eager are checked against it here, for every backbone and pipeline.

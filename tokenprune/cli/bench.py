@@ -1,0 +1,165 @@
+"""`tokenprune bench`: how fast pipelines are at real size, and how near to what the device allows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tokenprune.cli.options import (
+    Device,
+    EpisodePath,
+    Json,
+    Options,
+    Plugins,
+    Seed,
+    Sets,
+    bundled_episode,
+    charts,
+    free_path,
+    key_values,
+    print_json,
+    progress,
+    registry,
+    source,
+    write_json,
+)
+from tokenprune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tokenprune.bench.bench import Subject
+    from tokenprune.registry import Registry
+
+DEFAULT = (
+    "uniform_grid@keep=0.5",
+    "uniform_grid@keep=0.25",
+    "uniform_grid@keep=0.125",
+    "fastv@keep=0.25",
+    "specprune.static",
+    "specprune.dynamic",
+    "specprune",
+)
+"""What is measured where nothing is named."""
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the verb."""
+    app.command()(bench)
+
+
+def bench(
+    pipelines: Annotated[
+        list[str] | None, typer.Argument(help="Names or files; NAME@keep=0.25 varies one. A selection when left out.")
+    ] = None,
+    backbones: Annotated[
+        list[str] | None, typer.Option("--backbone", help="A registered backbone; may be repeated. [openvla-oft]")
+    ] = None,
+    presets: Annotated[
+        list[str] | None,
+        typer.Option("--preset", help="For all backbones, or one for each in their order; their first when left out."),
+    ] = None,
+    modes: Annotated[
+        list[str] | None, typer.Option("--mode", help="How plans are executed; may be repeated. [eager]")
+    ] = None,
+    dtypes: Annotated[
+        list[str] | None,
+        typer.Option("--dtype", help="bfloat16, float32, float16, float64 or auto; may be repeated. [auto]"),
+    ] = None,
+    device: Device = "cpu",
+    pairs: Annotated[int, typer.Option(help="Queries per pipeline, each with a dense one beside it.")] = 10,
+    warmup: Annotated[int, typer.Option(help="Such pairs that come before and are not counted.")] = 2,
+    queries: Annotated[
+        int | None, typer.Option(help="Queries of the episode that are asked over and over; all when left out.")
+    ] = None,
+    episode: EpisodePath = None,
+    reference: Annotated[
+        str | None, typer.Option(help="`upstream`: also the dense policy as repositories of the field run it.")
+    ] = None,
+    profile: Annotated[Path | None, typer.Option(help="Folder for torch profiler traces.")] = None,
+    chart: Annotated[Path | None, typer.Option(help="Draw latency against kept tokens: a .png or .svg.")] = None,
+    seed: Seed = 0,
+    options: Options = None,
+    sets: Sets = None,
+    plugins: Plugins = None,
+    out: Annotated[Path, typer.Option(help="Folder for the result file, or its name ending in .json.")] = Path(
+        "results"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Measure pipelines at real size: latency, FLOPs, memory, and the least time that the device allows."""
+    if chart is not None:
+        _check_chart(chart)
+    from tokenprune.bench.bench import MODES, BenchSettings
+    from tokenprune.bench.bench import bench as measure
+    from tokenprune.loader import load_pipeline
+    from tokenprune.report.bench_tables import bench_text
+
+    settings = BenchSettings(
+        dtypes=tuple(dict.fromkeys(dtypes or ("auto",))),
+        modes=tuple(dict.fromkeys(modes or MODES[:1])),
+        device=device,
+        pairs=pairs,
+        warmup=warmup,
+        queries=queries,
+        reference=reference,
+        profile=profile,
+        seed=seed,
+        options=key_values("--option", options),
+    )
+    settings.check()
+    found = registry(plugins)
+    subjects = _subjects(found, backbones or ["openvla-oft"], presets or [], episode)
+    named = list(dict.fromkeys(pipelines or DEFAULT))
+    loaded = [load_pipeline(name, found, () if name == "dense" else (sets or ())) for name in named]
+    path = _result_path(out, subjects)
+
+    def save(data: dict[str, Any]) -> None:
+        write_json(path, data)
+
+    with progress() as begin:
+        data = measure(subjects, loaded, settings, found, save, begin)
+    if chart is not None:
+        from tokenprune.viz.speed import write_speed
+
+        write_speed(data, chart)
+    if as_json:
+        print_json(data)
+        return
+    print(bench_text(data))
+    for written in filter(None, (chart, path)):
+        print(f"\nwrote {written}")
+
+
+def _subjects(found: Registry, backbones: Sequence[str], presets: Sequence[str], episode: Path | None) -> list[Subject]:
+    from tokenprune.bench.bench import Subject
+    from tokenprune.episode import load_episode
+
+    if len(presets) > 1 and len(presets) != len(backbones):
+        raise ConfigError(
+            f"--preset is given {len(presets)} times for {len(backbones)} backbones; "
+            "give one for all, or one for each in their order"
+        )
+    each = presets if len(presets) == len(backbones) else [*presets, None][:1] * len(backbones)
+    subjects = []
+    for backbone, preset in zip(backbones, each, strict=True):
+        chosen, _ = source(found, backbone, preset, None)
+        if chosen is None:
+            raise ConfigError(f"backbone '{backbone}' has no preset to make weights from")
+        subjects.append(Subject(backbone, chosen, load_episode(episode or bundled_episode(found, backbone))))
+    return subjects
+
+
+def _check_chart(chart: Path) -> None:
+    """Find out before the run, not after it, whether the chart can be drawn."""
+    with charts():
+        from tokenprune.viz.frame import check_format
+    check_format(chart)
+
+
+def _result_path(out: Path, subjects: Sequence[Subject]) -> Path:
+    if out.suffix == ".json":
+        out.parent.mkdir(parents=True, exist_ok=True)
+        return out
+    return free_path(out, "-".join(["bench", *dict.fromkeys(subject.backbone for subject in subjects)]))
