@@ -69,7 +69,7 @@ bench-gpu:
 	$(BIN)/tokenprune bench $(STAGES) $(foreach keep,0.5 0.25 0.125,uniform_grid@keep=$(keep) fastv@keep=$(keep)) \
 		--backbone openvla-oft --preset 7b --backbone openvla --preset 7b \
 		--backbone pi0 --preset base --backbone pi05 --preset base \
-		--device cuda --dtype bfloat16 --mode eager --pairs 10 --warmup 3 --reference upstream \
+		--device cuda --dtype bfloat16 --mode eager --mode cuda_graph --mode compiled_cuda_graph --pairs 10 --warmup 3 --reference upstream \
 		--out docs/evidence/bench-gpu.json --chart docs/assets/bench-gpu.png
 	$(BIN)/python -m pytest -m cuda
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from tests.planting import REGISTRY
-from tokenprune.bench.bench import MODES, BenchSettings, Subject, bench
+from tokenprune.bench.bench import BenchSettings, Subject, bench
 from tokenprune.bench.gauge import Gauged, count_waits
 from tokenprune.bench.roofline import Roof, measure_roof
 from tokenprune.bench.rows import SpeedRow
@@ -27,6 +27,7 @@ from tokenprune.bench.upstream import UPSTREAM
 from tokenprune.cli import app
 from tokenprune.episode import load_episode
 from tokenprune.errors import ConfigError, EpisodeError, ResultError, TokenPruneError
+from tokenprune.execution import EXECUTIONS
 from tokenprune.loader import load_pipeline
 from tokenprune.policy import Policy
 from tokenprune.report.bench_tables import bench_text, needs_table, speed_table
@@ -227,7 +228,8 @@ def test_the_command_writes_file_chart_and_profile(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "error", "message"),
     [
-        (["--mode", "compiled"], ConfigError, "unknown mode 'compiled'; valid: " + ", ".join(sorted(MODES))),
+        (["--mode", "fast"], ConfigError, "unknown mode 'fast'; valid: " + ", ".join(sorted(EXECUTIONS))),
+        (["--mode", "cuda_graph"], ConfigError, "mode 'cuda_graph' needs a CUDA device, got 'cpu'"),
         (["--preset", "tiny", "--preset", "small"], ConfigError, "2 times for 1 backbones"),
         (["--chart", "speed.jpeg"], ResultError, r"its ending is '.jpeg'; valid: .png, .svg"),
         (["--backbone", "openvla-of"], TokenPruneError, "did you mean 'openvla-oft'"),

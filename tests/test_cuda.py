@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -21,6 +23,10 @@ from tokenprune.episode import load_episode
 from tokenprune.loader import load_pipeline
 from tokenprune.policy import Policy
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+
+from long_run import long_run
+
 pytestmark = pytest.mark.cuda
 
 BACKBONES = ("openvla", "openvla-oft", "pi0", "pi05")
@@ -30,8 +36,8 @@ def made(name: str, device: str, dtype: str = "float32"):
     return load_backbone(name, REGISTRY, None, "tiny", device, dtype, 0, {})
 
 
-def queries(backbone, pipeline: str, count: int = 3):
-    policy = Policy(backbone, load_pipeline(pipeline, REGISTRY).config, REGISTRY)
+def queries(backbone, pipeline: str, count: int = 3, execution: str = "eager"):
+    policy = Policy(backbone, load_pipeline(pipeline, REGISTRY).config, REGISTRY, execution)
     policy.reset(INSTRUCTION)
     rng = np.random.default_rng(0)
     chunks = []
@@ -114,4 +120,54 @@ def test_the_roof_of_a_gpu_is_above_any_cpus():
     assert 1e11 < roof.bandwidth < 1e14
 
 
-# Graph against eager: execution modes other than eager are checked against it here, for every backbone and pipeline.
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("pipeline", ["dense", "uniform_grid", "fastv", "specprune", "vla_pruner", "ttf"])
+@pytest.mark.parametrize("execution", ["cuda_graph", "compile", "compiled_cuda_graph"])
+def test_every_execution_keeps_the_same_tokens_and_gives_the_same_actions(name, pipeline, execution):
+    backbone = made(name, "cuda", "float64")
+    eager, own = (queries(backbone, pipeline, 6, how) for how in ("eager", execution))
+    for one, other in zip(eager, own, strict=True):
+        assert one.trace.kept.keys() == other.trace.kept.keys()
+        assert all(torch.equal(ids, other.trace.kept[after]) for after, ids in one.trace.kept.items())
+        assert np.abs(one.normalised - other.normalised).max() < 1e-9
+    assert own[-1].trace.execution == execution
+
+
+def test_a_reset_and_a_mode_switch_record_nothing_again():
+    backbone = made("openvla-oft", "cuda")
+    policy = Policy(backbone, load_pipeline("specprune", REGISTRY).config, REGISTRY, "cuda_graph")
+    rng, ran = np.random.default_rng(0), []
+    for _ in range(3):
+        policy.reset(INSTRUCTION)
+        for query in range(8):
+            ran.append(policy.act(random_observation(backbone, rng)).trace)
+            policy.executed(np.full(backbone.info.action.dims, 0.7 if query % 4 < 2 else 0.01))
+    assert {trace.mode for trace in ran} == {"coarse", "fine"}
+    assert {trace.execution for trace in ran[8:]} == {"cuda_graph"}
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_a_replay_waits_for_nothing_between_upload_and_download():
+    backbone = made("openvla-oft", "cuda", "bfloat16")
+    policy = Policy(backbone, load_pipeline("specprune", REGISTRY).config, REGISTRY, "cuda_graph")
+    policy.reset(INSTRUCTION)
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        policy.act(random_observation(backbone, rng))
+    real = type(policy.executor).run
+
+    def run(self, *given):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return real(self, *given)
+        finally:
+            torch.cuda.set_sync_debug_mode(0)
+
+    with patch.object(type(policy.executor), "run", run):
+        assert policy.act(random_observation(backbone, rng)).trace.execution == "cuda_graph"
+
+
+def test_memory_stays_flat_over_replays():
+    policy = Policy(made("openvla-oft", "cuda"), load_pipeline("specprune", REGISTRY).config, REGISTRY, "cuda_graph")
+    first, *_, last = long_run(policy, 1500, 300)
+    assert last.device_mb - first.device_mb < 1

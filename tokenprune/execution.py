@@ -84,21 +84,8 @@ class Recorded:
         self._recordings: OrderedDict[Hashable, Recording | None] = OrderedDict()
 
     def check(self, pipeline: BoundPipeline, plan: Plan) -> None:
-        """Only what is known before the query can be recorded.
-
-        Raises:
-            ConfigError: If a count depends on data, or a stage says that it cannot be recorded.
-        """
-        where = f"pipeline '{pipeline.config.name}', mode '{plan.mode}': execution: {self.name}"
-        unsafe = [pipeline.names[index] for cut in plan.cuts if cut.union for index in cut.stages]
-        if unsafe:
-            raise ConfigError(
-                f"{where} needs counts that are known before the query, and 'keep: union' of '{unsafe[0]}' depends on "
-                "what is seen; give it a count or a ratio, or use execution: eager"
-            )
-        for stage, name in zip(pipeline.stages, pipeline.names, strict=True):
-            if not stage.recordable():
-                raise ConfigError(f"{where} cannot hold '{name}', which works on the host; use execution: eager")
+        """Only what is known before the query can be recorded."""
+        check_plan(self.name, pipeline, plan)
 
     def run(self, pipeline: BoundPipeline, plan: Plan, given: Given, clock: Clock) -> tuple[QueryTrace, Outcome]:
         """Replay what is recorded for queries like this; record it where nothing is."""
@@ -137,6 +124,26 @@ class Recorded:
 def _as_it_was(given: Given) -> Given:
     """The same query with drafts of its own, before it writes to them."""
     return Given(given.inputs, [slot.draft() for slot in given.slots], given.past, given.chance, given.tables)
+
+
+def check_plan(execution: str, pipeline: BoundPipeline, plan: Plan) -> None:
+    """Refuse a plan that cannot be executed so.
+
+    Raises:
+        ConfigError: If it is to be recorded, and a count depends on data or a stage says that it cannot be recorded.
+    """
+    if not execution.endswith("cuda_graph"):
+        return
+    where = f"pipeline '{pipeline.config.name}', mode '{plan.mode}': execution: {execution}"
+    unsafe = [pipeline.names[index] for cut in plan.cuts if cut.union for index in cut.stages]
+    if unsafe:
+        raise ConfigError(
+            f"{where} needs counts that are known before the query, and 'keep: union' of '{unsafe[0]}' depends on "
+            "what is seen; give it a count or a ratio, or use execution: eager"
+        )
+    for stage, name in zip(pipeline.stages, pipeline.names, strict=True):
+        if not stage.recordable():
+            raise ConfigError(f"{where} cannot hold '{name}', which works on the host; use execution: eager")
 
 
 def executor(name: str, backbone: Backbone) -> Executor:

@@ -21,13 +21,11 @@ from tokenprune.bench.rows import Asked, curve, dense_row, speed_row
 from tokenprune.bench.upstream import UPSTREAM, UpstreamBackbone
 from tokenprune.config import DENSE, PipelineConfig
 from tokenprune.episode import Episode
-from tokenprune.errors import CapabilityError, ConfigError, nearest
+from tokenprune.errors import CapabilityError, ConfigError, LayoutError, nearest
+from tokenprune.execution import EXECUTIONS, check_plan
 from tokenprune.loader import LoadedPipeline
 from tokenprune.pipeline import bind
 from tokenprune.registry import Registry
-
-MODES = ("eager",)
-"""How a plan may be executed."""
 
 REFERENCES = ("upstream",)
 """Other ways to run the dense policy, measured beside it."""
@@ -50,7 +48,7 @@ class BenchSettings:
 
     Attributes:
         dtypes: Names from `backbones.DTYPES`, or `auto`.
-        modes: Names from `MODES`.
+        modes: Names from `EXECUTIONS`.
         device: torch device.
         pairs: Queries per pipeline, each with a dense one beside it.
         warmup: Such pairs that come before them and are not counted.
@@ -62,7 +60,7 @@ class BenchSettings:
     """
 
     dtypes: tuple[str, ...] = ("auto",)
-    modes: tuple[str, ...] = MODES[:1]
+    modes: tuple[str, ...] = EXECUTIONS[:1]
     device: str = "cpu"
     pairs: int = 10
     warmup: int = 2
@@ -78,12 +76,15 @@ class BenchSettings:
         Raises:
             ConfigError: Naming the setting, what it is and what it could be.
         """
-        named = [("mode", self.modes, MODES), ("dtype", self.dtypes, (*DTYPES, "auto"))]
+        named = [("mode", self.modes, EXECUTIONS), ("dtype", self.dtypes, (*DTYPES, "auto"))]
         named += [("reference", () if self.reference is None else (self.reference,), REFERENCES)]
         for what, given, valid in named:
             for name in given:
                 if name not in valid:
                     raise ConfigError(f"unknown {what} '{name}'{nearest(name, valid)}")
+        graphs = [mode for mode in self.modes if mode.endswith("cuda_graph")]
+        if graphs and not self.device.startswith("cuda"):
+            raise ConfigError(f"mode '{graphs[0]}' needs a CUDA device, got '{self.device}'")
         for what, number in (("pairs", self.pairs), ("warmup", self.warmup)):
             if number < 1:
                 raise ConfigError(f"{what} must be 1 or more, got {number}")
@@ -134,9 +135,8 @@ def bench(
     settings.check()
     others = beside_dense(pipelines)
     fitting, refused = _fitting(subjects, others, settings, registry)
-    columns = len(settings.dtypes) * len(settings.modes)
-    blocks = sum(len(kept) + (settings.reference is not None) for kept in fitting)
-    tick = begin(2 * columns * blocks * (settings.pairs + settings.warmup))
+    blocks = sum(len(kept) + (settings.reference is not None) for by_mode in fitting for kept in by_mode.values())
+    tick = begin(2 * len(settings.dtypes) * blocks * (settings.pairs + settings.warmup))
     data: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "kind": "bench",
@@ -147,7 +147,7 @@ def bench(
         "refused": refused,
         "results": [],
     }
-    for subject, kept in zip(subjects, fitting, strict=True):
+    for subject, by_mode in zip(subjects, fitting, strict=True):
         for dtype in settings.dtypes:
             backbone = _load(subject, settings, dtype, registry)
             data["provenance"] = data["provenance"] or provenance(backbone.device)
@@ -155,7 +155,7 @@ def bench(
             steps = tuple(query_steps(subject.episode, backbone.info.action.horizon, settings.queries))
             for mode in settings.modes:
                 case = _Case(subject, backbone, mode, found, steps)
-                for result in _measure(case, kept, settings, registry, tick):
+                for result in _measure(case, by_mode[mode], settings, registry, tick):
                     data["results"] = [*(r for r in data["results"] if r["key"] != result["key"]), result]
                     save(data)
             del backbone, case
@@ -167,22 +167,27 @@ def bench(
 
 def _fitting(
     subjects: Sequence[Subject], pipelines: Sequence[LoadedPipeline], settings: BenchSettings, registry: Registry
-) -> tuple[list[list[LoadedPipeline]], list[dict[str, str]]]:
-    """Pipelines that each backbone can run, and the others with the reason; found out without weights."""
+) -> tuple[list[dict[str, list[LoadedPipeline]]], list[dict[str, str]]]:
+    """Pipelines that each backbone can run in each mode, and the others with the reason; found out without weights."""
     fitting, refused = [], []
     for subject in subjects:
         factory = registry.backbone_factory(subject.backbone)
-        info = factory.describe(subject.preset, None, settings.options or {}).info
+        described = factory.describe(subject.preset, None, settings.options or {})
+        info, layout = described.info, described.layout(subject.episode.instruction)
         query_steps(subject.episode, info.action.horizon, settings.queries)
-        kept = []
+        kept: dict[str, list[LoadedPipeline]] = {mode: [] for mode in settings.modes}
         for pipeline in pipelines:
-            try:
-                bind(pipeline.config, info, registry)
-            except (CapabilityError, ConfigError) as error:
-                refused.append({"backbone": subject.backbone, "pipeline": pipeline.label, "why": str(error)})
-            else:
-                kept.append(pipeline)
-        if not kept and settings.reference is None:
+            for mode, those in kept.items():
+                try:
+                    bound = bind(pipeline.config, info, registry)
+                    for own in pipeline.config.modes:
+                        check_plan(mode, bound, bound.plan(layout, own))
+                except (CapabilityError, ConfigError, LayoutError) as error:
+                    entry = {"backbone": subject.backbone, "pipeline": pipeline.label, "why": str(error)}
+                    refused += [] if entry in refused else [entry]
+                else:
+                    those.append(pipeline)
+        if not any(kept.values()) and settings.reference is None:
             why = "; ".join(entry["why"] for entry in refused if entry["backbone"] == subject.backbone)
             raise ConfigError(f"nothing to measure on '{subject.backbone}': {why or 'name a pipeline besides dense'}")
         fitting.append(kept)
@@ -205,8 +210,7 @@ def _release() -> None:
 
 def _policy(backbone: Backbone, config: PipelineConfig, registry: Registry, mode: str) -> Gauged:
     """A policy that executes its plans in a mode."""
-    assert mode in MODES
-    return Gauged(backbone, config, registry)
+    return Gauged(backbone, config, registry, mode)
 
 
 def _measure(
@@ -220,7 +224,7 @@ def _measure(
     dense, said, rows, every = _policy(backbone, DENSE, registry, case.mode), {}, [], []
     for label, config in entrants:
         if label == UPSTREAM:
-            own = _policy(UpstreamBackbone(backbone), config, registry, MODES[0])
+            own = _policy(UpstreamBackbone(backbone), config, registry, EXECUTIONS[0])
         else:
             own = _policy(backbone, config, registry, case.mode)
         beside, asked = _pairs(dense, own, case, settings, tick)

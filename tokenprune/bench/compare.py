@@ -100,6 +100,7 @@ def compare(
     queries: int | None = None,
     settings: dict[str, Any] | None = None,
     begin: Callable[[int], Tick] = lambda total: lambda: None,
+    execution: str = "eager",
 ) -> Comparison:
     """Replay an episode to the dense policy and to every pipeline.
 
@@ -114,6 +115,7 @@ def compare(
         queries: How many queries, from the start; all when left out.
         settings: Recorded in the result.
         begin: Called with the number of queries to come; what it returns is called after each.
+        execution: How all of them run, the dense policy too.
 
     Raises:
         ConfigError: If two pipelines have the same name.
@@ -121,7 +123,7 @@ def compare(
     """
     others = beside_dense(pipelines)
     labels = ["dense", *(p.label for p in others)]
-    policies = [Policy(backbone, config, registry) for config in (DENSE, *(p.config for p in others))]
+    policies = [Policy(backbone, config, registry, execution) for config in (DENSE, *(p.config for p in others))]
     steps = query_steps(episode, backbone.info.action.horizon, queries)
     warm = steps[: min(WARMUP, len(steps))]
     tick = begin(len(policies) * (len(steps) + len(warm)))

@@ -30,9 +30,11 @@ class Gauged(Policy):
         counting: Whether queries count. It makes them slower, so those that are timed do not.
     """
 
-    def __init__(self, backbone: Backbone, config: PipelineConfig, registry: Registry) -> None:
+    def __init__(
+        self, backbone: Backbone, config: PipelineConfig, registry: Registry, execution: str = "eager"
+    ) -> None:
         """Bind the pipeline to the backbone; nothing is gauged yet."""
-        super().__init__(backbone, config, registry)
+        super().__init__(backbone, config, registry, execution)
         self.peaks: list[int] = []
         self.waits: int | None = None
         self.counting = False

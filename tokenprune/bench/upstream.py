@@ -53,6 +53,7 @@ class EagerDecoder(Decoder):
         read: OriginalIds | None = None,
         condition: Tensor | None = None,
         skip: Container[int] = (),
+        compiled: bool = False,
     ) -> Decoded:
         """Run every layer over all tokens `[B, n, D]`; arguments as in `Decoder.run`, whose result this equals."""
         behind = cache.lengths if cache is not None else ()

@@ -61,7 +61,8 @@ def bench(
         typer.Option("--preset", help="For all backbones, or one for each in their order; their first when left out."),
     ] = None,
     modes: Annotated[
-        list[str] | None, typer.Option("--mode", help="How plans are executed; may be repeated. [eager]")
+        list[str] | None,
+        typer.Option("--mode", help="How plans are executed, as --execution elsewhere; may be repeated. [eager]"),
     ] = None,
     dtypes: Annotated[
         list[str] | None,
@@ -91,14 +92,15 @@ def bench(
     """Measure pipelines at real size: latency, FLOPs, memory, and the least time that the device allows."""
     if chart is not None:
         _check_chart(chart)
-    from tokenprune.bench.bench import MODES, BenchSettings
+    from tokenprune.bench.bench import BenchSettings
     from tokenprune.bench.bench import bench as measure
+    from tokenprune.execution import EXECUTIONS
     from tokenprune.loader import load_pipeline
     from tokenprune.report.bench_tables import bench_text
 
     settings = BenchSettings(
         dtypes=tuple(dict.fromkeys(dtypes or ("auto",))),
-        modes=tuple(dict.fromkeys(modes or MODES[:1])),
+        modes=tuple(dict.fromkeys(modes or EXECUTIONS[:1])),
         device=device,
         pairs=pairs,
         warmup=warmup,

@@ -33,6 +33,7 @@ Options = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:0.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64; auto: bfloat16 where it is native.")]
+Execution = Annotated[str, typer.Option(help="eager, compile, or on a CUDA device cuda_graph and compiled_cuda_graph.")]
 Seed = Annotated[int, typer.Option(help="Seed of an untrained preset's random weights.")]
 EpisodePath = Annotated[
     Path | None, typer.Option("--episode", help="A recorded episode; the bundled one when left out.")

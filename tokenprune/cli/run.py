@@ -16,6 +16,7 @@ from tokenprune.cli.options import (
     Device,
     Dtype,
     EpisodePath,
+    Execution,
     Json,
     Options,
     Plugins,
@@ -61,6 +62,7 @@ def compare(
     queries: Queries = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
+    execution: Execution = "eager",
     seed: Seed = 0,
     options: Options = None,
     sets: Sets = None,
@@ -79,13 +81,16 @@ def compare(
         raise ConfigError("name at least one pipeline, or give --all")
     loaded = [load_pipeline(name, found, () if name == "dense" else (sets or ())) for name in named]
     opened, recorded, settings = _open(found, backbone, preset, checkpoint, episode, device, dtype, seed, options)
+    settings["execution"] = execution
     refused = {}
     if every:
         extra = [one for one in loaded if one.label not in (pipelines or ())]
         refused = {one.label: why for one in extra if (why := _refusal(one, opened, found))}
         loaded = [one for one in loaded if one.label not in refused]
     with progress() as begin:
-        result = measure(opened, loaded, recorded, found, queries, settings, begin)
+        result = measure(
+            opened, loaded, recorded, found, queries, settings | {"execution": execution}, begin, execution
+        )
     path = free_path(out, f"compare-{backbone}")
     write_json(path, result.data)
     if as_json:
@@ -133,6 +138,7 @@ def run(
     queries: Queries = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
+    execution: Execution = "eager",
     seed: Seed = 0,
     options: Options = None,
     sets: Sets = None,
@@ -151,7 +157,8 @@ def run(
     found = registry(plugins)
     loaded = load_pipeline(pipeline, found, sets or ())
     opened, recorded, settings = _open(found, backbone, preset, checkpoint, episode, device, dtype, seed, options)
-    policy = Policy(opened, loaded.config, found)
+    settings["execution"] = execution
+    policy = Policy(opened, loaded.config, found, execution)
     info = opened.info
     steps = query_steps(recorded, info.action.horizon, queries)
     with progress() as begin:
