@@ -62,7 +62,7 @@ def test_there_is_a_row_for_every_combination(result):
         assert [row["pipeline"] for row in entry["rows"]] == ["dense", "random@keep=0.25", "specprune", UPSTREAM]
         assert [row["pairs"] for row in entry["rows"]] == [9, 3, 3, 3]
         assert entry["backbone"]["dtype"] == entry["dtype"]
-        assert "untrained" in entry["note"]
+        assert entry["backbone"]["untrained"]
         assert set(entry["pipelines"]) == {"random@keep=0.25", "specprune", UPSTREAM}
     assert (result["kind"], result["complete"], result["refused"]) == ("bench", True, [])
     assert set(result["pipelines"]) == {"random@keep=0.25", "specprune"}
@@ -170,11 +170,12 @@ def test_a_row_survives_its_file(result):
         ({"warmup": 0}, "warmup must be 1 or more, got 0"),
         ({"options": {"head": "l2"}}, "head"),
         ({"subjects": (Subject("openvla-oft", "8b", EPISODE),)}, "did you mean '7b'"),
+        ({"options": {"views": ["primary", "overhead"]}}, "primary, wrist.*overhead"),
     ],
 )
 def test_mistakes_are_named_before_weights_are_made(monkeypatch, changed, message):
     monkeypatch.setattr("tokenprune.bench.bench.load_backbone", lambda *given: pytest.fail("weights were made"))
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises((ConfigError, EpisodeError), match=message):
         run("random", **changed)
 
 
@@ -249,7 +250,8 @@ def test_a_trained_preset_is_measured_too(tmp_path, monkeypatch):
     monkeypatch.setattr("tokenprune.bench.bench.measure_roof", given_roof)
     words = ["bench", "random", "--preset", "mini", "--pairs", "1", "--warmup", "1", "--out", str(tmp_path), "--json"]
     data = json.loads(CliRunner().invoke(app, words, catch_exceptions=False).output)
-    assert data["results"][0]["note"] == ""
+    assert not data["results"][0]["backbone"]["untrained"]
+    assert "untrained" not in bench_text(data)
     assert data["settings"]["modes"] == ["eager"]
 
 

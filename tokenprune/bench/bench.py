@@ -12,10 +12,10 @@ import torch
 
 from tokenprune.adapter import Backbone
 from tokenprune.backbones import DTYPES, load_backbone
-from tokenprune.bench.compare import UNTRAINED, beside_dense, describe, describe_layout, notes
+from tokenprune.bench.compare import beside_dense, describe, describe_layout, notes
 from tokenprune.bench.gauge import Gauged
 from tokenprune.bench.provenance import provenance
-from tokenprune.bench.replay import Tick, query_steps, replay
+from tokenprune.bench.replay import Tick, check_views, query_steps, replay
 from tokenprune.bench.roofline import Roof, measure_roof
 from tokenprune.bench.rows import Asked, curve, dense_row, speed_row
 from tokenprune.bench.upstream import UPSTREAM, UpstreamBackbone
@@ -129,7 +129,7 @@ def bench(
 
     Raises:
         ConfigError: If a setting is wrong, or no pipeline runs on a backbone; before any weights are made.
-        EpisodeError: If an episode has fewer queries than asked for.
+        EpisodeError: If an episode has fewer queries than asked for, or lacks a view; before any weights are made.
         TraceError: If a query did not run to plan.
     """
     settings.check()
@@ -176,6 +176,7 @@ def _fitting(
         info, layout = described.info, described.layout(subject.episode.instruction)
         query_steps(subject.episode, info.action.horizon, settings.queries)
         kept: dict[str, list[LoadedPipeline]] = {mode: [] for mode in settings.modes}
+        check_views(subject.episode, info.views)
         for pipeline in pipelines:
             for mode, those in kept.items():
                 try:
@@ -240,7 +241,6 @@ def _measure(
             "preset": case.subject.preset,
             "dtype": _name(backbone.dtype),
             "mode": case.mode,
-            "note": UNTRAINED if info.untrained else "",
             "episode": _told(case),
             "layout": describe_layout(layout),
             "follow_up": None if info.follow_up is None else info.follow_up.name,

@@ -65,10 +65,19 @@ def observe(episode: Episode, step: int, policy: Policy) -> dict[str, object]:
         EpisodeError: If the episode lacks a view.
     """
     views = policy.backbone.info.views
+    check_views(episode, views)
+    return {"images": {view: episode.frame(step, view) for view in views}, "state": episode.state[step]}
+
+
+def check_views(episode: Episode, views: Sequence[str]) -> None:
+    """Refuse an episode that a policy with these views cannot look at.
+
+    Raises:
+        EpisodeError: If the episode lacks a view.
+    """
     missing = [view for view in views if view not in episode.views]
     if missing:
         raise EpisodeError(
             f"episode '{episode.name}' has the views {', '.join(episode.views)}; "
             f"the policy also looks at {', '.join(missing)}"
         )
-    return {"images": {view: episode.frame(step, view) for view in views}, "state": episode.state[step]}

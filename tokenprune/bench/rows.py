@@ -50,7 +50,7 @@ class SpeedRow:
         of_peak: The same as a share of the device's peak.
         floor_ms: Least milliseconds that this device allows the query, median; see `roofline.floor`.
         over_floor: Time over floor, query by query, median.
-        peak_bytes: Memory at the peak of a query, weights included: allocated on a GPU, resident elsewhere.
+        peak_bytes: Memory at the peak of a query, weights included, median: allocated on a GPU, resident elsewhere.
         waits: Waits for the device in one query; None where that is not counted.
         kernel: Attention kernel of the first layer.
         times: Milliseconds of every query, and of the dense ones beside them.
@@ -94,7 +94,7 @@ def speed_row(label: str, own: Asked, dense: Asked, info: BackboneInfo, roof: Ro
         of_peak=rate / roof.flops,
         floor_ms=_median(floors),
         over_floor=_median(np.array([trace.milliseconds for trace in ran]) / floors),
-        peak_bytes=max(own.peaks),
+        peak_bytes=int(np.median(own.peaks)),
         waits=own.waits,
         kernel=next((trace.kernel for trace in ran), ""),
         times={

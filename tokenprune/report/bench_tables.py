@@ -95,7 +95,11 @@ def legend(data: Mapping[str, Any]) -> str:
             "upstream reconstruction (ours): our weights and layout, run as repositories",
             "of the field do: eager attention, every map kept, unread logits computed.",
         ]
-    lines += dict.fromkeys(result["note"] for result in data["results"] if result["note"])
+    if any(result["backbone"]["untrained"] for result in data["results"]):
+        lines += [
+            "The weights are untrained random numbers: a query costs what it does with",
+            "trained ones, unless what it keeps depends on what it sees (keep: union).",
+        ]
     return "\n".join(lines)
 
 
