@@ -13,7 +13,7 @@ from tests.drawing import decoder_of, random, tiny_llama
 from tokenprune.backbone import ActionSpec, BackboneInfo, DecoderShape, FollowUp
 from tokenprune.config import CutConfig
 from tokenprune.decoder import Decoder, project_rows
-from tokenprune.flops import layer_flops, probe_flops, query_flops
+from tokenprune.flops import Probed, layer_flops, probe_flops, query_flops
 from tokenprune.kv import FrozenKV, KVCache, LayerKV
 from tokenprune.layout import Role, Segment, TokenLayout
 from tokenprune.plan import make_plan
@@ -82,7 +82,7 @@ def test_a_query_counts_its_plan() -> None:
     plan = make_plan([selector], ["x"], layout, "default", shape.depth)
     action = ActionSpec(horizon=1, groups={"all": (0,)})
     info = BackboneInfo("tiny", "test", True, shape, ("primary",), action, other_flops={"vision": 1000, "head": 7})
-    query = query_flops(info, plan, ((0, 2, False), (2, 3, False)))
+    query = query_flops(info, plan, (Probed(0, 2), Probed(2, 3)))
 
     last = OriginalIds(torch.tensor([[20]]))
     counted = []

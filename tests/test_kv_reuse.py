@@ -18,7 +18,7 @@ from tests.test_shortcuts import BACKBONES
 from tokenprune.adapter import Backbone
 from tokenprune.config import DENSE, PipelineConfig
 from tokenprune.errors import CapabilityError, ConfigError
-from tokenprune.flops import query_flops
+from tokenprune.flops import Probed, query_flops
 from tokenprune.policy import ActionChunk, Policy
 from tokenprune_adapters.backbones.openvla_oft.backbone import OpenVLAOFT
 from tokenprune_plugins.controls import HalfConfig
@@ -82,7 +82,7 @@ def test_what_is_reused_is_not_counted_but_attended_to(name: str) -> None:
     act(policy, {0: seen})
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         trace = act(policy, {0: seen})[0].trace
-    probes = [(probe.layer, probe.count, probe.ahead) for probe in trace.probes]
+    probes = [Probed(probe.layer, probe.count, probe.ahead) for probe in trace.probes]
     assert query_flops(backbone.info, trace.plan, probes).total == counter.get_total_flops()
     assert trace.plan.keys == (trace.plan.layout.n_tokens,) * 5
     assert trace.cached in ((), trace.plan.keys)

@@ -10,7 +10,7 @@ import pytest
 
 from tests import toy_environment as toy
 from tokenprune.errors import ConfigError, ObservationError, SimulatorError
-from tokenprune.flops import query_flops
+from tokenprune.flops import Probed, query_flops
 from tokenprune.loader import parse_pipeline
 from tokenprune.policy import Policy
 from tokenprune.registry import Registry
@@ -156,7 +156,7 @@ def test_every_number_of_a_record(clock, start, pipeline, how, replans):
     held = [[n - fixed for n in trace.held] for trace in traces]
     assert record.tokens_mean == pytest.approx(sum(sum(h) / 3 for h in held) / len(held))
     assert record.tokens_last == pytest.approx(sum(h[-1] for h in held) / len(held))
-    probes = [tuple((probe.layer, probe.count, probe.ahead) for probe in trace.probes) for trace in traces]
+    probes = [tuple(Probed(probe.layer, probe.count, probe.ahead) for probe in trace.probes) for trace in traces]
     flops = [query_flops(BACKBONE.info, t.plan, rows).total for t, rows in zip(traces, probes, strict=True)]
     assert record.gflops == pytest.approx(sum(flops) / len(flops) / 1e9)
     changes, seams, switches = [], [], 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from tokenprune.backbone import BackboneInfo, DecoderShape
 from tokenprune.layout import TokenLayout
@@ -37,6 +38,22 @@ class QueryFlops:
         return sum(self.other.values()) + self.decoder + self.probe + self.follow_up
 
 
+class Probed(NamedTuple):
+    """Attention that was computed for a stage.
+
+    Attributes:
+        layer: Of which layer.
+        rows: How many rows.
+        ahead: Whether that layer was still to run.
+        behind: Keys besides those of the layout's tokens: what came after them.
+    """
+
+    layer: int
+    rows: int
+    ahead: bool = False
+    behind: int = 0
+
+
 def layer_flops(shape: DecoderShape, tokens: int, keys: int | None = None, read: int | None = None) -> int:
     """FLOPs of one decoder layer.
 
@@ -68,7 +85,7 @@ def probe_flops(shape: DecoderShape, rows: int, keys: int, ahead: bool = False) 
 def query_flops(
     info: BackboneInfo,
     plan: Plan,
-    probes: Sequence[tuple[int, int, bool]] = (),
+    probes: Sequence[Probed] = (),
     encoder: Iterable[str] = (),
 ) -> QueryFlops:
     """FLOPs of a query that runs to plan.
@@ -76,7 +93,7 @@ def query_flops(
     Args:
         info: The backbone.
         plan: Token counts per layer.
-        probes: Layer, rows, and whether it was looked ahead to, of each attention probe.
+        probes: Every attention probe.
         encoder: Attention of the vision towers that stages were told.
     """
     shape, held, keys = info.decoder, plan.tokens, plan.keys
@@ -94,7 +111,7 @@ def query_flops(
         other=dict(info.other_flops),
         layers=tuple(info.repeats * n for n in layers),
         follow_up=follow_up,
-        probe=sum(probe_flops(shape, rows, keys_probed(plan, layer, ahead), ahead) for layer, rows, ahead in probes)
+        probe=sum(probe_flops(shape, p.rows, keys_probed(plan, p.layer, p.ahead) + p.behind, p.ahead) for p in probes)
         + sum(info.encoder_attention[kind].flops for kind in encoder)
         + plan.own_flops
         + sum(2 * cut.keep * cut.found * shape.hidden for cut in plan.cuts if cut.merge and cut.keep < cut.found),

@@ -304,8 +304,8 @@ class Query:
             return OriginalIds(self.trace.kept[max(before)])
         return OriginalIds(self._given.tables.prunable.expand(len(self._given.slots), -1))
 
-    def _watched(self, layer: int, rows: int) -> None:
-        self.trace.probes.append(ProbeRecord("observe", layer, "action", rows))
+    def _watched(self, layer: int, rows: int, keys: int) -> None:
+        self.trace.probes.append(ProbeRecord("observe", layer, "action", rows, behind=keys - self._plan.keys[layer]))
 
     def _readout(self, batch: int) -> OriginalIds:
         rows = self._given.tables.rows

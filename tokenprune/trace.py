@@ -72,13 +72,17 @@ class SilentClock(Clock):
 
 @dataclass(frozen=True, slots=True)
 class ProbeRecord:
-    """Attention rows one stage asked for at one layer; `ahead` of it where the layer was still to run."""
+    """Attention rows one stage asked for at one layer; `ahead` of it where the layer was still to run.
+
+    `behind` counts keys besides those of the layout's tokens.
+    """
 
     stage: str
     layer: int
     rows: str
     count: int
     ahead: bool = False
+    behind: int = 0
 
 
 @dataclass

@@ -41,9 +41,13 @@ class Watcher:
     """A `Pruner` that cuts nothing and looks at tokens behind the layout."""
 
     def __init__(
-        self, watch: Watch, behind: int, prunable_at: Callable[[int], OriginalIds], probed: Callable[[int, int], None]
+        self,
+        watch: Watch,
+        behind: int,
+        prunable_at: Callable[[int], OriginalIds],
+        probed: Callable[[int, int, int], None],
     ) -> None:
-        """`probed` is told of the layer and the number of rows whenever attention is computed."""
+        """`probed` is told of the layer and the numbers of rows and keys whenever attention is computed."""
         self._watch = watch
         self._behind = behind
         self._prunable_at = prunable_at
@@ -58,7 +62,7 @@ class Watcher:
     ) -> tuple[Tensor, TokenSelection]:
         """Compute the rows' attention; everything they attend to is before them or among them."""
         batch, _, n, _ = q.shape
-        self._probed(layer, n)
+        self._probed(layer, n, seen.k.shape[2])
         rows = CurrentIds(torch.arange(n, device=q.device).expand(batch, n))
         weights = attention_rows(q, seen.k, rows, causal=False)
         prunable = self._prunable_at(layer)

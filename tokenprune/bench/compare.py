@@ -15,7 +15,7 @@ from tokenprune.bench.replay import Tick, query_steps, replay
 from tokenprune.config import DENSE
 from tokenprune.episode import Episode
 from tokenprune.errors import ConfigError
-from tokenprune.flops import QueryFlops, query_flops
+from tokenprune.flops import Probed, QueryFlops, query_flops
 from tokenprune.layout import TokenLayout
 from tokenprune.loader import LoadedPipeline
 from tokenprune.policy import ActionChunk, Policy
@@ -235,7 +235,7 @@ def trace_flops(info: BackboneInfo, trace: QueryTrace) -> QueryFlops:
     """FLOPs of a query as it ran, attention probes included; none where a controller answered."""
     if trace.replayed:
         return QueryFlops(other={}, layers=(0,) * trace.plan.depth, follow_up=0, probe=0)
-    probes = [(probe.layer, probe.count, probe.ahead) for probe in trace.probes]
+    probes = [Probed(probe.layer, probe.count, probe.ahead, probe.behind) for probe in trace.probes]
     return query_flops(info, trace.plan, probes, trace.encoder)
 
 

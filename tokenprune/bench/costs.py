@@ -8,7 +8,7 @@ from statistics import mean
 
 from tokenprune.backbone import BackboneInfo
 from tokenprune.errors import ConfigError, LayoutError
-from tokenprune.flops import QueryFlops, query_flops
+from tokenprune.flops import Probed, QueryFlops, query_flops
 from tokenprune.layout import TokenLayout
 from tokenprune.loader import LoadedPipeline
 from tokenprune.pipeline import BoundPipeline, bind
@@ -46,7 +46,7 @@ def planned_flops(bound: BoundPipeline, layout: TokenLayout, mode: str) -> Query
     """FLOPs of a query as planned, attention that stages declare included."""
     plan = bound.plan(layout, mode)
     asked = {probe for stage in bound.stages for probe in stage.probes(bound.info, layout, mode)}
-    probes = [(probe.layer, rows_probed(probe, layout, plan.tokens), probe.ahead) for probe in asked]
+    probes = [Probed(probe.layer, rows_probed(probe, layout, plan.tokens), probe.ahead) for probe in asked]
     return query_flops(bound.info, plan, probes, bound.encoder)
 
 
