@@ -30,6 +30,10 @@ HOT_FILES = (
     "tokenprune/history.py",
     "tokenprune/context.py",
     "tokenprune/features.py",
+    "tokenprune/uploads.py",
+    "adapters/tokenprune_adapters/resample.py",
+    "adapters/tokenprune_adapters/preprocess.py",
+    "adapters/tokenprune_adapters/resize_pad.py",
     "plugins/tokenprune_plugins/**/*.py",
 )
 COLD_NAMES = {"__init__.py"}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import ObservationError, nearest
+from tokenprune.uploads import upload
 from tokenprune_adapters.preprocess import check_image
 
 
@@ -18,6 +19,10 @@ class Cropping(Protocol):
 
     def cropped(self, image: np.ndarray) -> Tensor:
         """A camera frame `[H, W, 3]` as the policy crops it, uint8 `[3, S, S]`."""
+        ...
+
+    def cropped_on_device(self, frames: Tensor) -> Tensor:
+        """The same, bit for bit, of frames uint8 `[B, H, W, 3]` on a device; uint8 `[B, 3, S, S]`."""
         ...
 
 
@@ -67,8 +72,29 @@ def _check_state(state: object, size: int) -> None:
         raise ObservationError(f"the state holds NaN or infinite numbers at {bad}")
 
 
+def crops_on_device(device: torch.device) -> bool:
+    """Whether frames are uploaded as they are and cropped there; a CPU is faster with Pillow."""
+    return device.type == "cuda"
+
+
 def upload_frames(
     frames: Sequence[Mapping[str, np.ndarray]], views: Sequence[str], transform: Cropping, device: torch.device
 ) -> dict[str, Tensor]:
     """Crop frames `{view: uint8 [H, W, 3]}` of several environments; per view uint8 `[B, 3, S, S]` on the device."""
-    return {view: torch.stack([transform.cropped(frame[view]) for frame in frames]).to(device) for view in views}
+    if not crops_on_device(device):
+        return {
+            view: upload(torch.stack([transform.cropped(frame[view]) for frame in frames]), device) for view in views
+        }
+    images = [frame[view] for view in views for frame in frames]
+    # Cameras may differ in size; what is of one size goes up together and is cropped together.
+    sizes: dict[tuple[int, ...], list[int]] = {}
+    for number, image in enumerate(images):
+        sizes.setdefault(image.shape, []).append(number)
+    cropped: dict[int, Tensor] = {}
+    for alike in sizes.values():
+        together = upload(torch.from_numpy(np.stack([images[number] for number in alike])), device)
+        cropped.update(zip(alike, transform.cropped_on_device(together), strict=True))
+    batch = len(frames)
+    return {
+        view: torch.stack([cropped[first * batch + row] for row in range(batch)]) for first, view in enumerate(views)
+    }

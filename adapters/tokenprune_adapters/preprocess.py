@@ -6,15 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import isfinite
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tokenprune.errors import CheckpointError, ConfigError, ObservationError, nearest
+from tokenprune_adapters.resample import resample
 
 Triple = tuple[float, float, float]
 Resize = Literal["resize-naive", "letterbox", "resize-crop"]
@@ -28,6 +30,17 @@ SIGLIP_STD: Triple = (0.5, 0.5, 0.5)
 MIN_SIDE, MAX_SIDE = 64, 4096
 _BICUBIC = (int(Image.Resampling.BICUBIC), "bicubic")
 _FILE = "preprocessor_config.json"
+
+
+class _Geometry(NamedTuple):
+    """How a frame becomes a square: padded on both ends, resized, and the square cut out of that; all in pixels."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+    x: int
+    y: int
 
 
 @dataclass(frozen=True)
@@ -103,17 +116,59 @@ class ImageTransform:
         Returns:
             `[3, S, S]` uint8: the pixels that the towers and the stages see.
         """
-        frame = Image.fromarray(image)
-        if self.resize == "resize-naive":
-            frame = frame.resize((self.size, self.size), Image.Resampling.BICUBIC)
-        else:
-            if self.resize == "letterbox":
-                frame = _pad_to_square(frame, self.means[-1])
-            frame = _resize_shorter_side(frame, self.size)
-        pixels = np.array(frame).transpose(2, 0, 1)
+        frame, size = Image.fromarray(image), self.size
+        left, top, width, height, x, y = self._geometry(*frame.size)
+        if left or top:
+            padded = Image.new("RGB", (frame.width + 2 * left, frame.height + 2 * top), self._padding)
+            padded.paste(frame, (left, top))
+            frame = padded
+        resized = np.asarray(frame.resize((width, height), Image.Resampling.BICUBIC))
+        pixels = resized[y : y + size, x : x + size].transpose(2, 0, 1)
         if self.center_crop_area is not None:
             pixels = _center_crop(pixels, self.center_crop_area)
-        return torch.from_numpy(np.ascontiguousarray(pixels))
+        return torch.from_numpy(np.array(pixels, order="C"))
+
+    def cropped_on_device(self, frames: Tensor) -> Tensor:
+        """Do what `cropped` does, bit for bit, to a batch on the device it lies on and without waiting for it.
+
+        Args:
+            frames: `[B, H, W, 3]` uint8 RGB.
+
+        Returns:
+            `[B, 3, S, S]` uint8.
+        """
+        pixels, size = frames.permute(0, 3, 1, 2), self.size
+        left, top, width, height, x, y = self._geometry(pixels.shape[3], pixels.shape[2])
+        if left or top:
+            # One number per channel, because a tensor of them would have to be copied, which waits for the device.
+            channels = zip(pixels.unbind(1), self._padding, strict=True)
+            pixels = torch.stack([pad(channel, (left, left, top, top), value=level) for channel, level in channels], 1)
+        resized = resample(pixels, width, height, Image.Resampling.BICUBIC)
+        pixels = resized[..., y : y + size, x : x + size]
+        if self.center_crop_area is not None:
+            pixels = _center_crop_on_device(pixels, self.center_crop_area)
+        return pixels.contiguous()
+
+    def _geometry(self, width: int, height: int) -> _Geometry:
+        """Where the steps of a frame leave its pixels."""
+        left = top = 0
+        if self.resize == "letterbox":
+            # Both ends of the shorter side; an odd difference leaves one pixel for the crop, as upstream.
+            longer = max(width, height)
+            left, top = (longer - width) // 2, (longer - height) // 2
+            width, height = width + 2 * left, height + 2 * top
+        shorter = min(width, height)
+        if self.resize == "resize-naive":
+            width = height = self.size
+        else:
+            width, height = (self.size * side // shorter for side in (width, height))
+        return _Geometry(left, top, width, height, round((width - self.size) / 2), round((height - self.size) / 2))
+
+    @property
+    def _padding(self) -> tuple[int, int, int]:
+        """The mean colour of the last tower."""
+        red, green, blue = (int(255 * mean) for mean in self.means[-1])
+        return red, green, blue
 
     def normalise(self, pixels: Tensor, tower: int, dtype: torch.dtype) -> Tensor:
         """Normalise a batch for one tower, on the device it lies on and without waiting for it.
@@ -164,25 +219,6 @@ def check_image(view: str, image: object) -> npt.NDArray[np.uint8]:
     return image
 
 
-def _pad_to_square(frame: Image.Image, mean: Triple) -> Image.Image:
-    """Pad both ends of the shorter side; an odd difference leaves one pixel for the crop, as upstream."""
-    longer = max(frame.size)
-    left, top = ((longer - side) // 2 for side in frame.size)
-    colour = (int(255 * mean[0]), int(255 * mean[1]), int(255 * mean[2]))
-    padded = Image.new("RGB", (frame.width + 2 * left, frame.height + 2 * top), colour)
-    padded.paste(frame, (left, top))
-    return padded
-
-
-def _resize_shorter_side(frame: Image.Image, size: int) -> Image.Image:
-    """Scale the shorter side to `size`, keeping proportions, then crop the middle square."""
-    shorter = min(frame.size)
-    width, height = (size * side // shorter for side in frame.size)
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    resized = frame.resize((width, height), Image.Resampling.BICUBIC)
-    return resized.crop((left, top, left + size, top + size))
-
-
 def _center_crop(pixels: npt.NDArray[np.uint8], area: float) -> npt.NDArray[np.uint8]:
     """Crop the central `area` of `[3, S, S]` and scale it back, bilinear with aligned corners.
 
@@ -195,6 +231,22 @@ def _center_crop(pixels: npt.NDArray[np.uint8], area: float) -> npt.NDArray[np.u
         image = first + (image.take(high, axis) - first) * along
     # Upstream's conversion back to uint8 scales by 255.5 and truncates; it does not round to nearest.
     return (image * np.float32(255.5)).astype(np.uint8)
+
+
+def _center_crop_on_device(pixels: Tensor, area: float) -> Tensor:
+    """The same of `[B, 3, S, S]`, the same operations in the same order, none of them fused with the next."""
+    low, high, weight = _uploaded_taps(pixels.shape[-1], area, pixels.device)
+    # A tensor, because a GPU divides by a number by multiplying with its inverse, and the last bit can differ.
+    image = pixels.float() / torch.full((), 255.0, device=pixels.device)
+    for axis, along in ((3, weight), (2, weight[:, None])):
+        first = image.index_select(axis, low)
+        image = first + (image.index_select(axis, high) - first) * along
+    return (image * 255.5).to(torch.uint8)
+
+
+@lru_cache(maxsize=8)
+def _uploaded_taps(size: int, area: float, device: torch.device) -> tuple[Tensor, ...]:  # cold: once per transform
+    return tuple(torch.from_numpy(taps).to(device) for taps in _crop_taps(size, area))
 
 
 @lru_cache(maxsize=8)

@@ -9,6 +9,9 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import pad
+
+from tokenprune_adapters.resample import resample
 
 
 @dataclass(frozen=True)
@@ -31,13 +34,31 @@ class ResizePad:
             `[3, S, S]` uint8: the pixels that the tower and the stages see; the padding is 0.
         """
         frame = Image.fromarray(image)
-        # In floating point and truncated, as upstream: a side can come out a pixel short of its exact length.
-        ratio = max(frame.width / self.size, frame.height / self.size)
-        width, height = max(1, int(frame.width / ratio)), max(1, int(frame.height / ratio))
+        left, top, width, height = self._geometry(*frame.size)
         square = Image.new("RGB", (self.size, self.size))
-        resized = frame.resize((width, height), Image.Resampling.BILINEAR)
-        square.paste(resized, ((self.size - width) // 2, (self.size - height) // 2))
+        square.paste(frame.resize((width, height), Image.Resampling.BILINEAR), (left, top))
         return torch.from_numpy(np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1)))
+
+    def cropped_on_device(self, frames: Tensor) -> Tensor:
+        """Do what `cropped` does, bit for bit, to a batch on the device it lies on and without waiting for it.
+
+        Args:
+            frames: `[B, H, W, 3]` uint8 RGB.
+
+        Returns:
+            `[B, 3, S, S]` uint8.
+        """
+        pixels = frames.permute(0, 3, 1, 2)
+        left, top, width, height = self._geometry(pixels.shape[3], pixels.shape[2])
+        resized = resample(pixels, width, height, Image.Resampling.BILINEAR)
+        return pad(resized, (left, self.size - width - left, top, self.size - height - top)).contiguous()
+
+    def _geometry(self, width: int, height: int) -> tuple[int, int, int, int]:
+        """Left and top edge, width and height of a frame's picture in the square."""
+        # In floating point and truncated, as upstream: a side can come out a pixel short of its exact length.
+        ratio = max(width / self.size, height / self.size)
+        width, height = max(1, int(width / ratio)), max(1, int(height / ratio))
+        return (self.size - width) // 2, (self.size - height) // 2, width, height
 
     def normalise(self, pixels: Tensor, tower: int, dtype: torch.dtype) -> Tensor:
         """Scale a batch to [-1, 1], on the device it lies on and without waiting for it.

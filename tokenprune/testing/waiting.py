@@ -42,14 +42,21 @@ def _refused(*_: object) -> None:
 
 
 @contextmanager
+def refusing() -> Iterator[None]:
+    """What waits for the device is refused, by the dispatcher or where a tensor would be read."""
+    with NoWaiting(), ExitStack() as reading:  # type: ignore[no-untyped-call]
+        for name in READING:
+            reading.enter_context(patch.object(torch.Tensor, name, _refused))
+        yield
+
+
+@contextmanager
 def no_waiting(backbone: Backbone) -> Iterator[None]:
     """The model runs under the refusing dispatcher, from after the upload to before the download."""
     real = type(backbone).infer
 
     def infer(self: Backbone, inputs: Any, query: Any) -> torch.Tensor:  # noqa: ANN401
-        with NoWaiting(), ExitStack() as reading:  # type: ignore[no-untyped-call]
-            for name in READING:
-                reading.enter_context(patch.object(torch.Tensor, name, _refused))
+        with refusing():
             return real(self, inputs, query)
 
     with patch.object(type(backbone), "infer", infer):

@@ -14,6 +14,7 @@ from tokenprune.backbone import BackboneInfo
 from tokenprune.kv import KVCache
 from tokenprune.layout import TokenLayout
 from tokenprune.runtime import Query
+from tokenprune.uploads import upload
 from tokenprune_adapters.backbones.openvla.config import OpenVLAConfig
 from tokenprune_adapters.bins import ActionBins
 from tokenprune_adapters.encoder_look import EncoderLook
@@ -89,7 +90,7 @@ class OpenVLA:
     def prepare(self, observations: Sequence[Observation], instructions: Sequence[str]) -> OpenVLAInputs:
         """Resize and crop images, tokenise, and upload."""
         text = torch.tensor([self.prompt(instruction).ids for instruction in instructions], dtype=torch.int64)
-        return OpenVLAInputs(self.pixels([o["images"] for o in observations]), text.to(self.device))
+        return OpenVLAInputs(self.pixels([o["images"] for o in observations]), upload(text, self.device))
 
     def infer(self, inputs: OpenVLAInputs, query: Query) -> Tensor:
         """Towers, projector, decoder with its cuts, then the action token by token; normalised actions `[B, 1, D]`."""

@@ -13,6 +13,7 @@ from tokenprune.adapter import Observation
 from tokenprune.backbone import BackboneInfo
 from tokenprune.layout import TokenLayout
 from tokenprune.runtime import Query
+from tokenprune.uploads import upload
 from tokenprune_adapters.backbones.openvla_oft.config import TRAIN_STEPS, OFTConfig
 from tokenprune_adapters.bins import ActionBins
 from tokenprune_adapters.diffusion import DDIM, timestep_encodings
@@ -120,11 +121,11 @@ class OpenVLAOFT:
         """Resize and crop images, tokenise, normalise the state, and upload."""
         prompts = [self.prompt(instruction) for instruction in instructions]
         images = self.pixels([o["images"] for o in observations])
-        text = torch.tensor([prompt.ids for prompt in prompts], dtype=torch.int64).to(self.device)
+        text = upload(torch.tensor([prompt.ids for prompt in prompts], dtype=torch.int64), self.device)
         state = None
         if self.statistics.state is not None:
             raw = np.stack([np.asarray(o["state"], dtype=np.float64) for o in observations])
-            state = torch.from_numpy(self.statistics.state.normalise(raw)).to(self.device, self.dtype)
+            state = upload(torch.from_numpy(self.statistics.state.normalise(raw)).to(self.dtype), self.device)
         return OFTInputs(images, text, state)
 
     def infer(self, inputs: OFTInputs, query: Query) -> Tensor:

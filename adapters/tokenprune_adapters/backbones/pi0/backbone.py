@@ -14,6 +14,7 @@ from tokenprune.backbone import BackboneInfo
 from tokenprune.kv import FrozenKV, KVCache
 from tokenprune.layout import TokenLayout
 from tokenprune.runtime import Query
+from tokenprune.uploads import upload
 from tokenprune_adapters.backbones.pi0.config import PI0Config
 from tokenprune_adapters.backbones.pi0.model import PI0Model, time_embeddings
 from tokenprune_adapters.encoder_look import EncoderLook
@@ -82,12 +83,12 @@ class PI0:
         states = [observation.get("state") for observation in observations]
         prompts = [self.prompt(*given) for given in zip(instructions, states, strict=True)]
         images = self.pixels([observation["images"] for observation in observations])
-        text = torch.tensor([prompt.ids for prompt in prompts], dtype=torch.int64).to(self.device)
+        text = upload(torch.tensor([prompt.ids for prompt in prompts], dtype=torch.int64), self.device)
         token = None
         if self.config.has_state_token:
             padded = np.zeros((len(states), self.config.width))
             padded[:, : self.config.state_size] = [self._normalised(state) for state in states]
-            token = torch.from_numpy(padded).to(self.device, self.dtype)
+            token = upload(torch.from_numpy(padded).to(self.dtype), self.device)
         return PI0Inputs(images, text, token)
 
     def _normalised(self, state: object) -> np.ndarray | None:
