@@ -93,6 +93,7 @@ class Slot:
         host: What controllers keep, by stage.
         executed: Actions since the reset.
         failed: What failed since the last query, in a pipeline that then falls back.
+        crops: Frames of the control steps that the last query looked back at, cropped and on the device.
     """
 
     index: int
@@ -105,6 +106,7 @@ class Slot:
     host: dict[int, dict[str, Any]] = field(default_factory=dict)
     executed: list[ExecutedAction] = field(default_factory=list)
     failed: StageError | None = None
+    crops: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
 
     def draft(self) -> Slot:
         """The same environment for one query, which may fail and then must have changed nothing."""

@@ -235,6 +235,8 @@ class Policy:
     ) -> dict[int, PastFrames]:
         """What each stage compares the current frames `images` with, cropped and uploaded."""
         past = {}
+        # Stages may look at the same step, and a step that is old enough may be the newest such one for a while.
+        crops: list[dict[int, Mapping[str, Tensor]]] = [{} for _ in slots]
         for index, hook in self.pipeline.hooks["look_back"]:
             steps: list[int | None] = []
             rows: dict[str, list[Tensor]] = {view: [] for view in images}
@@ -243,17 +245,20 @@ class Policy:
                 now = len(slot.executed)
                 found = None if back is None else now if back == 0 else slot.past.find(now, back)
                 steps.append(None if found is None else now - found)
-                seen: Mapping[str, Tensor] = {view: pixels[row] for view, pixels in images.items()}
-                if found != now:
-                    seen = self._pixels(slot, found, observations[row], clock)
+                seen: Mapping[str, Tensor] = {}
+                if found == now:
+                    seen = {view: pixels[row] for view, pixels in images.items()}
+                elif found is not None:
+                    known = crops[row].get(found) or slot.crops.get(found)
+                    seen = crops[row][found] = known or self._pixels(slot, found, observations[row], clock)
                 for view, pixels in images.items():
                     rows[view].append(seen.get(view, torch.zeros_like(pixels[row])))
             past[index] = PastFrames(tuple(steps), {view: torch.stack(found) for view, found in rows.items()})
+        for slot, looked in zip(slots, crops, strict=True):
+            slot.crops = looked
         return past
 
-    def _pixels(self, slot: Slot, step: int | None, observation: Observation, clock: Clock) -> Mapping[str, Tensor]:
-        if step is None:
-            return {}
+    def _pixels(self, slot: Slot, step: int, observation: Observation, clock: Clock) -> Mapping[str, Tensor]:
         if step == slot.asked_at:
             return slot.memory.frames
         phase = clock.enter(_DRAWING)
