@@ -96,5 +96,5 @@ def upload_frames(
         cropped.update(zip(alike, transform.cropped_on_device(together), strict=True))
     batch = len(frames)
     return {
-        view: torch.stack([cropped[first * batch + row] for row in range(batch)]) for first, view in enumerate(views)
+        view: torch.stack([cropped[place * batch + row] for row in range(batch)]) for place, view in enumerate(views)
     }

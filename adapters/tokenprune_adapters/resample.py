@@ -85,7 +85,7 @@ def _weights(before: int, after: int, kernel: Resampling, device: torch.device) 
     # Conversion truncates, as in C; what is below 0 has no source pixel anyway.
     first, end = ((centre + sign * reach * stretch + 0.5).astype(np.int64) for sign in (-1, 1))
     weights = np.where((source >= first) & (source < end), shape((source - centre + 0.5) * (1 / stretch)), 0)
-    # One after the other, as Pillow adds them; `sum` adds in pairs, and the last bit would differ.
+    # One after the other, as Pillow adds them; `sum` adds in pairs, and a last bit could tip a weight.
     weights /= weights.cumsum(1)[:, -1:]
     whole = np.trunc(weights * _ONE + np.copysign(0.5, weights))
     return torch.from_numpy(whole).to(device)
