@@ -205,7 +205,9 @@ def test_I20_notices_what_survives_a_reset(name: str, surviving: str) -> None:
         old = self._slots.get(slot)
         real(self, instruction, slot)
         if old is not None:
-            setattr(self._slots[slot], surviving, getattr(old, surviving))
+            new = self._slots[slot]
+            holder, former = (new.memory, old.memory) if hasattr(new.memory, surviving) else (new, old)
+            setattr(holder, surviving, getattr(former, surviving))
 
     # Frames of the old episode lie between the queries of the new one, whose host shows none.
     moves = ("fast",) * 7 + ("slow",)

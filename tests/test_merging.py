@@ -210,16 +210,15 @@ def test_visionzip_in_a_query() -> None:
 def test_what_merging_costs_is_counted(name: str) -> None:
     backbone, seen, _ = BACKBONES[name]()
     policy = policy_of(backbone, ToMeConfig(use="tome", after=("embedding", 2)))
-    alone = policy_of(backbone)
-    totals = []
-    for one in (policy, alone):
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            trace = one.act(seen).trace
-        totals.append(counter.get_total_flops() - query_flops(backbone.info, trace.plan).total)
-    found = [cut.found for cut in trace.plan.cuts] or [len(trace.plan.layout.prunable)]
-    # Beside what is counted, the likeness of each two tokens, which belongs to the strategy as its scores do.
-    n, width, head = found[0], backbone.info.decoder.hidden, backbone.info.decoder.head_dim
-    assert totals == [2 * n * n * width + 2 * (n // 2) ** 2 * head, 0]
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        trace = policy.act(seen).trace
+    counted = query_flops(backbone.info, trace.plan)
+    assert counted.total == counter.get_total_flops()
+    # The likeness of each two tokens, of embeddings and of keys, and what the sums of those that merge take.
+    n, width, head = len(trace.plan.layout.prunable), backbone.info.decoder.hidden, backbone.info.decoder.head_dim
+    likeness = 2 * n * n * width + 2 * (n // 2) ** 2 * head
+    merging = 2 * (n * (n // 2) + (n // 2) * (n // 4)) * width
+    assert counted.probe == likeness + merging
 
 
 def test_merging_nothing_is_dense() -> None:

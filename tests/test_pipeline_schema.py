@@ -52,6 +52,7 @@ CHECKS = {
     "minimum": of(int | float, lambda w, d, *_: d >= w),
     "maximum": of(int | float, lambda w, d, *_: d <= w),
     "exclusiveMinimum": of(int | float, lambda w, d, *_: d > w),
+    "exclusiveMaximum": of(int | float, lambda w, d, *_: d < w),
 }
 
 

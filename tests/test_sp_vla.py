@@ -185,7 +185,7 @@ def test_it_keeps_edges_and_what_speed_allows(name: str) -> None:
     for z, chunk, x in zip((0.0, 0.3, 0.8, -0.8, 2.0), chunks, inputs, strict=True):
         attention = whole_map(tower.blocks[-1].attn, x).mean(1)[:, prefix:].numpy()
         expected = []
-        for part, segment, (view, pixels) in zip(attention, views, policy._slots[0].frames.items(), strict=True):
+        for part, segment, (view, pixels) in zip(attention, views, policy._slots[0].memory.frames.items(), strict=True):
             assert view == segment.view
             edge = edges_by_patch(pixels.numpy(), segment.grid[0])
             assert 0 < edge.sum() < len(edge)
