@@ -42,7 +42,7 @@ def equal(family: str) -> None:
         np.testing.assert_allclose(own.normalised, eager.normalised, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("family", sorted(BACKBONES))
+@pytest.mark.parametrize("family", ["oft", "pi0"])
 def test_compiled_layers_keep_the_same_tokens(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without code generation, which takes long; every layer and every count of tokens shares one program."""
     compiled = torch.compile

@@ -134,7 +134,7 @@ def test_to_json_is_plain_data(trace: QueryTrace, with_ids: bool) -> None:
     assert plain["mode"] == "default"
     assert plain["tokens_held"] == plain["tokens_planned"] == [12, 12, 7, 7]
     assert plain["kept_per_view"]["embedding"] == {"primary": [7, 5], "wrist": [2, 4]}
-    assert plain["probes"] == [{"stage": "x", "layer": 1, "rows": "last", "count": 1, "ahead": False}]
+    assert plain["probes"] == [{"stage": "x", "layer": 1, "rows": "last", "count": 1, "ahead": False, "behind": 0}]
     assert plain["phases_ms"] == {"decoder": 10.0, "selection": 1.2346}
     assert sorted(plain["protected_over_budget"].values()) == [0, 2]
     if with_ids:

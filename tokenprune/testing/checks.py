@@ -145,7 +145,7 @@ def a_replay_is_the_query(subject: Subject) -> None:
     if not all(stage.recordable() for stage in recorded.pipeline.stages):
         raise NotApplicable("it says that it cannot be recorded")
     recorded.executor = Recorded(recorded.backbone, taped)
-    own, plain = (subject.queries(policy, 7) for policy in (recorded, eager))
+    own, plain = (subject.queries(policy, 6) for policy in (recorded, eager))
     said = "query {} was replayed and differs; what it reads on the host belongs in `host_state`"
     _same_selection(own, plain, said)
     _same_actions(own, plain, said)
