@@ -34,12 +34,12 @@ def queries(family: str, execution: str) -> list[ActionChunk]:
     return [policy.act(look(backbone, seed)) for seed in range(3)]
 
 
-def equal(family: str) -> None:
+def equal(family: str, tolerance: float) -> None:
     for eager, own in zip(queries(family, "eager"), queries(family, "compile"), strict=True):
         assert own.trace.execution == "compile"
         assert eager.trace.kept.keys() == own.trace.kept.keys()
         assert all(torch.equal(ids, own.trace.kept[after]) for after, ids in eager.trace.kept.items())
-        np.testing.assert_allclose(own.normalised, eager.normalised, rtol=0, atol=1e-9)
+        np.testing.assert_allclose(own.normalised, eager.normalised, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("family", ["oft", "pi0"])
@@ -48,12 +48,15 @@ def test_compiled_layers_keep_the_same_tokens(family: str, monkeypatch: pytest.M
     compiled = torch.compile
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(torch, "compile", lambda run, dynamic: compiled(run, dynamic=dynamic, backend=counter))
-    equal(family)
+    equal(family, 1e-9)
     # Before and after attention, for one or two decoders, and once more where one token comes alone.
     assert 2 <= counter.frame_count <= 6
 
 
+# Torch's code generator itself uses what torch calls deprecated.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(BACKBONES))
 def test_generated_code_keeps_the_same_tokens(family: str) -> None:
-    equal(family)
+    # Norms are float32 in every model, and generated code rounds them in its own order.
+    equal(family, 1e-5)
