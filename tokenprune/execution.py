@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Hashable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 import torch
@@ -98,7 +99,8 @@ class Recorded:
             clock.enter("history")
             trace.execution = self.name
             return trace, outcome
-        again = None if key in self._recordings else _as_it_was(given)
+        # As it was before the query writes to its drafts.
+        again = None if key in self._recordings else replace(given, slots=[slot.draft() for slot in given.slots])
         trace, outcome = self._first.run(pipeline, plan, given, clock)
         if again is not None:
             clock.enter("recording")
@@ -119,11 +121,6 @@ class Recorded:
                 stacklevel=2,
             )
             return None
-
-
-def _as_it_was(given: Given) -> Given:
-    """The same query with drafts of its own, before it writes to them."""
-    return Given(given.inputs, [slot.draft() for slot in given.slots], given.past, given.chance, given.tables)
 
 
 def check_plan(execution: str, pipeline: BoundPipeline, plan: Plan) -> None:

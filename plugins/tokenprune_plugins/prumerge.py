@@ -30,12 +30,11 @@ from torch.nn.functional import one_hot
 from tokenprune.backbone import BackboneInfo
 from tokenprune.budget import UNION
 from tokenprune.config import CutConfig, Keep
-from tokenprune.context import LayerContext, SelectContext
-from tokenprune.hookspecs import hookimpl
+from tokenprune.context import SelectContext
 from tokenprune.plan import Plan
 from tokenprune.selection import Proposal
-from tokenprune.stage import Stage
 from tokenprune_plugins.likeness import likeness, likeness_flops
+from tokenprune_plugins.scored import Anywhere
 from tokenprune_plugins.specprune.signals import rank_within
 
 
@@ -50,7 +49,7 @@ class PruMergeConfig(CutConfig):
     )
 
 
-class PruMerge(Stage[PruMergeConfig]):
+class PruMerge(Anywhere[PruMergeConfig]):
     """Keeps the patches whose attention stands out in their view, and merges the others into them."""
 
     Config = PruMergeConfig
@@ -82,17 +81,8 @@ class PruMerge(Stage[PruMergeConfig]):
         cuts = [cut for cut in self.own_cuts(plan) if cut.keep < cut.found]
         return sum(likeness_flops(cut.found, info.encoder_attention["keys_whole"].width) for cut in cuts)
 
-    @hookimpl
-    def select_tokens(self, ctx: SelectContext) -> Proposal:
-        """Before layer 0."""
-        return self._propose(ctx)
-
-    @hookimpl
-    def score_layer(self, ctx: LayerContext) -> Proposal:
-        """After a layer."""
-        return self._propose(ctx)
-
-    def _propose(self, ctx: SelectContext) -> Proposal:
+    def propose(self, ctx: SelectContext) -> Proposal:
+        """Patches that stand out, and what the others are merged into."""
         attention, keys = ctx.encoder_attention(self._kind), ctx.encoder_attention("keys_whole")
         view = ctx.tables.view_of[ctx.prunable]
         wanted = standing_out(attention, view, len(ctx.layout.views), self.config.spread)

@@ -1,4 +1,4 @@
-"""The base of strategies that score tokens in the same way before layer 0 and after any layer."""
+"""Bases of strategies that do the same before layer 0 and after any layer."""
 
 from __future__ import annotations
 
@@ -12,19 +12,31 @@ from tokenprune.selection import Proposal
 from tokenprune.stage import ConfigT, Stage
 
 
-class Scored(Stage[ConfigT], ABC):
-    """A stage whose score does not depend on where it is asked."""
+class Anywhere(Stage[ConfigT], ABC):
+    """A stage whose proposal does not depend on where it is asked."""
+
+    @abstractmethod
+    def propose(self, ctx: SelectContext) -> Proposal:
+        """What it wishes for the prunable tokens held now."""
+
+    @hookimpl
+    def select_tokens(self, ctx: SelectContext) -> Proposal:
+        """Proposes before layer 0."""
+        return self.propose(ctx)
+
+    @hookimpl
+    def score_layer(self, ctx: LayerContext) -> Proposal:
+        """Proposes after a layer."""
+        return self.propose(ctx)
+
+
+class Scored(Anywhere[ConfigT], ABC):
+    """A stage whose proposal is a score, the same wherever it is asked."""
 
     @abstractmethod
     def score(self, ctx: SelectContext) -> Tensor:
         """Scores `[B, P]` of the prunable tokens; higher stays."""
 
-    @hookimpl
-    def select_tokens(self, ctx: SelectContext) -> Proposal:
-        """Scores before layer 0."""
-        return Proposal(score=self.score(ctx))
-
-    @hookimpl
-    def score_layer(self, ctx: LayerContext) -> Proposal:
-        """Scores after a layer."""
+    def propose(self, ctx: SelectContext) -> Proposal:
+        """The score alone."""
         return Proposal(score=self.score(ctx))

@@ -23,12 +23,11 @@ from torch import Tensor
 from tokenprune.backbone import BackboneInfo
 from tokenprune.budget import UNION
 from tokenprune.config import CutConfig, Keep
-from tokenprune.context import LayerContext, SelectContext
+from tokenprune.context import SelectContext
 from tokenprune.history import Slot
-from tokenprune.hookspecs import hookimpl
 from tokenprune.selection import Proposal
-from tokenprune.stage import Stage
 from tokenprune_plugins.canny import canny
+from tokenprune_plugins.scored import Anywhere
 
 
 class SPVLAConfig(CutConfig):
@@ -51,7 +50,7 @@ class SPVLAConfig(CutConfig):
         return edges
 
 
-class SPVLA(Stage[SPVLAConfig]):
+class SPVLA(Anywhere[SPVLAConfig]):
     """Keeps edges, and patches that hold a share of the vision tower's attention, a smaller one in vertical motion."""
 
     Config = SPVLAConfig
@@ -82,17 +81,8 @@ class SPVLA(Stage[SPVLAConfig]):
         """What the speed is measured in."""
         return "vertical speed in the action's own units"
 
-    @hookimpl
-    def select_tokens(self, ctx: SelectContext) -> Proposal:
-        """Before layer 0."""
-        return self._propose(ctx)
-
-    @hookimpl
-    def score_layer(self, ctx: LayerContext) -> Proposal:
-        """After a layer."""
-        return self._propose(ctx)
-
-    def _propose(self, ctx: SelectContext) -> Proposal:
+    def propose(self, ctx: SelectContext) -> Proposal:
+        """What holds its share of the attention, and edges."""
         attention = ctx.encoder_attention("received")
         share = self._shares(ctx.slots, attention.device)
         attended = torch.zeros_like(ctx.prunable, dtype=torch.bool)
