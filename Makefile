@@ -71,6 +71,10 @@ bench-gpu:
 		--backbone pi0 --preset base --backbone pi05 --preset base \
 		--device cuda --dtype bfloat16 --mode eager --mode cuda_graph --mode compiled_cuda_graph --pairs 10 --warmup 3 --reference upstream \
 		--out docs/evidence/bench-gpu.json --chart docs/assets/bench-gpu.png
+	$(BIN)/tokenprune bench specprune --backbone pi0 --preset base --option 'views=[primary,wrist,side]' \
+		--episode examples/three_cameras.npz --device cuda --dtype bfloat16 --mode eager --mode cuda_graph --pairs 10 --warmup 3 \
+		--reference upstream --out docs/evidence/bench-gpu-three-cameras.json
+	$(MAKE) speed-page
 	$(BIN)/python -m pytest -m cuda
 
 # 15 minutes on two cores with bfloat16 instructions and nothing else to do; 17 GB of memory.

@@ -84,7 +84,7 @@ def test_numbers_of_a_row_agree_with_each_other(result):
             assert row["median_ms"] == pytest.approx(np.median(own), rel=1e-3)
             assert row["p95_ms"] >= row["median_ms"]
             assert row["waits"] is None
-            assert row["peak_bytes"] > 1e7
+            assert row["peak_bytes"] is None or row["peak_bytes"] > 1e7
         random = entry["rows"][1]
         rate = np.median(random["gflops"] / np.array(random["times"]["own"]))
         assert random["tflops"] == pytest.approx(rate, rel=1e-3)
@@ -255,24 +255,64 @@ def test_a_trained_preset_is_measured_too(tmp_path, monkeypatch):
     assert data["settings"]["modes"] == ["eager"]
 
 
-def test_peaks_are_of_each_query(monkeypatch):
+def peaks_of(monkeypatch: pytest.MonkeyPatch, *sizes: int) -> list[int | None]:
+    """Peaks of queries that take and give back so many bytes."""
     from tests.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
     from tokenprune.config import DENSE
 
     backbone = tiny_policy_parts(tiny_config())
     policy = Gauged(backbone, DENSE, REGISTRY)
     policy.reset(INSTRUCTION)
-    sizes = iter((2**27, 1))
+    left = iter(sizes)
     real = Policy.act
 
     def act(self: Policy, observation: Any, slot: int = 0) -> Any:
-        taken = torch.ones(next(sizes), dtype=torch.uint8)
+        taken = torch.ones(next(left), dtype=torch.uint8)
         return real(self, observation, slot) if len(taken) else None
 
-    monkeypatch.setattr(Policy, "act", act)
-    for _ in range(2):
-        policy.act(observation(backbone.config))
-    assert policy.peaks[0] - policy.peaks[1] > 0.9 * 2**27
+    with monkeypatch.context() as patched:
+        patched.setattr(Policy, "act", act)
+        for _ in sizes:
+            policy.act(observation(backbone.config))
+    return policy.peaks
+
+
+def test_peaks_are_of_each_query(monkeypatch):
+    large, small = peaks_of(monkeypatch, 2**28, 1)
+    if kernel_forgets_peaks():
+        assert large is not None
+        assert small is not None
+        assert large - small > 0.9 * 2**28
+    else:
+        assert small is None
+
+
+def kernel_forgets_peaks() -> bool:
+    """Not in every container."""
+    taken = np.ones(2**28, dtype=np.uint8)
+    del taken
+    try:
+        before = resident_peak()
+        Path("/proc/self/clear_refs").write_text("5")
+        return before - resident_peak() > 2**27
+    except (OSError, StopIteration):
+        return False
+
+
+def resident_peak() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+def test_a_peak_that_cannot_be_forgotten_is_not_told(monkeypatch, tmp_path):
+    monkeypatch.setattr("tokenprune.bench.gauge._PROCESS", tmp_path)
+    assert peaks_of(monkeypatch, 1) == [None]
+    (tmp_path / "clear_refs").write_text("")
+    (tmp_path / "status").write_text("VmHWM:\t  900000 kB\nVmRSS:\t  100000 kB\n")
+    assert peaks_of(monkeypatch, 1) == [None]
+    (tmp_path / "status").write_text("VmHWM:\t  100016 kB\nVmRSS:\t  100000 kB\n")
+    assert peaks_of(monkeypatch, 1) == [100016 * 1024]
+    assert (tmp_path / "clear_refs").read_text() == "5"
 
 
 def test_waits_are_counted_by_torchs_own_warning(monkeypatch):
@@ -288,6 +328,33 @@ def test_waits_are_counted_by_torchs_own_warning(monkeypatch):
 
     assert count_waits(work) == ("done", 3)
     assert modes == ["warn", 0]
+
+
+def test_a_policy_with_three_cameras_looks_at_an_episode_with_three():
+    episode = load_episode(Path(__file__).parent.parent / "examples/three_cameras.npz")
+    assert (len(episode), episode.actions.tolist()) == (len(EPISODE), EPISODE.actions.tolist())
+    views = ["primary", "wrist", "side"]
+    data = run("specprune", subjects=[Subject("pi0", "tiny", episode)], options={"views": views}, pairs=1, queries=1)
+    assert data["results"][0]["backbone"]["views"] == views
+    with pytest.raises(EpisodeError, match="views primary, wrist; the policy also looks at side"):
+        run("specprune", subjects=[Subject("pi0", "tiny", EPISODE)], options={"views": views})
+
+
+def test_the_roof_is_the_best_of_those_measured_between_pipelines():
+    measured = iter([Roof(2e12, 1e10, 8, 8), Roof(1e12, 3e10, 8, 8), Roof(4e12, 2e10, 8, 8)])
+    seen = []
+    settings = BenchSettings(dtypes=("float32",), pairs=1, warmup=1, queries=1)
+    loaded = [load_pipeline(name, REGISTRY) for name in ("random", "fastv")]
+
+    def save(data):
+        seen.append(json.loads(json.dumps(data["results"][0])))
+
+    bench([OFT], loaded, settings, REGISTRY, save, roof=lambda device, dtype: next(measured))
+    assert [(one["roof"]["flops"], one["roof"]["bandwidth"]) for one in seen[:2]] == [(2e12, 3e10), (4e12, 3e10)]
+    for one in seen[:2]:
+        assert [row["of_peak"] * one["roof"]["flops"] for row in one["rows"]] == pytest.approx(
+            [row["tflops"] * 1e12 for row in one["rows"]]
+        )
 
 
 def test_the_roof_is_a_rate_this_machine_has(monkeypatch):

@@ -133,6 +133,20 @@ def test_every_execution_keeps_the_same_tokens_and_gives_the_same_actions(name, 
     assert own[-1].trace.execution == execution
 
 
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_replay_tells_the_time_of_its_phases(name):
+    eager, replayed = (
+        [chunk.trace for chunk in queries(made(name, "cuda"), "specprune", 8, how)[-2:]]
+        for how in ("eager", "cuda_graph")
+    )
+    for one, other in zip(eager, replayed, strict=True):
+        assert other.execution == "cuda_graph"
+        assert set(other.phases) == {*one.phases, "replay"}
+        assert min(other.phases.values()) >= 0
+        assert other.phases["decoder"] > 0
+        assert sum(other.phases.values()) < 1.1 * other.milliseconds
+
+
 def test_a_reset_and_a_mode_switch_record_nothing_again():
     backbone = made("openvla-oft", "cuda")
     policy = Policy(backbone, load_pipeline("specprune", REGISTRY).config, REGISTRY, "cuda_graph")

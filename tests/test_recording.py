@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.planting import REGISTRY, pipeline
 from tests.stages import TestConfig
@@ -24,6 +25,7 @@ from tokenprune.loader import load_pipeline
 from tokenprune.policy import ActionChunk, Policy
 from tokenprune.runtime import Outcome
 from tokenprune.testing.tape import taped
+from tokenprune.trees import copy_tensors, tensors_in
 from tokenprune_plugins.ttf import TTFConfig
 
 
@@ -200,12 +202,56 @@ def test_cuda_graphs_need_cuda() -> None:
         Policy(backbone, pipeline(), REGISTRY, "cuda-graph")
 
 
-def test_without_memory_for_a_graph_queries_run_call_by_call() -> None:
+def test_copies_around_a_replay_are_few_launches() -> None:
+    def values(scale: float) -> dict[str, Any]:
+        numbers = [torch.full((2, width), scale * width) for width in range(1, 40)]
+        return {"numbers": numbers, "past": {"ids": tuple(one.long() for one in numbers), "nothing": None}}
+
+    launched: list[str] = []
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            launched.append(str(operation))
+            return operation(*args, **(kwargs or {}))
+
+    places, given = values(0.0), values(3.0)
+    with Counting():
+        copy_tensors(places, given)
+    assert len(launched) == 2, "one for each dtype"
+    for place, tensor in zip(tensors_in(places), tensors_in(given), strict=True):
+        assert torch.equal(place, tensor)
+    with pytest.raises(ValueError, match="zip"):
+        copy_tensors(places, given["numbers"])
+
+
+def full(run: Callable[[], Outcome]) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def full_and_broken(run: Callable[[], Outcome]) -> Any:
+    """The capture cannot even be ended after an allocation in it has failed."""
+    try:
+        full(run)
+    finally:
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+
+def broken(run: Callable[[], Outcome]) -> Any:
+    raise RuntimeError("operation not permitted when stream is capturing")
+
+
+def test_a_recording_that_fails_otherwise_is_an_error() -> None:
     backbone = tiny_policy_parts(tiny_config())
+    policy = Policy(backbone, pipeline(), REGISTRY)
+    policy.executor = Recorded(backbone, broken)
+    policy.reset(INSTRUCTION)
+    with pytest.raises(RuntimeError, match="not permitted"):
+        policy.act(observation(backbone.config))
 
-    def full(run: Callable[[], Outcome]) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory")
 
+@pytest.mark.parametrize("full", [full, full_and_broken])
+def test_without_memory_for_a_graph_queries_run_call_by_call(full: Any) -> None:
+    backbone = tiny_policy_parts(tiny_config())
     policy = Policy(backbone, pipeline(TestConfig(use="test.memory")), REGISTRY)
     policy.executor = Recorded(backbone, full)
     policy.reset(INSTRUCTION)

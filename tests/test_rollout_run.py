@@ -348,6 +348,7 @@ def test_a_worker_refuses_what_does_not_fit_before_any_episode():
     for spec, message in (
         (spec_of("dense+no-wirst"), r"'dense\+no-wirst': the policy has no view 'wirst'"),
         (spec_of("dense", execute=9), "execute: 1 to 4"),
+        (spec_of("dense", backbone="openvla-oft", execution="cuda_graph"), "cuda_graph needs a CUDA device"),
         (spec_of("dense", environments={"toy": {"views": ["primary"]}}), "the policy also looks at wrist"),
         (spec_of("dense", environments={"toy": {"vews": 1}}), "the toy has no option 'vews'"),
     ):
@@ -372,6 +373,7 @@ def test_settings_hold_what_changes_results(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"trained")
     assert None is not before != spec.settings(suites, tmp_path)["weights"]
     assert replace(spec, dtype="auto").settings(suites, None)["dtype"] in ("float32", "bfloat16")
+    assert replace(spec, execution="compile").settings(suites, None)["execution"] == "compile"
     assert spec.describe(spec.variants[0], suites) == {"pipeline": spec.variants[0].pipeline, "condition": ""}
     told = spec.describe(spec.variants[1], suites)["instructions"]
     assert told == {"toy": {"0": toy.TASKS[1], "1": toy.TASKS[0]}}

@@ -12,6 +12,7 @@ from tests.planting import REGISTRY
 from tests.test_bench import EPISODE, given_roof
 from tokenprune.bench.bench import BenchSettings, Subject, bench
 from tokenprune.bench.rows import SpeedRow
+from tokenprune.bench.upstream import UPSTREAM
 from tokenprune.loader import load_pipeline
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
@@ -61,12 +62,48 @@ def test_blocks_are_filled_and_the_rest_stays(small):
 
 @pytest.mark.parametrize(("value", "said"), [(0.95, "met"), (0.91, "missed")])
 def test_a_target_is_met_or_missed(small, value, said):
+    efficiency, share = TARGETS["eager"]
     row = json.loads(small.read_text())["results"][0]["rows"][1]
-    met = TARGETS[0].line(SpeedRow.from_json(row | {"efficiency": value}))
-    assert met.endswith(f"| {value:g} | {said} |")
+
+    def rows(**changed):
+        return {"specprune": SpeedRow.from_json(row | changed)}
+
+    assert efficiency.line(rows(efficiency=value)).endswith(f"| {value:g} | {said} |")
     # A share of 1 - value: 5 % and 9 % are both too much, a tenth of either is not.
-    for share, verdict in ((1 - value, "missed"), ((1 - value) / 100, "met")):
-        assert TARGETS[1].line(SpeedRow.from_json(row | {"selection": share})).endswith(f"| {verdict} |")
+    for taken, verdict in ((1 - value, "missed"), ((1 - value) / 100, "met")):
+        assert share.line(rows(selection=taken)).endswith(f"| {verdict} |")
+
+
+def test_targets_of_a_gpu_are_told_of_graphs_and_by_cameras(small, tmp_path):
+    data = json.loads(small.read_text())
+    dense, pruned = data["results"][0]["rows"]
+    rows = [
+        dense | {"over_floor": 1.4},
+        pruned | {"speedup": 1.8, "efficiency": 0.95, "median_ms": 10.0, "phases": {"selection": 0.2, "history": 0.05}},
+        dense | {"pipeline": UPSTREAM, "median_ms": 50.0},
+    ]
+    results = [
+        data["results"][0] | {"backbone": {"name": name, "views": views}, "mode": mode, "rows": rows}
+        for name, views in (("openvla-oft", ["a", "b"]), ("pi0", ["a", "b"]), ("pi0", ["a", "b", "c"]))
+        for mode in ("eager", "cuda_graph")
+    ]
+    path = tmp_path / "bench-gpu.json"
+    path.write_text(json.dumps(data | {"provenance": {"gpu": "NVIDIA H200"}, "results": results}), encoding="utf-8")
+    lines = speed_page.targets(str(path)).splitlines()[2:]
+    assert [line.split("|")[1].strip().partition(":")[0] for line in lines] == [
+        "dense", *["`specprune`"] * 4, "pi0, three cameras, `specprune`",
+    ]  # fmt: skip
+    told = [[cell.strip() for cell in line.split("|")[3:5]] for line in lines]
+    assert told == [
+        ["1.4", "met"], ["1.8", "missed"], ["0.95", "met"], ["0.25 ms", "met"], ["5", "met"], ["1.8", "met"],
+    ]  # fmt: skip
+
+
+def test_a_result_that_is_not_there_is_not_invented():
+    assert "Not measured" in speed_page.tables("docs/evidence/no.json")
+    lines = speed_page.targets("docs/evidence/no.json").splitlines()[2:]
+    assert len(lines) == len(TARGETS["cuda_graph"])
+    assert all(line.endswith("| - | not measured |") for line in lines)
 
 
 def test_a_page_that_is_behind_its_files_is_noticed(small, tmp_path, monkeypatch):

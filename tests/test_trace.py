@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import ClassVar
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from tokenprune.errors import TraceError
 from tokenprune.layout import Role, Segment, TokenLayout
 from tokenprune.plan import Plan, make_plan
 from tokenprune.stage import Stage
-from tokenprune.trace import Clock, ProbeRecord, QueryTrace, attention_kernel
+from tokenprune.trace import Clock, GraphClock, ProbeRecord, QueryTrace, attention_kernel
 
 
 @pytest.fixture
@@ -88,6 +89,68 @@ def test_a_phase_inside_another_takes_its_time_away_from_it(watch: Watch) -> Non
     watch.now = 9.0
     assert (outer, inner) == ("decoder", "selection")
     assert clock.milliseconds() == {"decoder": 3000.0, "selection": 750.0, "history": 250.0}
+
+
+def test_a_clock_inside_splits_the_phase_it_ran_in(watch: Watch) -> None:
+    clock, inner = (Clock(torch.device("cpu")) for _ in range(2))
+    clock.enter("preprocess")
+    watch.now = 1.0
+    clock.enter("replay")
+    clock.split(inner)
+    watch.now = 1.5
+    inner.enter("replay")
+    watch.now = 1.75
+    with inner.phase("decoder"):
+        watch.now = 4.0
+    inner.enter("history")
+    watch.now = 4.5
+    inner.enter("end")
+    watch.now = 5.0
+    clock.enter("history")
+    watch.now = 5.25
+    clock.enter("end")
+    spent = clock.milliseconds()
+    assert spent == {"preprocess": 1000.0, "replay": 1250.0, "decoder": 2250.0, "history": 750.0}
+    assert sum(spent.values()) == 5250.0
+
+
+class Node:
+    """A CUDA event of a graph: each run of what recorded it gives it another time."""
+
+    made: ClassVar[list[Node]] = []
+
+    def __init__(self, enable_timing: bool = False, external: bool = False) -> None:
+        assert enable_timing
+        self.external = external
+        self.at = 0.0
+
+    def record(self) -> None:
+        self.made.append(self)
+
+    def elapsed_time(self, other: Node) -> float:
+        return other.at - self.at
+
+
+def test_marks_in_a_graph_are_external_and_read_after_each_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.Event", Node)
+    monkeypatch.setattr(Node, "made", [])
+    clock = GraphClock(torch.device("cuda"))
+    for phase in ("vision", "decoder", "end"):
+        clock.enter(phase)
+    assert [node.external for node in Node.made] == [True] * 3
+    for pace in (1.0, 3.0):
+        for place, node in enumerate(Node.made):
+            node.at = pace * (place + 1) ** 2
+        assert clock.milliseconds() == {"vision": 3 * pace, "decoder": 5 * pace}
+    Clock(torch.device("cuda")).enter("vision")
+    assert not Node.made[-1].external
+
+
+def test_nothing_is_timed_in_a_graph_that_is_none() -> None:
+    clock = GraphClock(torch.device("cpu"))
+    with clock.phase("vision"):
+        assert clock.enter("decoder") == ""
+    assert clock.milliseconds() == {}
 
 
 def test_nothing_is_timed_before_the_first_phase_or_in_the_last(watch: Watch) -> None:

@@ -94,8 +94,7 @@ class Recorded:
         recording = self._recordings.get(key)
         if recording is not None:
             self._recordings.move_to_end(key)
-            clock.enter("replay")
-            trace, outcome = recording.replay(given)
+            trace, outcome = recording.replay(given, clock)
             clock.enter("history")
             trace.execution = self.name
             return trace, outcome
@@ -113,7 +112,10 @@ class Recorded:
     def _record(self, pipeline: BoundPipeline, plan: Plan, given: Given, trace: QueryTrace) -> Recording | None:
         try:
             return Recording(self._backbone, pipeline, plan, given, self._recorder, self._compiled)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            # An allocation that fails may leave a capture that fails to end, and then that is what is raised.
+            if not any(isinstance(one, torch.OutOfMemoryError) for one in (error, error.__context__)):
+                raise
             trace.execution = f"{self._first.name} (no memory for a graph)"
             warnings.warn(
                 f"no memory to record pipeline '{pipeline.config.name}', mode '{plan.mode}', as a CUDA graph; "

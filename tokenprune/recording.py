@@ -14,8 +14,8 @@ from tokenprune.chance import HeldChance
 from tokenprune.pipeline import BoundPipeline
 from tokenprune.plan import Plan
 from tokenprune.runtime import Given, Outcome, Query
-from tokenprune.trace import QueryTrace, SilentClock
-from tokenprune.trees import map_tensors, structure, tensors_in
+from tokenprune.trace import Clock, GraphClock, QueryTrace
+from tokenprune.trees import copy_tensors, map_tensors, structure
 
 if TYPE_CHECKING:
     from tokenprune.adapter import Backbone
@@ -56,26 +56,33 @@ class Recording:
         """Record a query like the one `given`, which has run before: nothing may be made for the first time here."""
         self._given = _buffers(given)
         self._trace = QueryTrace(pipeline.config.name, plan)
+        self._clock = GraphClock(backbone.device)
 
         def run() -> Outcome:
             # Run on drafts of the buffers: what a query leaves must not be where it reads.
             own = replace(self._given, slots=[slot.draft() for slot in self._given.slots])
-            query = Query(pipeline, plan, own, SilentClock(), compiled=compiled)
-            outcome = query.outcome(backbone.infer(own.inputs, query))
+            query = Query(pipeline, plan, own, self._clock, compiled=compiled)
+            self._clock.enter("replay")
+            actions = backbone.infer(own.inputs, query)
+            self._clock.enter("history")
+            outcome = query.outcome(actions)
+            self._clock.enter("end")
             self._trace = query.trace
             return outcome
 
         self._outcome, self._again = recorder(run)
 
-    def replay(self, given: Given) -> tuple[QueryTrace, Outcome]:
+    def replay(self, given: Given, clock: Clock) -> tuple[QueryTrace, Outcome]:
         """Run it on another observation of the same structure."""
-        for buffer, values in zip(tensors_in(_read(self._given)), tensors_in(_read(given)), strict=True):
-            buffer.copy_(values, non_blocking=True)
+        clock.enter("replay")
+        clock.split(self._clock)
+        copy_tensors(_read(self._given), _read(given))
         assert isinstance(self._given.chance, HeldChance)
         self._given.chance.refill(given.chance)
         self._again()
         # The next replay writes to the same places.
-        outcome = map_tensors(torch.clone, self._outcome)
+        outcome = map_tensors(torch.empty_like, self._outcome)
+        copy_tensors(outcome, self._outcome)
         trace = replace(self._trace, kept=dict(outcome.kept), reasons={k: dict(v) for k, v in outcome.reasons.items()})
         return trace, outcome
 

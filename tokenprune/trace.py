@@ -28,17 +28,20 @@ class Clock:
         """Nothing is timed until the first `enter`."""
         self._cuda = device.type == "cuda"
         self._marks: list[tuple[str, Any]] = []
+        self._inside: list[tuple[str, Clock]] = []
 
     def enter(self, phase: str) -> str:
         """Begin a phase and return the name of the one that ended (empty at the first)."""
-        if self._cuda:
-            mark: Any = torch.cuda.Event(enable_timing=True)
-            mark.record()
-        else:
-            mark = time.perf_counter()
         before = self._marks[-1][0] if self._marks else ""
-        self._marks.append((phase, mark))
+        self._marks.append((phase, self._mark()))
         return before
+
+    def _mark(self) -> Any:  # noqa: ANN401
+        if not self._cuda:
+            return time.perf_counter()
+        mark = torch.cuda.Event(enable_timing=True)
+        mark.record()
+        return mark
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -49,25 +52,38 @@ class Clock:
         finally:
             self.enter(before)
 
+    def split(self, clock: Clock) -> None:
+        """Let another clock say which phases made up the phase at hand; what it does not account for is left to it."""
+        self._inside.append((self._marks[-1][0], clock))
+
     def milliseconds(self) -> dict[str, float]:
         """Total per phase up to the last mark; call when the device has finished."""
         spent: dict[str, float] = {}
         for (phase, start), (_, stop) in zip(self._marks, self._marks[1:], strict=False):
             passed = start.elapsed_time(stop) if self._cuda else (stop - start) * 1e3
             spent[phase] = spent.get(phase, 0.0) + passed
+        for whole, clock in self._inside:
+            for phase, passed in clock.milliseconds().items():
+                spent[phase] = spent.get(phase, 0.0) + passed
+                spent[whole] -= passed
         return spent
 
 
-class SilentClock(Clock):
-    """Times nothing: inside a recorded graph there is no time of its own."""
+class GraphClock(Clock):
+    """Time by phase inside a CUDA graph, whose marks are recorded with it and set anew by every replay.
 
-    def __init__(self) -> None:
-        """No device is asked."""
-        super().__init__(torch.device("cpu"))
+    Elsewhere it times nothing, for nothing of a replay asks for the time.
+    """
 
     def enter(self, phase: str) -> str:
-        """Nothing."""
-        return ""
+        """Begin a phase of the graph."""
+        return super().enter(phase) if self._cuda else ""
+
+    def _mark(self) -> Any:  # noqa: ANN401
+        # One that is not external would be a dependency between streams, and have no time.
+        mark = torch.cuda.Event(enable_timing=True, external=True)
+        mark.record()
+        return mark
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +113,8 @@ class QueryTrace:
         reasons: Per cut, why: boolean `[B, K]` over the ids kept, by the name a stage gave.
         looked_back: Per stage, control steps between the frames it compared, one per batch row; None without a frame.
         milliseconds: The whole query on the host's clock, from observation to actions.
-        phases: Milliseconds per phase: preprocess, vision, selection, decoder, decode or flow, head, history.
+        phases: Milliseconds per phase: preprocess, vision, selection, decoder, decode or flow, head, history; `replay`
+            is what surrounds the phases of a recorded graph.
         encoder: Attention of the vision towers that stages were told.
         ran: Passes of action tokens behind the layout that ran through every layer.
         spared: Those in which what the layers added before was added again.

@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 T = TypeVar("T")
@@ -38,6 +39,17 @@ def tensors_in(value: object) -> list[Tensor]:
 
     map_tensors(note, value)
     return found
+
+
+def copy_tensors(places: object, values: object) -> None:
+    """Copy every tensor of one value over its counterpart in another: a launch for each dtype, not for each tensor."""
+    by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for place, tensor in zip(tensors_in(places), tensors_in(values), strict=True):
+        into, whence = by_dtype.setdefault(place.dtype, ([], []))
+        into.append(place)
+        whence.append(tensor)
+    for into, whence in by_dtype.values():
+        torch._foreach_copy_(into, whence, non_blocking=True)
 
 
 def structure(value: object) -> Hashable:

@@ -5,6 +5,8 @@ The episode that comes with the package was made, from the root of the checkout,
     python examples/mini_policy/episode.py --suite libero_spatial --task 0 --init-state 25 \
         --out adapters/tokenprune_adapters/episodes/libero_spatial.npz
 
+and `examples/three_cameras.npz` with the same and `--side`.
+
 The simulator, its pictures and the conventions are those the mini policy is trained in. The expert knows where
 everything truly is: what it records is not the behaviour of a learned policy. An episode that fails is not written.
 """
@@ -23,7 +25,7 @@ from record import record
 from tasks import ENVIRONMENT_OPTIONS, TASKS
 
 from tokenprune.episode import save_episode
-from tokenprune_adapters.environments.libero.conventions import VIEWS
+from tokenprune_adapters.environments.libero.conventions import SIDE, VIEWS
 from tokenprune_adapters.environments.libero.environment import LiberoFactory, pictures
 
 JPEG_QUALITY = 95
@@ -53,6 +55,7 @@ def main() -> None:
     parser.add_argument("--task", type=int, default=0)
     parser.add_argument("--init-state", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--side", action="store_true", help="a third view, from the side")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     environment = LiberoFactory.build(arguments.suite, ENVIRONMENT_OPTIONS)
@@ -61,8 +64,9 @@ def main() -> None:
     if rows is None:
         raise SystemExit("the expert failed; nothing is written")
     suite, simulator = environment.suite, environment.simulator
-    moments = [pictures(simulator, configuration) for configuration in rows["configuration"]]
-    frames = {view: [jpeg(moment[view]) for moment in moments] for view in VIEWS}
+    views = VIEWS | SIDE if arguments.side else VIEWS
+    moments = [pictures(simulator, configuration, views) for configuration in rows["configuration"]]
+    frames = {view: [jpeg(moment[view]) for moment in moments] for view in views}
     meta = {
         "instruction": suite.tasks[arguments.task].instruction,
         "suite": suite.name,
@@ -73,7 +77,7 @@ def main() -> None:
         "success": True,
         "policy": "scripted pick-and-place expert with ground-truth object poses",
         "control_hz": suite.control_hz,
-        "image": "RGB, raw simulator image rotated by 180 degrees, both views",
+        "image": f"RGB, raw simulator image rotated by 180 degrees, {'all' if arguments.side else 'both'} views",
         "state": "end-effector position 3 (m), axis-angle 3 (rad), gripper joint positions 2 (m)",
         "actions": "OSC_POSE: position delta 3, rotation delta 3, gripper (1 opens, 0 closes)",
         "jpeg": {"quality": JPEG_QUALITY, "chroma_subsampling": "4:4:4"},

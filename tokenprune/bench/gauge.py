@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import resource
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,7 +17,10 @@ from tokenprune.registry import Registry
 
 T = TypeVar("T")
 
+_PROCESS = Path("/proc/self")
 _RESET_PEAK = "5"
+_SLACK = 2**26
+"""Linux counts pages per core and adds them up now and then, so that its two numbers are some MB apart."""
 _WAIT = "called a synchronizing CUDA operation"
 
 
@@ -25,7 +28,7 @@ class Gauged(Policy):
     """A policy whose queries are gauged.
 
     Attributes:
-        peaks: Bytes at the peak of each query, weights included.
+        peaks: Bytes at the peak of each query, weights included; None where the system does not tell.
         waits: Waits for the device in the last query that was asked to count them; None elsewhere than on CUDA.
         counting: Whether queries count. It makes them slower, so those that are timed do not.
     """
@@ -35,16 +38,16 @@ class Gauged(Policy):
     ) -> None:
         """Bind the pipeline to the backbone; nothing is gauged yet."""
         super().__init__(backbone, config, registry, execution)
-        self.peaks: list[int] = []
+        self.peaks: list[int | None] = []
         self.waits: int | None = None
         self.counting = False
 
     def act(self, observation: Observation, slot: int = 0) -> ActionChunk:
         """Query the policy, gauged."""
         device = self.backbone.device
-        _forget_peak(device)
+        forgotten = _forget_peak(device)
         chunk = self._counted(observation, slot) if self.counting else super().act(observation, slot)
-        self.peaks.append(_peak(device))
+        self.peaks.append(_peak(device) if forgotten else None)
         return chunk
 
     def _counted(self, observation: Observation, slot: int) -> ActionChunk:
@@ -67,23 +70,27 @@ def count_waits(work: Callable[[], T]) -> tuple[T, int]:
     return result, sum(_WAIT in str(warning.message) for warning in told)
 
 
-def _forget_peak(device: torch.device) -> None:
-    """Begin a new peak; where the kernel offers none to a process, its peak is that of its whole life."""
+def _forget_peak(device: torch.device) -> bool:
+    """Begin a new peak; whether what `_peak` says next will be of what happens from here."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        return
-    try:
-        Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
-    except OSError:
-        return
+        return True
+    # Not every kernel and container lets a process do this, and some that refuse raise nothing.
+    with suppress(OSError):
+        (_PROCESS / "clear_refs").write_text(_RESET_PEAK)
+    peak, now = _resident("VmHWM"), _resident("VmRSS")
+    return peak is not None and now is not None and peak - now < _SLACK
 
 
-def _peak(device: torch.device) -> int:
+def _peak(device: torch.device) -> int | None:
     """Bytes allocated by torch on a GPU, resident elsewhere, at the peak."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident("VmHWM")
+
+
+def _resident(field: str) -> int | None:
+    """Bytes of this process, as Linux tells them; None elsewhere."""
     try:
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(status.split("VmHWM:")[1].split()[0])
+        status = (_PROCESS / "status").read_text()
+        return 1024 * int(status.split(f"{field}:")[1].split()[0])
     except (OSError, IndexError):
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return None

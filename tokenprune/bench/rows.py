@@ -25,12 +25,12 @@ class Asked:
 
     Attributes:
         chunks: Its answers, in the order of asking.
-        peaks: Bytes at the peak of each query, weights included.
+        peaks: Bytes at the peak of each query, weights included; None where that is not known.
         waits: Waits for the device in one query; None where that is not counted.
     """
 
     chunks: tuple[ActionChunk, ...]
-    peaks: tuple[int, ...]
+    peaks: tuple[int | None, ...]
     waits: int | None
 
     def __add__(self, more: Asked) -> Asked:
@@ -50,7 +50,8 @@ class SpeedRow:
         of_peak: The same as a share of the device's peak.
         floor_ms: Least milliseconds that this device allows the query, median; see `roofline.floor`.
         over_floor: Time over floor, query by query, median.
-        peak_bytes: Memory at the peak of a query, weights included, median: allocated on a GPU, resident elsewhere.
+        peak_bytes: Memory at the peak of a query, weights included, median: allocated on a GPU, resident elsewhere;
+            None where that is not known.
         waits: Waits for the device in one query; None where that is not counted.
         kernel: Attention kernel of the first layer.
         times: Milliseconds of every query, and of the dense ones beside them.
@@ -62,7 +63,7 @@ class SpeedRow:
     of_peak: float
     floor_ms: float
     over_floor: float
-    peak_bytes: int
+    peak_bytes: int | None
     waits: int | None
     kernel: str
     times: dict[str, list[float]]
@@ -87,6 +88,7 @@ def speed_row(label: str, own: Asked, dense: Asked, info: BackboneInfo, roof: Ro
     rates = np.array([trace_flops(info, trace).total / trace.milliseconds * 1e3 for trace in ran])
     floors = np.array([floor(info, trace.plan, roof, itemsize).total for trace in ran])
     rate = _median(rates)
+    known = [peak for peak in own.peaks if peak is not None]
     return SpeedRow(
         row=make_row(label, own.chunks, dense.chunks, info),
         pairs=len(traces),
@@ -94,7 +96,7 @@ def speed_row(label: str, own: Asked, dense: Asked, info: BackboneInfo, roof: Ro
         of_peak=rate / roof.flops,
         floor_ms=_median(floors),
         over_floor=_median(np.array([trace.milliseconds for trace in ran]) / floors),
-        peak_bytes=int(np.median(own.peaks)),
+        peak_bytes=int(np.median(known)) if known else None,
         waits=own.waits,
         kernel=next((trace.kernel for trace in ran), ""),
         times={

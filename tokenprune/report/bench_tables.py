@@ -75,7 +75,8 @@ def needs_table(rows: Sequence[SpeedRow]) -> Table:
     for speed in rows:
         waits = "-" if speed.waits is None else str(speed.waits)
         last, gflops = f"{speed.row.tokens_last:.0f}", f"{speed.row.gflops:.4g}"
-        table.add_row(broken(speed.row.pipeline), f"{speed.peak_bytes / 1e9:.2f}", waits, last, gflops, speed.kernel)
+        peak = "-" if speed.peak_bytes is None else f"{speed.peak_bytes / 1e9:.2f}"
+        table.add_row(broken(speed.row.pipeline), peak, waits, last, gflops, speed.kernel)
     return table
 
 

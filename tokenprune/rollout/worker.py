@@ -13,6 +13,7 @@ import torch
 from tokenprune import errors
 from tokenprune.backbones import load_backbone, native_dtype
 from tokenprune.errors import ConfigError, RolloutError, SimulatorError, TokenPruneError
+from tokenprune.execution import EXECUTIONS
 from tokenprune.loader import parse_pipeline
 from tokenprune.policy import Policy
 from tokenprune.registry import Registry
@@ -42,6 +43,7 @@ class WorkerSpec:
         tasks: Indices of the tasks evaluated in each environment, in order.
         execute: Actions of each chunk that are executed; all where None.
         replan: Whether a controller that asks for a new query within a chunk gets it.
+        execution: As in `tokenprune.load`.
         threads: torch threads.
         plugins: Plugin files.
         videos: Folder for the videos of filmed episodes.
@@ -60,6 +62,7 @@ class WorkerSpec:
     tasks: Mapping[str, Sequence[int]]
     execute: int | None = None
     replan: bool = True
+    execution: str = EXECUTIONS[0]
     threads: int = 1
     plugins: tuple[str, ...] = ()
     videos: str | None = None
@@ -85,7 +88,9 @@ class WorkerSpec:
         """
         device = torch.device(self.device)
         auto = str(native_dtype(device)).removeprefix("torch.")
-        return {
+        # The first of them goes without saying: results of it may be older than the others.
+        execution = {} if self.execution == EXECUTIONS[0] else {"execution": self.execution}
+        return execution | {
             "backbone": self.backbone,
             "checkpoint": self.checkpoint,
             "weights": None if weights is None else fingerprint(weights),
@@ -154,7 +159,9 @@ class Worker:
         )
         self._variants = {variant.label: variant for variant in spec.variants}
         configs = {v.label: parse_pipeline(v.pipeline, self._registry, v.label).config for v in spec.variants}
-        self._policies = {label: Policy(backbone, config, self._registry) for label, config in configs.items()}
+        self._policies = {
+            label: Policy(backbone, config, self._registry, spec.execution) for label, config in configs.items()
+        }
         for name, options in spec.environments.items():
             suite = self._factories[name].describe(name, options)
             for label, policy in self._policies.items():

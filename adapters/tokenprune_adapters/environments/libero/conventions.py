@@ -8,6 +8,9 @@ import numpy.typing as npt
 VIEWS = {"primary": "agentview", "wrist": "robot0_eye_in_hand"}
 """Camera of the simulator for each view."""
 
+SIDE = {"side": "sideview"}
+"""One more camera of the scene, for recordings that policies with three cameras can look at."""
+
 CONTROL_HZ = 20
 """Control steps per second."""
 

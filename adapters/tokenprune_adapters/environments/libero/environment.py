@@ -108,9 +108,11 @@ class LiberoEnvironment:
         self._open, self._task = None, None
 
 
-def pictures(simulator: Simulator, configuration: conventions.Vector) -> dict[str, npt.NDArray[np.uint8]]:
-    """What a policy sees of a configuration of the scene, uint8 `[S, S, 3]` by view."""
-    return {view: conventions.mirrored(drawn) for view, drawn in simulator.draw(configuration).items()}
+def pictures(
+    simulator: Simulator, configuration: conventions.Vector, views: Mapping[str, str] = conventions.VIEWS
+) -> dict[str, npt.NDArray[np.uint8]]:
+    """What a policy sees of a configuration of the scene through these cameras, uint8 `[S, S, 3]` by view."""
+    return {view: conventions.mirrored(drawn) for view, drawn in simulator.draw(configuration, views).items()}
 
 
 class LiberoFactory:

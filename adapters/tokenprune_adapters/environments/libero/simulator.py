@@ -135,10 +135,10 @@ class Simulator:
         """Everything `draw` needs to draw this moment later, `[nq]`."""
         return np.array(self.data.qpos, dtype=np.float64)
 
-    def draw(self, configuration: Vector) -> dict[str, npt.NDArray[np.uint8]]:
-        """Upright pictures `[S, S, 3]` of a configuration, by view."""
+    def draw(self, configuration: Vector, views: Mapping[str, str] = VIEWS) -> dict[str, npt.NDArray[np.uint8]]:
+        """Upright pictures `[S, S, 3]` of a configuration, by view; each view is a camera of the scene."""
         pictures = {}
-        for view in self._looks(configuration):
+        for view in self._looks(configuration, views):
             if self._fast:
                 self.renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
                 self.renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
@@ -149,17 +149,17 @@ class Simulator:
         """Index of the geometry that each pixel shows `[S, S]`, -1 for none, upright, by view."""
         shown = {}
         self.renderer.enable_segmentation_rendering()
-        for view in self._looks(configuration):
+        for view in self._looks(configuration, VIEWS):
             index, kind = np.moveaxis(self.renderer.render(), -1, 0)
             shown[view] = np.where(kind == mujoco.mjtObj.mjOBJ_GEOM, index, -1)
         self.renderer.disable_segmentation_rendering()
         return shown
 
-    def _looks(self, configuration: Vector) -> Iterator[str]:
+    def _looks(self, configuration: Vector, views: Mapping[str, str]) -> Iterator[str]:
         """The views, the renderer looking from each at a configuration."""
         self._drawn.qpos[:] = configuration
         mujoco.mj_forward(self.model, self._drawn)
-        for view, camera in VIEWS.items():
+        for view, camera in views.items():
             self.renderer.update_scene(self._drawn, camera, self._visible)
             yield view
 
