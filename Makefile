@@ -56,10 +56,11 @@ lint: setup
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python tools/lint_hot.py
 
-# Under 8 minutes on one GPU: the whole table at the releases' dimensions, then the tests marked `cuda`, graph against
-# eager among them. Weights are random, so no checkpoint is needed; they and the rest take 20 GB of the GPU's memory.
-# No prerequisites: without a GPU it ends before anything is installed.
+# Under 8 minutes on one GPU: the whole table at the releases' dimensions, compiled layers inside the graph, pi0 with three
+# cameras, then the tests marked `cuda`, graph against eager among them. Weights are random, so no checkpoint is needed;
+# they and the rest take 20 GB of the GPU's memory. No prerequisites: without a GPU it ends before anything is installed.
 STAGES := specprune specprune.static specprune.dynamic specprune.controller
+ON_GPU := --device cuda --dtype bfloat16 --pairs 10 --warmup 3
 bench-gpu:
 	@test -e /dev/nvidiactl || test -e /dev/dxg || nvidia-smi -L >/dev/null 2>&1 || { \
 		echo "make bench-gpu needs a CUDA device, and there is none here" >&2; exit 2; }
@@ -68,12 +69,15 @@ bench-gpu:
 		f'make bench-gpu needs a CUDA device, and torch {torch.__version__} sees none')"
 	$(BIN)/tokenprune bench $(STAGES) $(foreach keep,0.5 0.25 0.125,uniform_grid@keep=$(keep) fastv@keep=$(keep)) \
 		--backbone openvla-oft --preset 7b --backbone openvla --preset 7b \
-		--backbone pi0 --preset base --backbone pi05 --preset base \
-		--device cuda --dtype bfloat16 --mode eager --mode cuda_graph --mode compiled_cuda_graph --pairs 10 --warmup 3 --reference upstream \
-		--out docs/evidence/bench-gpu.json --chart docs/assets/bench-gpu.png
+		--backbone pi0 --preset base --backbone pi05 --preset base $(ON_GPU) --mode eager --mode cuda_graph \
+		--reference upstream --out docs/evidence/bench-gpu.json --chart docs/assets/bench-gpu.png
+	$(BIN)/tokenprune bench specprune --backbone openvla-oft --preset 7b $(ON_GPU) --mode compile \
+		--mode compiled_cuda_graph --out docs/evidence/bench-gpu-compiled.json
 	$(BIN)/tokenprune bench specprune --backbone pi0 --preset base --option 'views=[primary,wrist,side]' \
-		--episode examples/three_cameras.npz --device cuda --dtype bfloat16 --mode eager --mode cuda_graph --pairs 10 --warmup 3 \
-		--reference upstream --out docs/evidence/bench-gpu-three-cameras.json
+		--episode examples/three_cameras.npz $(ON_GPU) --mode cuda_graph \
+		--out docs/evidence/bench-gpu-three-cameras.json
+	$(BIN)/python tools/long_run.py --preset small --queries 2000 --stretch 500 --device cuda --execution cuda_graph \
+		--out docs/evidence/long-run-gpu.json
 	$(MAKE) speed-page
 	$(BIN)/python -m pytest -m cuda
 

@@ -16,7 +16,7 @@ from tokenprune.testing.tape import taped
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
-from long_run import long_run
+from long_run import Asked, long_run, summary
 
 
 @pytest.mark.slow
@@ -32,6 +32,16 @@ def test_what_a_policy_holds_does_not_grow() -> None:
     policy = tokenprune.load("openvla-oft", preset="tiny", pipeline="specprune", dtype="float32")
     sizes = [held(policy) for _ in long_run(policy, 230, 115)]
     assert sizes[0] == sizes[1]
+
+
+def test_switches_and_resets_are_told_apart_from_slow_modes() -> None:
+    fine, coarse = (lambda ms, after="": Asked("fine", ms, after)), (lambda ms, after="": Asked("coarse", ms, after))
+    told = summary(9, [
+        fine(11.5, "reset"), fine(8.0), coarse(7.0, "switch"), coarse(5.0), coarse(5.0), fine(11.0, "switch"),
+        fine(8.0), Asked("odd", 90.0, "switch"), fine(12.5, "reset"),
+    ])  # fmt: skip
+    assert (told.until, told.modes, told.median_ms) == (9, {"fine": 5, "coarse": 3, "odd": 1}, 8.0)
+    assert (told.switch_ms, told.reset_ms) == (2.5, 4.0)
 
 
 def test_recordings_are_let_go() -> None:

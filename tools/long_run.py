@@ -13,7 +13,8 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,9 @@ class Stretch:
         device_mb: Memory allocated on a CUDA device then, 0 elsewhere.
         median_ms: Of a query in it.
         modes: Queries of each mode in it.
+        switch_ms: How much longer a query takes in another mode than the one before it, than others of its mode; median
+            over those whose mode had others.
+        reset_ms: The same of the first query of an episode and the reset before it.
     """
 
     until: int
@@ -52,29 +56,55 @@ class Stretch:
     device_mb: float
     median_ms: float
     modes: dict[str, int]
+    switch_ms: float
+    reset_ms: float
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One query: its mode, milliseconds, and what came before it, `reset`, `switch` or nothing."""
+
+    mode: str
+    ms: float
+    after: str
 
 
 def long_run(policy: Policy, queries: int, stretch: int) -> Iterator[Stretch]:
     """Ask the policy and measure at the end of each stretch."""
     info, rng = policy.backbone.info, np.random.default_rng(0)
     seen = [random_observation(policy.backbone, rng) for _ in range(7)]
-    spent: list[float] = []
-    modes: dict[str, int] = {}
+    asked: list[Asked] = []
+    before = ""
     for query in range(queries):
-        if query % EPISODE == 0:
-            policy.reset(INSTRUCTIONS[query // EPISODE % len(INSTRUCTIONS)])
         started = time.perf_counter()
-        trace = policy.act(seen[query % len(seen)]).trace
-        spent.append((time.perf_counter() - started) * 1e3)
-        modes[trace.mode] = modes.get(trace.mode, 0) + 1
+        first = query % EPISODE == 0
+        if first:
+            policy.reset(INSTRUCTIONS[query // EPISODE % len(INSTRUCTIONS)])
+        mode = policy.act(seen[query % len(seen)]).trace.mode
+        spent = (time.perf_counter() - started) * 1e3
+        asked.append(Asked(mode, spent, "reset" if first else "switch" if mode != before else ""))
+        before = mode
         for step in range(2):
             # Fast for some queries, then slow, so that a controller changes its mind.
             pace = 0.7 if query % 5 < 3 else 0.01
             after = seen[(query + step) % len(seen)]
             policy.executed(np.full(info.action.dims, pace), np.full(7, float(query)), observation=after)
         if (query + 1) % stretch == 0:
-            yield Stretch(query + 1, resident_mb(), device_mb(), statistics.median(spent), modes)
-            spent, modes = [], {}
+            yield summary(query + 1, asked)
+            asked = []
+
+
+def summary(until: int, asked: Sequence[Asked]) -> Stretch:
+    """What a stretch says that has just ended."""
+    modes = Counter(one.mode for one in asked)
+    plain = {mode: [one.ms for one in asked if (one.mode, one.after) == (mode, "")] for mode in modes}
+
+    def more(after: str) -> float:
+        usual = {mode: statistics.median(spent) for mode, spent in plain.items() if spent}
+        return statistics.median(one.ms - usual[one.mode] for one in asked if one.after == after and one.mode in usual)
+
+    median = statistics.median(one.ms for one in asked)
+    return Stretch(until, resident_mb(), device_mb(), median, dict(modes), more("switch"), more("reset"))
 
 
 def resident_mb() -> float:
@@ -113,7 +143,7 @@ def main() -> None:
     for one in long_run(policy, given.queries, given.stretch):
         print(
             f"{one.until:6d} queries  {one.resident_mb:8.1f} MB resident  {one.device_mb:8.1f} MB on the device  "
-            f"{one.median_ms:8.2f} ms",
+            f"{one.median_ms:8.2f} ms, after a switch {one.switch_ms:+.2f}, after a reset {one.reset_ms:+.2f}",
             flush=True,
         )
         data["stretches"].append(asdict(one))

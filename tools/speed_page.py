@@ -22,6 +22,7 @@ from tokenprune.bench.rows import SpeedRow
 from tokenprune.bench.upstream import UPSTREAM
 from tokenprune.report.bench_tables import bench_text
 
+MISSING = "Not measured yet: no GPU was at hand."
 Rows = Mapping[str, SpeedRow]
 
 
@@ -107,7 +108,7 @@ def tables(words: str) -> str:
     """What the file says, as `bench` prints it, with its chart."""
     data = read(words)
     if data is None:
-        return "Not measured yet: no GPU was at hand."
+        return MISSING
     chart = f"assets/{Path(words).stem}.png"
     drawn = f"![Latency against kept tokens, with what FLOPs alone promise and the floor]({chart})\n\n"
     return f"{drawn if (ROOT / 'docs' / chart).exists() else ''}```text\n{bench_text(data)}\n```"
@@ -128,11 +129,14 @@ def targets(words: str) -> str:
 def long_run(words: str) -> str:
     """Memory and time by stretches of queries, as `long_run.py` wrote them."""
     data = read(words)
-    lines = ["| queries | resident MB | median ms | modes |", "| --- | --- | --- | --- |"]
-    for stretch in data["stretches"] if data is not None else ():
+    if data is None:
+        return MISSING
+    lines = ["| queries | modes | resident MB | median ms | more after a switch | after a reset |", f"|{' --- |' * 6}"]
+    for stretch in data["stretches"]:
         modes = ", ".join(f"{count} {mode}" for mode, count in sorted(stretch["modes"].items()))
-        until, resident, median = stretch["until"], stretch["resident_mb"], stretch["median_ms"]
-        lines.append(f"| {until} | {resident:.1f} | {median:.1f} | {modes} |")
+        memory, median = f"{stretch['resident_mb']:.1f}", f"{stretch['median_ms']:.1f}"
+        more = f"{stretch['switch_ms']:+.1f} | {stretch['reset_ms']:+.1f}"
+        lines.append(f"| {stretch['until']} | {modes} | {memory} | {median} | {more} |")
     return "\n".join(lines)
 
 
