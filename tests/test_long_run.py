@@ -42,6 +42,7 @@ def test_switches_and_resets_are_told_apart_from_slow_modes() -> None:
     ])  # fmt: skip
     assert (told.until, told.modes, told.median_ms) == (9, {"fine": 5, "coarse": 3, "odd": 1}, 8.0)
     assert (told.switch_ms, told.reset_ms) == (2.5, 4.0)
+    assert summary(1, [fine(8.0)]).switch_ms is None
 
 
 def test_recordings_are_let_go() -> None:

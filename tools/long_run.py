@@ -47,7 +47,7 @@ class Stretch:
         median_ms: Of a query in it.
         modes: Queries of each mode in it.
         switch_ms: How much longer a query takes in another mode than the one before it, than others of its mode; median
-            over those whose mode had others.
+            over those whose mode had others, None without any.
         reset_ms: The same of the first query of an episode and the reset before it.
     """
 
@@ -56,8 +56,8 @@ class Stretch:
     device_mb: float
     median_ms: float
     modes: dict[str, int]
-    switch_ms: float
-    reset_ms: float
+    switch_ms: float | None
+    reset_ms: float | None
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,10 @@ def summary(until: int, asked: Sequence[Asked]) -> Stretch:
     modes = Counter(one.mode for one in asked)
     plain = {mode: [one.ms for one in asked if (one.mode, one.after) == (mode, "")] for mode in modes}
 
-    def more(after: str) -> float:
+    def more(after: str) -> float | None:
         usual = {mode: statistics.median(spent) for mode, spent in plain.items() if spent}
-        return statistics.median(one.ms - usual[one.mode] for one in asked if one.after == after and one.mode in usual)
+        longer = [one.ms - usual[one.mode] for one in asked if one.after == after and one.mode in usual]
+        return statistics.median(longer) if longer else None
 
     median = statistics.median(one.ms for one in asked)
     return Stretch(until, resident_mb(), device_mb(), median, dict(modes), more("switch"), more("reset"))
@@ -116,6 +117,11 @@ def resident_mb() -> float:
 def device_mb() -> float:
     """Memory that tensors hold on the CUDA device."""
     return torch.cuda.memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
+
+
+def signed(ms: float | None) -> str:
+    """As it is printed."""
+    return "-" if ms is None else f"{ms:+.1f}"
 
 
 def main() -> None:
@@ -143,7 +149,7 @@ def main() -> None:
     for one in long_run(policy, given.queries, given.stretch):
         print(
             f"{one.until:6d} queries  {one.resident_mb:8.1f} MB resident  {one.device_mb:8.1f} MB on the device  "
-            f"{one.median_ms:8.2f} ms, after a switch {one.switch_ms:+.2f}, after a reset {one.reset_ms:+.2f}",
+            f"{one.median_ms:8.2f} ms, after a switch {signed(one.switch_ms)}, after a reset {signed(one.reset_ms)}",
             flush=True,
         )
         data["stretches"].append(asdict(one))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from evidence_page import ROOT, fill
+from long_run import signed
 
 from tokenprune.bench.rows import SpeedRow
 from tokenprune.bench.upstream import UPSTREAM
@@ -135,7 +136,7 @@ def long_run(words: str) -> str:
     for stretch in data["stretches"]:
         modes = ", ".join(f"{count} {mode}" for mode, count in sorted(stretch["modes"].items()))
         memory, median = f"{stretch['resident_mb']:.1f}", f"{stretch['median_ms']:.1f}"
-        more = f"{stretch['switch_ms']:+.1f} | {stretch['reset_ms']:+.1f}"
+        more = f"{signed(stretch['switch_ms'])} | {signed(stretch['reset_ms'])}"
         lines.append(f"| {stretch['until']} | {modes} | {memory} | {median} | {more} |")
     return "\n".join(lines)
 
