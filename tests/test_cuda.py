@@ -155,7 +155,7 @@ def test_a_reset_and_a_mode_switch_record_nothing_again():
         policy.reset(INSTRUCTION)
         for query in range(8):
             ran.append(policy.act(random_observation(backbone, rng)).trace)
-            policy.executed(np.full(backbone.info.action.dims, 0.7 if query % 4 < 2 else 0.01))
+            policy.executed(np.full(backbone.info.action.dims, 0.7 if query % 4 < 2 else -0.01))
     assert {trace.mode for trace in ran} == {"coarse", "fine"}
     assert {trace.execution for trace in ran[8:]} == {"cuda_graph"}
 

@@ -16,7 +16,8 @@ from tokenprune.decoder import Decoder, project_rows
 from tokenprune.flops import Probed, layer_flops, probe_flops, query_flops
 from tokenprune.kv import FrozenKV, KVCache, LayerKV
 from tokenprune.layout import Role, Segment, TokenLayout
-from tokenprune.plan import make_plan
+from tokenprune.plan import Plan
+from tokenprune.planning import make_plan
 from tokenprune.probe import attention_rows, similarity
 from tokenprune.selection import CurrentIds, OriginalIds, TokenSelection
 from tokenprune.stage import Stage
@@ -127,7 +128,7 @@ def test_what_follows_counts_the_keys_that_pruning_left() -> None:
 def test_a_repeated_pass_counts_each_time() -> None:
     shape = SHAPES[0]
     layout = TokenLayout.build([Segment(Role.VISION, 0, 16, "primary", (4, 4), prunable=True)])
-    plan = make_plan([], [], layout, "default", shape.depth)
+    plan = Plan.dense(layout, shape.depth, "default")
     info = BackboneInfo("tiny", "test", True, shape, ("primary",), ActionSpec(horizon=1, groups={"all": (0,)}))
     once, twice = query_flops(info, plan), query_flops(replace(info, repeats=2), plan)
     assert twice.decoder == 2 * once.decoder > 0

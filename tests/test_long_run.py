@@ -30,7 +30,9 @@ def test_five_thousand_queries_leave_nothing_behind() -> None:
 
 def test_what_a_policy_holds_does_not_grow() -> None:
     policy = tokenprune.load("openvla-oft", preset="tiny", pipeline="specprune", dtype="float32")
-    sizes = [held(policy) for _ in long_run(policy, 230, 115)]
+    stretches, sizes = zip(*((one, held(policy)) for one in long_run(policy, 230, 115)), strict=True)
+    assert all(one.modes.keys() == {"coarse", "fine"} for one in stretches)
+    assert all(one.switch_ms is not None and one.reset_ms is not None for one in stretches)
     assert sizes[0] == sizes[1]
 
 

@@ -14,7 +14,8 @@ from tests.drawing import layouts
 from tokenprune.config import CutConfig, StageConfig, ViewBudget, layer_of
 from tokenprune.errors import ConfigError
 from tokenprune.layout import Role, Segment, TokenLayout
-from tokenprune.plan import Plan, make_plan
+from tokenprune.plan import Plan
+from tokenprune.planning import make_plan
 from tokenprune.stage import Stage
 
 Keep = int | Fraction

@@ -12,7 +12,7 @@ from tokenprune.backbones import load_backbone
 from tokenprune.bench.roofline import Roof, floor
 from tokenprune.flops import layer_weights
 from tokenprune.layout import Role, Segment, TokenLayout
-from tokenprune.plan import Cut, make_plan
+from tokenprune.plan import Cut, Plan
 
 # A layer has 4 * 8 * 8 + 3 * 8 * 10 = 496 weights.
 SHAPE = DecoderShape(depth=3, hidden=8, heads=2, kv_heads=2, head_dim=4, mlp=10, causal=False)
@@ -23,8 +23,7 @@ INFO = BackboneInfo("toy", "test", True, SHAPE, ("primary",), ACTION)
 
 
 def plan_of(layout: TokenLayout, *cuts: Cut):
-    bare = make_plan((), (), layout, "dense", SHAPE.depth)
-    return replace(bare, cuts=cuts)
+    return replace(Plan.dense(layout, SHAPE.depth), cuts=cuts)
 
 
 def layer(tokens: int, read: int | None = None) -> int:

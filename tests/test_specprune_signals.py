@@ -17,7 +17,7 @@ from tokenprune.decoder import Decoder
 from tokenprune.history import ExecutedAction
 from tokenprune.kv import LayerKV
 from tokenprune.layout import Role, Segment, TokenLayout
-from tokenprune.plan import make_plan
+from tokenprune.plan import Plan
 from tokenprune.selection import OriginalIds, TokenSelection
 from tokenprune_plugins.specprune import signals
 
@@ -57,7 +57,7 @@ def context(
     """A query that holds these prunable tokens."""
     device = torch.device("cpu")
     return SelectContext(
-        plan=make_plan((), (), layout, "default", 2),
+        plan=Plan.dense(layout, 2, "default"),
         decoder=Decoder((), torch.nn.Identity(), head_dim=1, rope_theta=1.0, causal=False),
         positions="preserve",
         layer=-1,

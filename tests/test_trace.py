@@ -12,7 +12,8 @@ from tests.drawing import random
 from tokenprune.config import CutConfig
 from tokenprune.errors import TraceError
 from tokenprune.layout import Role, Segment, TokenLayout
-from tokenprune.plan import Plan, make_plan
+from tokenprune.plan import Plan
+from tokenprune.planning import make_plan
 from tokenprune.stage import Stage
 from tokenprune.trace import Clock, GraphClock, ProbeRecord, QueryTrace, attention_kernel
 

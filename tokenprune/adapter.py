@@ -12,21 +12,12 @@ import torch
 from torch import Tensor
 
 from tokenprune.backbone import BackboneInfo
+from tokenprune.given import Inputs
 from tokenprune.layout import TokenLayout
 from tokenprune.runtime import Query
 
 Observation = Mapping[str, Any]
 """`{"images": {view: uint8 [H, W, 3]}, "state": float [S]}`; `state` only where the policy has one."""
-
-
-class Inputs(Protocol):
-    """Observations made ready; adapters keep more in their own type.
-
-    Attributes:
-        images: Per view, the cropped pixels the patches align to, uint8 `[B, 3, S, S]`.
-    """
-
-    images: Mapping[str, Tensor]
 
 
 class Backbone(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from tokenprune.budget import union_count
 from tokenprune.context import SelectContext, at_layer, moved
 from tokenprune.decoder import Decoder
 from tokenprune.errors import StageError
+from tokenprune.given import Given
 from tokenprune.kv import LayerKV, ReusedKV
 from tokenprune.pipeline import BoundPipeline
 from tokenprune.plan import Cut, Plan
@@ -20,9 +21,6 @@ from tokenprune.resolution import checked, choose, merged
 from tokenprune.selection import OriginalIds, Proposal, TokenSelection, apply, others, rows_at
 from tokenprune.trace import Clock, ProbeRecord, QueryTrace, attention_kernel
 from tokenprune.watch import Watch
-
-if TYPE_CHECKING:
-    from tokenprune.runtime import Given
 
 
 class Cutting:

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Literal, Protocol, get_args
 import torch
 
 from tokenprune.errors import ConfigError, nearest
+from tokenprune.given import Given
 from tokenprune.pipeline import BoundPipeline
 from tokenprune.plan import Plan
 from tokenprune.recording import Recorder, Recording, cuda_graph, recording_key
-from tokenprune.runtime import Given, Outcome, Query
+from tokenprune.runtime import Outcome, Query
 from tokenprune.trace import Clock, QueryTrace
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from tokenprune.backbone import BackboneInfo, DecoderShape
 from tokenprune.layout import TokenLayout
-from tokenprune.plan import Cut, Plan, make_plan
+from tokenprune.plan import Cut, Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +136,6 @@ def ceiling(info: BackboneInfo, layout: TokenLayout, after: int) -> float:
 
     No pruning of tokens after that layer can save more.
     """
-    dense = make_plan((), (), layout, "dense", info.decoder.depth)
+    dense = Plan.dense(layout, info.decoder.depth)
     bare = Plan(layout, dense.mode, dense.depth, (Cut(after, (), len(layout.prunable), 0),), dense.calls)
     return query_flops(info, dense).total / query_flops(info, bare).total

@@ -16,7 +16,8 @@ from tokenprune.context import LayoutTables
 from tokenprune.errors import CapabilityError, ConfigError, MissingError, PluginError, StageError, nearest
 from tokenprune.hookspecs import HOT_HOOKS, PROJECT, StageHooks
 from tokenprune.layout import TokenLayout
-from tokenprune.plan import Plan, make_plan
+from tokenprune.plan import Plan
+from tokenprune.planning import make_plan
 from tokenprune.registry import Registry
 from tokenprune.stage import Stage
 

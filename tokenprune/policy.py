@@ -12,19 +12,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenprune.adapter import Backbone, Inputs, Observation
+from tokenprune.adapter import Backbone, Observation
 from tokenprune.chance import Chance
 from tokenprune.config import DENSE, PipelineConfig
 from tokenprune.context import ControlContext, ControlDecision, PastFrames
 from tokenprune.errors import ObservationError, StageError, TokenPruneError, nearest
 from tokenprune.execution import Executor, executor
 from tokenprune.frames import FrameBuffer
+from tokenprune.given import Given, Inputs
 from tokenprune.history import EpisodeStart, ExecutedAction, Slot
 from tokenprune.layout import TokenLayout
 from tokenprune.pipeline import BoundPipeline, bind
 from tokenprune.plan import Plan
 from tokenprune.registry import Registry
-from tokenprune.runtime import Given, Outcome
+from tokenprune.runtime import Outcome
 from tokenprune.trace import Clock, QueryTrace
 
 _DRAWING = "drawing"

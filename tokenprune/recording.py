@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from tokenprune.chance import HeldChance
+from tokenprune.given import Given
 from tokenprune.pipeline import BoundPipeline
 from tokenprune.plan import Plan
-from tokenprune.runtime import Given, Outcome, Query
+from tokenprune.runtime import Outcome, Query
 from tokenprune.trace import Clock, GraphClock, QueryTrace
 from tokenprune.trees import copy_tensors, map_tensors, structure
 

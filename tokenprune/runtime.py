@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from tokenprune.chance import Chance
-from tokenprune.context import LayoutTables, PastFrames
 from tokenprune.cutting import Cutting
 from tokenprune.decoder import Decoder, Positions
 from tokenprune.errors import StageError, TraceError
 from tokenprune.features import FeatureContext
-from tokenprune.history import Remembered, Slot
+from tokenprune.given import Given
+from tokenprune.history import Remembered
 from tokenprune.kv import KVCache, LastKV, Memory, ReusedKV
 from tokenprune.pipeline import BoundPipeline
 from tokenprune.plan import Plan
@@ -25,28 +23,6 @@ from tokenprune.repeat import SameCuts
 from tokenprune.selection import OriginalIds, TokenSelection
 from tokenprune.trace import Clock, ProbeRecord, QueryTrace
 from tokenprune.watch import Watcher
-
-if TYPE_CHECKING:
-    from tokenprune.adapter import Inputs
-
-
-@dataclass(frozen=True)
-class Given:
-    """What a query is given, on the device.
-
-    Attributes:
-        inputs: The adapter's.
-        slots: Drafts of the environments, a batch row each; what the query remembers is written there.
-        past: Frames that each stage looks back at, by its index.
-        chance: Random numbers.
-        tables: The layout as tensors.
-    """
-
-    inputs: Inputs
-    slots: Sequence[Slot]
-    past: Mapping[int, PastFrames]
-    chance: Chance
-    tables: LayoutTables
 
 
 @dataclass(frozen=True)

@@ -85,8 +85,8 @@ def long_run(policy: Policy, queries: int, stretch: int) -> Iterator[Stretch]:
         asked.append(Asked(mode, spent, "reset" if first else "switch" if mode != before else ""))
         before = mode
         for step in range(2):
-            # Fast for some queries, then slow, so that a controller changes its mind.
-            pace = 0.7 if query % 5 < 3 else 0.01
+            # Fast for some queries, then slow and downwards, so that a controller changes its mind.
+            pace = 0.7 if query % 10 < 6 else -0.01
             after = seen[(query + step) % len(seen)]
             policy.executed(np.full(info.action.dims, pace), np.full(7, float(query)), observation=after)
         if (query + 1) % stretch == 0:

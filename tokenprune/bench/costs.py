@@ -12,7 +12,7 @@ from tokenprune.flops import Probed, QueryFlops, query_flops
 from tokenprune.layout import TokenLayout
 from tokenprune.loader import LoadedPipeline
 from tokenprune.pipeline import BoundPipeline, bind
-from tokenprune.plan import make_plan
+from tokenprune.plan import Plan
 from tokenprune.registry import Registry
 from tokenprune.stage import Probe
 
@@ -61,7 +61,7 @@ def costs(
     pipelines: Sequence[LoadedPipeline], info: BackboneInfo, layout: TokenLayout, registry: Registry
 ) -> tuple[list[Cost], dict[str, str]]:
     """Every pipeline in every mode; and why the others cannot run on this backbone, by label."""
-    dense = query_flops(info, make_plan((), (), layout, "dense", info.decoder.depth)).total
+    dense = query_flops(info, Plan.dense(layout, info.decoder.depth)).total
     rows, refused = [], {}
     for loaded in pipelines:
         try:

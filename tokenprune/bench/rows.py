@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from tokenprune.bench.compare import Gain, Row, make_row, trace_flops
 from tokenprune.bench.roofline import Roof, floor
 from tokenprune.flops import query_flops
 from tokenprune.layout import TokenLayout
-from tokenprune.plan import Cut, Plan, make_plan
+from tokenprune.plan import Cut, Plan
 from tokenprune.policy import ActionChunk
 
 _STEPS = 32
@@ -112,11 +112,10 @@ def _median(values: np.ndarray[Any, np.dtype[np.float64]]) -> float:
 
 def curve(info: BackboneInfo, layout: TokenLayout, roof: Roof, itemsize: int) -> list[dict[str, float]]:
     """FLOPs and floor of queries that hold the same number of visual tokens in every layer, from none to all."""
-    every = len(layout.prunable)
-    bare = make_plan((), (), layout, "dense", info.decoder.depth)
+    every, dense = len(layout.prunable), Plan.dense(layout, info.decoder.depth)
     points = []
     for keep in sorted({round(every * step / _STEPS) for step in range(_STEPS + 1)}):
-        plan = Plan(layout, bare.mode, bare.depth, (Cut(-1, (), every, keep),), bare.calls)
+        plan = replace(dense, cuts=(Cut(-1, (), every, keep),))
         flops = query_flops(info, plan).total
         points.append({"tokens": keep, "gflops": flops / 1e9, "floor_ms": floor(info, plan, roof, itemsize).total})
     return points

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenprune.adapter import Backbone, Inputs, Observation
+from tokenprune.adapter import Backbone, Observation
 from tokenprune.decoder import Decoded, Decoder, Positions, Pruner, finish, project, rotary
+from tokenprune.given import Inputs
 from tokenprune.kv import KVCache, LayerKV, Memory
 from tokenprune.layout import TokenLayout
 from tokenprune.runtime import Query

@@ -155,11 +155,11 @@ def _owner(found: Registry, stage: str) -> str:
 def _limits(info: BackboneInfo, layout: TokenLayout) -> dict[str, Any]:
     """What no pruning of visual tokens can go beyond on this backbone."""
     from tokenprune.flops import ceiling, layer_weights, query_flops
-    from tokenprune.plan import make_plan
+    from tokenprune.plan import Plan
 
     limits: dict[str, Any] = {"ceiling": {"embedding": ceiling(info, layout, -1), "1": ceiling(info, layout, 1)}}
     if info.follow_up is not None:
-        dense = query_flops(info, make_plan((), (), layout, "dense", info.decoder.depth))
+        dense = query_flops(info, Plan.dense(layout, info.decoder.depth))
         shape, passes = info.follow_up.decoder, info.follow_up.passes
         limits["unprunable"] = {
             "phase": info.follow_up.name,
@@ -175,14 +175,14 @@ def _mode(bound: BoundPipeline, info: BackboneInfo, layout: TokenLayout, mode: s
     from tokenprune.bench.costs import planned_flops, rows_probed
     from tokenprune.context import rows_name
     from tokenprune.flops import keys_probed, probe_flops, query_flops
-    from tokenprune.plan import make_plan
+    from tokenprune.plan import Plan
     from tokenprune.trace import cut_name
 
     plan = bound.plan(layout, mode)
     asked = {probe for stage in bound.stages for probe in stage.probes(info, layout, mode)}
     probes = sorted((p.layer, rows_name(p.rows), rows_probed(p, layout, plan.tokens), p.ahead) for p in asked)
     own = planned_flops(bound, layout, mode)
-    dense = query_flops(info, make_plan((), (), layout, mode, info.decoder.depth))
+    dense = query_flops(info, Plan.dense(layout, info.decoder.depth, mode))
     return {
         "cuts": [
             {

@@ -15,7 +15,7 @@ from tokenprune.decoder import Decoder
 from tokenprune.frames import FrameBuffer
 from tokenprune.history import Slot
 from tokenprune.layout import Role, Segment, TokenLayout
-from tokenprune.plan import make_plan
+from tokenprune.planning import make_plan
 from tokenprune.selection import OriginalIds, TokenSelection, rows_at
 from tokenprune.stage import Stage
 
