@@ -206,6 +206,10 @@ def test_text_fits_eighty_columns(result):
     text = bench_text(wide)
     for word in ("131", "412", "8812", "141.00", "floor", "peak", UPSTREAM.split()[0]):
         assert word in text
+    # What is not known is not a number.
+    for row in wide["results"][0]["rows"]:
+        row["peak_bytes"] = None
+    assert "141.00" not in bench_text(wide)
 
 
 def test_the_command_writes_file_chart_and_profile(tmp_path, monkeypatch):
