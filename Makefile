@@ -56,9 +56,10 @@ lint: setup
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python tools/lint_hot.py
 
-# Under 8 minutes on one GPU: the whole table at the releases' dimensions, compiled layers inside the graph, pi0 with three
-# cameras, then the tests marked `cuda`, graph against eager among them. Weights are random, so no checkpoint is needed;
-# they and the rest take 20 GB of the GPU's memory. No prerequisites: without a GPU it ends before anything is installed.
+# Laid out for less than 8 minutes on one GPU: the whole table at the releases' dimensions, compiled layers inside the
+# graph, a long run, pi0 with three cameras, then the tests marked `cuda`, graph against eager among them. Weights are
+# random, so no checkpoint is needed; they and the rest take 20 GB of the GPU's memory. No prerequisites: without a GPU it
+# ends before anything is installed.
 STAGES := specprune specprune.static specprune.dynamic specprune.controller
 ON_GPU := --device cuda --dtype bfloat16 --pairs 10 --warmup 3
 bench-gpu:
@@ -81,7 +82,7 @@ bench-gpu:
 	$(MAKE) speed-page
 	$(BIN)/python -m pytest -m cuda
 
-# 15 minutes on two cores with bfloat16 instructions and nothing else to do; 17 GB of memory.
+# A quarter of an hour on two cores with bfloat16 instructions and nothing else to do; 20 GB of memory.
 bench-cpu: setup
 	OMP_NUM_THREADS=2 $(BIN)/tokenprune bench specprune specprune.static uniform_grid@keep=0.25 fastv@keep=0.25 \
 		--backbone openvla-oft --preset 7b --dtype bfloat16 --pairs 3 --warmup 1 --queries 3 --reference upstream \
