@@ -192,8 +192,12 @@ class Cutting:
         return [] if answer is None else [(index, answer)]
 
     def _probed(self, stage: str, layer: int) -> Callable[[str, int, bool], None]:
+        # A reference to this object would make a cycle with its context, and keep every tensor of a query until Python
+        # looks for cycles, which can take hundreds of queries.
+        probes = self._trace.probes
+
         def note(rows: str, count: int, ahead: bool) -> None:
-            self._trace.probes.append(ProbeRecord(stage, layer + ahead, rows, count, ahead))
+            probes.append(ProbeRecord(stage, layer + ahead, rows, count, ahead))
 
         return note
 
