@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +19,7 @@ from typer.testing import CliRunner
 
 from tests.planting import REGISTRY
 from tokenprune.bench.bench import BenchSettings, Subject, bench
-from tokenprune.bench.gauge import Gauged, count_waits
+from tokenprune.bench.gauge import Gauged
 from tokenprune.bench.roofline import Roof, measure_roof
 from tokenprune.bench.rows import SpeedRow
 from tokenprune.bench.upstream import UPSTREAM
@@ -29,7 +28,6 @@ from tokenprune.episode import load_episode
 from tokenprune.errors import ConfigError, EpisodeError, ResultError, TokenPruneError
 from tokenprune.execution import EXECUTIONS
 from tokenprune.loader import load_pipeline
-from tokenprune.policy import Policy
 from tokenprune.report.bench_tables import bench_text, needs_table, speed_table
 from tokenprune.report.tables import WIDTH
 
@@ -257,81 +255,6 @@ def test_a_trained_preset_is_measured_too(tmp_path, monkeypatch):
     assert not data["results"][0]["backbone"]["untrained"]
     assert "untrained" not in bench_text(data)
     assert data["settings"]["modes"] == ["eager"]
-
-
-def peaks_of(monkeypatch: pytest.MonkeyPatch, *sizes: int) -> list[int | None]:
-    """Peaks of queries that take and give back so many bytes."""
-    from tests.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
-    from tokenprune.config import DENSE
-
-    backbone = tiny_policy_parts(tiny_config())
-    policy = Gauged(backbone, DENSE, REGISTRY)
-    policy.reset(INSTRUCTION)
-    left = iter(sizes)
-    real = Policy.act
-
-    def act(self: Policy, observation: Any, slot: int = 0) -> Any:
-        taken = torch.ones(next(left), dtype=torch.uint8)
-        return real(self, observation, slot) if len(taken) else None
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Policy, "act", act)
-        for _ in sizes:
-            policy.act(observation(backbone.config))
-    return policy.peaks
-
-
-def test_peaks_are_of_each_query(monkeypatch):
-    large, small = peaks_of(monkeypatch, 2**28, 1)
-    if kernel_forgets_peaks():
-        assert large is not None
-        assert small is not None
-        assert large - small > 0.9 * 2**28
-    else:
-        assert small is None
-
-
-def kernel_forgets_peaks() -> bool:
-    """Not in every container."""
-    taken = np.ones(2**28, dtype=np.uint8)
-    del taken
-    try:
-        before = resident_peak()
-        Path("/proc/self/clear_refs").write_text("5")
-        return before - resident_peak() > 2**27
-    except (OSError, StopIteration):
-        return False
-
-
-def resident_peak() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-
-
-def test_a_peak_that_cannot_be_forgotten_is_not_told(monkeypatch, tmp_path):
-    monkeypatch.setattr("tokenprune.bench.gauge._PROCESS", tmp_path)
-    assert peaks_of(monkeypatch, 1) == [None]
-    (tmp_path / "clear_refs").write_text("")
-    (tmp_path / "status").write_text("VmHWM:\t  900000 kB\nVmRSS:\t  100000 kB\n")
-    assert peaks_of(monkeypatch, 1) == [None]
-    (tmp_path / "status").write_text("VmHWM:\t  100016 kB\nVmRSS:\t  100000 kB\n")
-    assert peaks_of(monkeypatch, 1) == [100016 * 1024]
-    assert (tmp_path / "clear_refs").read_text() == "5"
-
-
-def test_waits_are_counted_by_torchs_own_warning(monkeypatch):
-    modes: list[Any] = []
-    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
-
-    def work() -> str:
-        for _ in range(3):
-            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
-        warnings.warn("something else", stacklevel=1)
-        return "done"
-
-    assert count_waits(work) == ("done", 3)
-    assert modes == ["warn", 0]
 
 
 def test_a_policy_with_three_cameras_looks_at_an_episode_with_three():
