@@ -69,6 +69,17 @@ class CountsQueries(Sound):
         return super().score(ctx) * (-1) ** ctx.slots[0].queries
 
 
+class GoesInCircles(Sound):
+    """Puts what it saw into a list that is part of itself."""
+
+    BREAKS = "nothing_waits_for_the_garbage_collector", "hang on cycles"
+
+    def score(self, ctx: SelectContext) -> Tensor:
+        circle: list[Any] = [ctx.hidden]
+        circle.append(circle)
+        return super().score(ctx)
+
+
 class ScoresNaN(Sound):
     """Divides by what may be nothing."""
 

@@ -22,6 +22,7 @@ from tokenprune.errors import TokenPruneError
 from tokenprune.execution import Recorded
 from tokenprune.pipeline import BoundPipeline, bind
 from tokenprune.policy import ActionChunk
+from tokenprune.testing.cycles import caught_in_cycles
 from tokenprune.testing.subject import INSTRUCTIONS, Subject
 from tokenprune.testing.tape import taped
 from tokenprune.testing.waiting import no_waiting
@@ -151,6 +152,16 @@ def a_replay_is_the_query(subject: Subject) -> None:
     _same_actions(own, plain, said)
 
 
+def nothing_waits_for_the_garbage_collector(subject: Subject) -> None:
+    """When a query has ended and something newer is remembered, its tensors are freed at once."""
+    policy = subject.policy()
+    subject.queries(policy, 1)
+    if left := caught_in_cycles(lambda: subject.queries(policy, 2, first=1)):
+        raise CheckFailed(
+            f"{left} tensors of two queries hang on cycles; let nothing that holds a tensor be reached from itself"
+        )
+
+
 def probes_are_declared(subject: Subject) -> None:
     """The attention it computes is the attention that `probes` declares, so that FLOPs are told right."""
     policy = subject.policy()
@@ -213,6 +224,7 @@ CHECKS: tuple[Callable[[Subject], None], ...] = (
     it_works_in_bfloat16,
     no_query_waits,
     a_replay_is_the_query,
+    nothing_waits_for_the_garbage_collector,
     probes_are_declared,
     it_fits_every_depth,
     unknown_keys_are_refused,

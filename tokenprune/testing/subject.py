@@ -76,8 +76,8 @@ class Subject:
             chunks.append(policy.act_batch(seen)[slots[-1]])
             for slot in slots:
                 for step in range(STEPS):
-                    # Slow and fast in turn, so that controllers have something to choose.
-                    action = np.full(policy.backbone.info.action.dims, (0.01, 0.6)[query % 2])
+                    # Slow and downwards, then fast, in turn, so that controllers have something to choose.
+                    action = np.full(policy.backbone.info.action.dims, (-0.01, 0.6)[query % 2])
                     pose = np.full(7, float(query * query + step * query), dtype=np.float64)
                     policy.executed(action, pose, observation=self.observation(slot, query, step), slot=slot)
         return chunks
