@@ -11,15 +11,14 @@ import pytest
 import torch
 
 from tests.planting import REGISTRY
+from tests.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
 from tokenprune.bench.gauge import Gauged, count_waits
+from tokenprune.config import DENSE
 from tokenprune.policy import Policy
 
 
 def peaks_of(monkeypatch: pytest.MonkeyPatch, *sizes: int) -> list[int | None]:
     """Peaks of queries that take and give back so many bytes."""
-    from tests.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
-    from tokenprune.config import DENSE
-
     backbone = tiny_policy_parts(tiny_config())
     policy = Gauged(backbone, DENSE, REGISTRY)
     policy.reset(INSTRUCTION)

@@ -113,10 +113,12 @@ def test_a_replay_is_the_query(family: str, name: str) -> None:
 @pytest.mark.parametrize("family", sorted(BACKBONES))
 def test_every_backbone_can_be_recorded(family: str) -> None:
     backbone, _, _ = BACKBONES[family]()
-    ran = same(both(backbone, load_pipeline("specprune", REGISTRY).config, EPISODE))
+    # pi0.5 spells its state in the prompt, so only states of the same length make queries of the same kind.
+    rounds = 2 * EPISODE[:7] if family == "pi05" else EPISODE
+    ran = same(both(backbone, load_pipeline("specprune", REGISTRY).config, rounds))
     assert ran.count("cuda_graph") >= 5
-    # What the first episode recorded serves the second; but pi0.5 spells its state in the prompt, whose length differs.
-    assert family == "pi05" or set(ran[6:]) == {"cuda_graph"}
+    # What the first episode recorded serves the second.
+    assert set(ran[6:]) == {"cuda_graph"}
 
 
 def test_a_mode_switch_and_a_reset_record_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:

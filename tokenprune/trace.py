@@ -24,6 +24,8 @@ class Clock:
     On a GPU the marks are events in the stream, read after the query; elsewhere they are readings of the host clock.
     """
 
+    _in_graph = False
+
     def __init__(self, device: torch.device) -> None:
         """Nothing is timed until the first `enter`."""
         self._cuda = device.type == "cuda"
@@ -39,7 +41,7 @@ class Clock:
     def _mark(self) -> Any:  # noqa: ANN401
         if not self._cuda:
             return time.perf_counter()
-        mark = torch.cuda.Event(enable_timing=True)
+        mark = torch.cuda.Event(enable_timing=True, external=self._in_graph)
         mark.record()
         return mark
 
@@ -75,15 +77,12 @@ class GraphClock(Clock):
     Elsewhere it times nothing, for nothing of a replay asks for the time.
     """
 
+    # An event that is not external is a dependency between a graph's streams, and has no time.
+    _in_graph = True
+
     def enter(self, phase: str) -> str:
         """Begin a phase of the graph."""
         return super().enter(phase) if self._cuda else ""
-
-    def _mark(self) -> Any:  # noqa: ANN401
-        # One that is not external would be a dependency between streams, and have no time.
-        mark = torch.cuda.Event(enable_timing=True, external=True)
-        mark.record()
-        return mark
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,9 +98,9 @@ def summary(until: int, asked: Sequence[Asked]) -> Stretch:
     """What a stretch says that has just ended."""
     modes = Counter(one.mode for one in asked)
     plain = {mode: [one.ms for one in asked if (one.mode, one.after) == (mode, "")] for mode in modes}
+    usual = {mode: statistics.median(spent) for mode, spent in plain.items() if spent}
 
     def more(after: str) -> float | None:
-        usual = {mode: statistics.median(spent) for mode, spent in plain.items() if spent}
         longer = [one.ms - usual[one.mode] for one in asked if one.after == after and one.mode in usual]
         return statistics.median(longer) if longer else None
 
