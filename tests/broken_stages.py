@@ -9,14 +9,14 @@ import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor
 
-from tokenprune.config import CutConfig, Cuts, Keep
-from tokenprune.context import LayerContext, SelectContext
-from tokenprune.features import FeatureContext
-from tokenprune.hookspecs import hookimpl
-from tokenprune.registry import Owner, Registered, Registry
-from tokenprune.selection import Proposal
-from tokenprune.specs import StageSpec
-from tokenprune.stage import Probe, Stage
+from tokenprune.registry.discovery import Owner, Registered, Registry
+from tokenprune.registry.hookspecs import hookimpl
+from tokenprune.registry.specs import StageSpec
+from tokenprune.stages.config import CutConfig, Cuts, Keep
+from tokenprune.stages.feature_context import FeatureContext
+from tokenprune.stages.stage import Probe, Stage
+from tokenprune.stages.token_context import LayerContext, SelectContext
+from tokenprune.tokens.proposal import Proposal
 
 
 class BrokenConfig(CutConfig):

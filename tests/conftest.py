@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tokenprune.torchvision_ops import mend_torchvision
+from tokenprune.compat import mend_torchvision
 
 # The tensors here are tiny: on a busy machine, waiting for a second thread costs ten times what it saves.
 torch.set_num_threads(1)

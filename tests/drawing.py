@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 from torch import nn
 
-from tokenprune.decoder import Decoder
+from tokenprune.model.decoder import Decoder
 from tokenprune.testing.strategies import VIEWS, batches, layouts, random, seeds
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenprune.backbone import DecoderShape
+from tokenprune.model.info import DecoderShape
 from tokenprune_adapters.backbones.openvla.backbone import OpenVLA
 
 

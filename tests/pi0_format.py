@@ -14,18 +14,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tokenprune.config import DENSE
+from tokenprune.pipelines.config import DENSE
 from tokenprune.policy import ActionChunk, Policy
-from tokenprune.registry import Registry
+from tokenprune.registry.discovery import Registry
 from tokenprune_adapters import backbones
 from tokenprune_adapters.backbones.pi0 import formats
 from tokenprune_adapters.backbones.pi0.backbone import PI0
 from tokenprune_adapters.backbones.pi0.config import TINY, PI0Config, Variant
 from tokenprune_adapters.backbones.pi0.model import PI0Model
+from tokenprune_adapters.backbones.pi0.prompt import GemmaTokenizer
 from tokenprune_adapters.backbones.pi0.release import load_pi0
-from tokenprune_adapters.gemma_prompt import GemmaTokenizer
-from tokenprune_adapters.prismatic import fill_untrained
-from tokenprune_adapters.statistics import Quantiles, Standard, Statistics
+from tokenprune_adapters.inputs.statistics import Quantiles, Standard, Statistics
+from tokenprune_adapters.weights.untrained import fill_untrained
 
 TOKENIZER = Path(backbones.__file__).parents[1] / "assets" / "tokenizer.json"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"

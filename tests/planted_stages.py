@@ -9,12 +9,12 @@ import pytest
 from hypothesis import strategies as st
 from pydantic import Field, field_validator
 
-from tokenprune.config import CutConfig, StageConfig, Strict
 from tokenprune.errors import ConfigError
-from tokenprune.loader import load_pipeline
-from tokenprune.registry import Owner, Registered, Registry
-from tokenprune.specs import PipelineSpec, StageSpec
-from tokenprune.stage import Stage
+from tokenprune.pipelines.loader import load_pipeline
+from tokenprune.registry.discovery import Owner, Registered, Registry
+from tokenprune.registry.specs import PipelineSpec, StageSpec
+from tokenprune.stages.config import CutConfig, StageConfig, Strict
+from tokenprune.stages.stage import Stage
 
 
 class Window(Strict):

@@ -11,10 +11,10 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from tests import stages
-from tokenprune.config import PipelineConfig
 from tokenprune.errors import TokenPruneError
-from tokenprune_plugins.controls import HalfConfig
+from tokenprune.pipelines.config import PipelineConfig
 from tokenprune_plugins.fastv import FastVConfig
+from tokenprune_plugins.shared.bases import HalfConfig
 
 REGISTRY = stages.registry()
 NOTICED = (AssertionError, ExceptionGroup, TokenPruneError, RuntimeError, IndexError)

@@ -7,11 +7,11 @@ from functools import cache
 from pathlib import Path
 
 from tests import toy_environment as toy
-from tokenprune.registry import Registry
-from tokenprune.rollout.jobs import plan_jobs
-from tokenprune.rollout.starts import plan_starts
-from tokenprune.rollout.variant import parse_variant
-from tokenprune.rollout.worker import Worker, WorkerSpec
+from tokenprune.evaluation.jobs import plan_jobs
+from tokenprune.evaluation.starts import plan_starts
+from tokenprune.evaluation.variant import parse_variant
+from tokenprune.evaluation.worker import Worker, WorkerSpec
+from tokenprune.registry.discovery import Registry
 
 PLUGIN = Path(toy.__file__)
 LABELS = ("dense", "fastv@keep=0.25", "dense+no-wrist")

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.naive_specprune import QK, Frame, Scene
-from tokenprune.backbone import ActionSpec, BackboneInfo, DecoderShape
-from tokenprune.decoder import Decoded, Decoder, Pruner
-from tokenprune.kv import LayerKV
-from tokenprune.layout import Role, Segment, TokenLayout
+from tokenprune.engine.query import Query
+from tokenprune.model.decoder import Decoded, Decoder, Pruner
+from tokenprune.model.info import ActionSpec, BackboneInfo, DecoderShape
+from tokenprune.model.kv_cache import LayerKV
 from tokenprune.policy import ActionChunk, Policy
-from tokenprune.runtime import Query
-from tokenprune.selection import TokenSelection, rows_at
+from tokenprune.tokens.layout import Role, Segment, TokenLayout
+from tokenprune.tokens.selection import TokenSelection, rows_at
 
 VIEWS = ("primary", "wrist", "left")
 SIDE, PATCH, DEPTH, HEADS, WIDTH = 16, 2, 32, 2, 8

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from tests.planting import REGISTRY
 from tests.simulated_episode import DEPTH, HEADS, SIDE, VIEWS, WIDTH, SimulatedDecoder, SimulatedOFT, layout_of
-from tokenprune.config import PipelineConfig
-from tokenprune.loader import load_pipeline
+from tokenprune.engine.query import Query
+from tokenprune.engine.trace import QueryTrace
+from tokenprune.pipelines.config import PipelineConfig
+from tokenprune.pipelines.loader import load_pipeline
 from tokenprune.policy import Policy
-from tokenprune.runtime import Query
-from tokenprune.trace import QueryTrace
 from tokenprune_plugins.specprune import signals
 
 PRESETS = ("specprune-paper", "specprune-c3", "specprune")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from tokenprune.config import CutConfig, Keep
-from tokenprune.context import LayerContext, SelectContext
-from tokenprune.hookspecs import hookimpl
-from tokenprune.registry import Owner, Registered, Registry
-from tokenprune.selection import Proposal
-from tokenprune.specs import StageSpec
-from tokenprune.stage import Stage
+from tokenprune.registry.discovery import Owner, Registered, Registry
+from tokenprune.registry.hookspecs import hookimpl
+from tokenprune.registry.specs import StageSpec
+from tokenprune.stages.config import CutConfig, Keep
+from tokenprune.stages.stage import Stage
+from tokenprune.stages.token_context import LayerContext, SelectContext
+from tokenprune.tokens.proposal import Proposal
 
 
 class TestConfig(CutConfig):

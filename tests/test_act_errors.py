@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from tests.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
-from tokenprune.config import DENSE
 from tokenprune.errors import ObservationError
+from tokenprune.pipelines.config import DENSE
 from tokenprune.policy import Policy
-from tokenprune.registry import Registry
+from tokenprune.registry.discovery import Registry
 
 
 @pytest.fixture

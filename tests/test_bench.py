@@ -18,18 +18,18 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from tests.planting import REGISTRY
-from tokenprune.bench.bench import BenchSettings, Subject, bench
-from tokenprune.bench.gauge import Gauged
+from tokenprune.bench.memory import Gauged
 from tokenprune.bench.roofline import Roof, measure_roof
-from tokenprune.bench.rows import SpeedRow
+from tokenprune.bench.row import SpeedRow
+from tokenprune.bench.speed import BenchSettings, Subject, bench
+from tokenprune.bench.table import bench_text, needs_table, speed_table
 from tokenprune.bench.upstream import UPSTREAM
 from tokenprune.cli import app
-from tokenprune.episode import load_episode
+from tokenprune.compare.episode import load_episode
+from tokenprune.engine.executor import EXECUTIONS
 from tokenprune.errors import ConfigError, EpisodeError, ResultError, TokenPruneError
-from tokenprune.execution import EXECUTIONS
-from tokenprune.loader import load_pipeline
-from tokenprune.report.bench_tables import bench_text, needs_table, speed_table
-from tokenprune.report.tables import WIDTH
+from tokenprune.pipelines.loader import load_pipeline
+from tokenprune.report.text import WIDTH
 
 EPISODE = load_episode(Path(__file__).parent.parent / "adapters/tokenprune_adapters/episodes/libero_spatial.npz")
 OFT = Subject("openvla-oft", "tiny", EPISODE)
@@ -172,13 +172,13 @@ def test_a_row_survives_its_file(result):
     ],
 )
 def test_mistakes_are_named_before_weights_are_made(monkeypatch, changed, message):
-    monkeypatch.setattr("tokenprune.bench.bench.load_backbone", lambda *given: pytest.fail("weights were made"))
+    monkeypatch.setattr("tokenprune.bench.speed.load_backbone", lambda *given: pytest.fail("weights were made"))
     with pytest.raises((ConfigError, EpisodeError), match=message):
         run("random", **changed)
 
 
 def test_nothing_to_measure_is_refused(monkeypatch):
-    monkeypatch.setattr("tokenprune.bench.bench.load_backbone", lambda *given: pytest.fail("weights were made"))
+    monkeypatch.setattr("tokenprune.bench.speed.load_backbone", lambda *given: pytest.fail("weights were made"))
     with pytest.raises(ConfigError, match="nothing to measure on 'openvla-oft': name a pipeline besides dense"):
         run("dense")
     with pytest.raises(ConfigError, match=r"nothing to measure on 'openvla-oft': .*head_cache"):
@@ -211,7 +211,7 @@ def test_text_fits_eighty_columns(result):
 
 
 def test_the_command_writes_file_chart_and_profile(tmp_path, monkeypatch):
-    monkeypatch.setattr("tokenprune.bench.bench.measure_roof", given_roof)
+    monkeypatch.setattr("tokenprune.bench.speed.measure_roof", given_roof)
     words = ["bench", "uniform_grid@keep=0.25", "--backbone", "openvla-oft", "--backbone", "pi0", "--preset", "tiny"]
     words += ["--pairs", "1", "--warmup", "1", "--dtype", "float32", "--chart", str(tmp_path / "speed.png")]
     words += ["--profile", str(tmp_path / "profile"), "--out", str(tmp_path / "deep" / "one.json")]
@@ -249,7 +249,7 @@ def test_mistakes_on_the_command_line(words, error, message, tmp_path):
 
 
 def test_a_trained_preset_is_measured_too(tmp_path, monkeypatch):
-    monkeypatch.setattr("tokenprune.bench.bench.measure_roof", given_roof)
+    monkeypatch.setattr("tokenprune.bench.speed.measure_roof", given_roof)
     words = ["bench", "random", "--preset", "mini", "--pairs", "1", "--warmup", "1", "--out", str(tmp_path), "--json"]
     data = json.loads(CliRunner().invoke(app, words, catch_exceptions=False).output)
     assert not data["results"][0]["backbone"]["untrained"]
@@ -297,8 +297,8 @@ import json, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from tokenprune.backbones import load_backbone
-from tokenprune.registry import Registry
+from tokenprune.loading import load_backbone
+from tokenprune.registry.discovery import Registry
 
 def kibibytes(field):
     return int(Path("/proc/self/status").read_text().split(field + ":")[1].split()[0])

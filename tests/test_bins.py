@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokenprune.errors import CheckpointError
-from tokenprune_adapters.bins import ActionBins
+from tokenprune_adapters.backbones.prismatic.action_bins import ActionBins
 
 ROWS, VOCAB = 32064, 32000
 bins = ActionBins(VOCAB)

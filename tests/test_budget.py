@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenprune.budget import UNION, Budget, union_count
+from tokenprune.tokens.budget import UNION, Budget, union_count
 
 prunables = st.integers(0, 1200)
 fixed_counts = st.integers(0, 200)

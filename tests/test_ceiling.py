@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tests.planting import REGISTRY
-from tokenprune.backbone import BackboneInfo
-from tokenprune.flops import ceiling, layer_weights
-from tokenprune.layout import TokenLayout
+from tokenprune.model.flops import ceiling, layer_weights
+from tokenprune.model.info import BackboneInfo
+from tokenprune.tokens.layout import TokenLayout
 
 INSTRUCTION = "pick up the black bowl between the plate and the ramekin and place it on the plate"
 

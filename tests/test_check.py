@@ -13,7 +13,7 @@ from tests.broken_stages import broken
 from tests.tiny_clip import write_clip
 from tokenprune.cli import app
 from tokenprune.errors import ConfigError
-from tokenprune.registry import Registry
+from tokenprune.registry.discovery import Registry
 from tokenprune.testing import CHECKS, parametrize_with_checks
 from tokenprune.testing.conformance import verdict
 from tokenprune.testing.subject import subjects
@@ -107,11 +107,11 @@ def test_what_lacks_a_file_of_the_users_is_refused_not_blamed() -> None:
 def test_the_command_says_what_is_broken(tmp_path) -> None:
     plugin = tmp_path / "waiting.py"
     plugin.write_text("""
-from tokenprune.config import CutConfig, Keep
-from tokenprune.hookspecs import hookimpl
-from tokenprune.selection import Proposal
-from tokenprune.specs import StageSpec
-from tokenprune.stage import Stage
+from tokenprune.stages.config import CutConfig, Keep
+from tokenprune.registry.hookspecs import hookimpl
+from tokenprune.tokens.proposal import Proposal
+from tokenprune.registry.specs import StageSpec
+from tokenprune.stages.stage import Stage
 
 class WaitingConfig(CutConfig):
     keep: Keep = 0.5

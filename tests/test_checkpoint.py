@@ -37,16 +37,16 @@ from tests.checkpoint_faults import HEAD as HEAD_FILE
 from tests.checkpoint_faults import PROPRIO as PROPRIO_FILE
 from tests.release_format import BODY_KEYS, HEAD, PROPRIO, UNUSED_KEYS, write_release
 from tests.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
-from tokenprune.config import DENSE
 from tokenprune.errors import CheckpointError, ConfigError
 from tokenprune.loading import load
+from tokenprune.pipelines.config import DENSE
 from tokenprune.policy import Policy
-from tokenprune.registry import Registry
-from tokenprune_adapters import tensors
+from tokenprune.registry.discovery import Registry
 from tokenprune_adapters.backbones.openvla_oft.backbone import OpenVLAOFT
 from tokenprune_adapters.backbones.openvla_oft.factory import OFTFactory
 from tokenprune_adapters.backbones.openvla_oft.release import load_oft, read_config
-from tokenprune_adapters.tensors import StoredTensor, stored_pt
+from tokenprune_adapters.weights import tensor_files as tensors
+from tokenprune_adapters.weights.tensor_files import StoredTensor, stored_pt
 
 CPU = torch.device("cpu")
 FLOAT, BFLOAT = torch.float32, torch.bfloat16

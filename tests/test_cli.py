@@ -127,18 +127,18 @@ def test_validate_against_a_backbone(tmp_path: Path) -> None:
 
 
 def test_schema_is_written(tmp_path: Path) -> None:
-    done = call("schema", "--out", "tokenprune.schema.json", cwd=tmp_path)
+    done = call("schema", "--out", "tokenprune.pipelines.schema.json", cwd=tmp_path)
     assert done.returncode == 0
-    schema = json.loads((tmp_path / "tokenprune.schema.json").read_text(encoding="utf-8"))
+    schema = json.loads((tmp_path / "tokenprune.pipelines.schema.json").read_text(encoding="utf-8"))
     assert "fastv" in json.dumps(schema)
 
 
 PLUGIN = """
-from tokenprune.config import CutConfig, Keep
-from tokenprune.hookspecs import hookimpl
-from tokenprune.selection import Proposal
-from tokenprune.specs import StageSpec
-from tokenprune.stage import Stage
+from tokenprune.stages.config import CutConfig, Keep
+from tokenprune.registry.hookspecs import hookimpl
+from tokenprune.tokens.proposal import Proposal
+from tokenprune.registry.specs import StageSpec
+from tokenprune.stages.stage import Stage
 
 
 class Config(CutConfig):

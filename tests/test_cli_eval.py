@@ -9,8 +9,8 @@ import pytest
 from tests import toy_environment as toy
 from tokenprune.cli import main
 from tokenprune.cli.eval import initial_states
-from tokenprune.rollout.records import read_results
-from tokenprune.rollout.starts import Start, write_starts
+from tokenprune.evaluation.results_file import read_results
+from tokenprune.evaluation.starts import Start, write_starts
 
 TOY = ("--backbone", "toy-policy", "--preset", "tiny", "--plugin", toy.__file__, "--dtype", "float32")
 

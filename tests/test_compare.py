@@ -14,15 +14,17 @@ from typer.testing import CliRunner
 
 from tests.planting import REGISTRY
 from tests.tiny_oft import tiny_config, tiny_policy_parts
-from tokenprune.bench.compare import Comparison, compare, make_row
-from tokenprune.bench.replay import query_steps
 from tokenprune.cli import app
-from tokenprune.episode import Episode, load_episode
+from tokenprune.compare.comparison import Comparison, compare
+from tokenprune.compare.episode import Episode, load_episode
+from tokenprune.compare.replay import query_steps
+from tokenprune.compare.row import make_row
+from tokenprune.compare.table import compare_legend, compare_table
 from tokenprune.errors import ConfigError, EpisodeError
-from tokenprune.loader import load_pipeline
+from tokenprune.pipelines.loader import load_pipeline
 from tokenprune.policy import ActionChunk
-from tokenprune.registry import Registry
-from tokenprune.report.tables import WIDTH, compare_legend, compare_table, milliseconds
+from tokenprune.registry.discovery import Registry
+from tokenprune.report.text import WIDTH, milliseconds
 
 EPISODE = Path(__file__).parent.parent / "adapters/tokenprune_adapters/episodes/libero_spatial.npz"
 
@@ -79,7 +81,7 @@ def chunk(trace: Any, actions: np.ndarray, ms: float, selection: float) -> Actio
 
 def test_numbers_of_a_row_by_hand(result: Comparison, episode: Episode) -> None:
     backbone = tiny_policy_parts(tiny_config())
-    from tokenprune.config import DENSE
+    from tokenprune.pipelines.config import DENSE
     from tokenprune.policy import Policy
 
     policy = Policy(backbone, DENSE, REGISTRY)

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.drawing import random, tiny_llama
-from tokenprune.decoder import finish, project, rotary
-from tokenprune.probe import attention_rows
-from tokenprune.selection import OriginalIds, Proposal, Quota, TokenSelection, apply, resolve
+from tokenprune.model.attention import attention_rows
+from tokenprune.model.decoder import finish, project, rotary
+from tokenprune.tokens.proposal import Proposal, Quota, resolve
+from tokenprune.tokens.selection import OriginalIds, TokenSelection, apply
 
 N, KEEP, DIM = 12, 4, 4
 PRUNABLE, FIXED, ROWS = range(1, 9), [0, 9, 10, 11], range(9, 11)

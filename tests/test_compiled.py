@@ -13,8 +13,8 @@ from tests.planting import REGISTRY
 from tests.test_recording import look
 from tests.test_shortcuts import BACKBONES
 from tests.tiny_oft import INSTRUCTION
-from tokenprune import decoder
-from tokenprune.loader import load_pipeline
+from tokenprune.model import decoder
+from tokenprune.pipelines.loader import load_pipeline
 from tokenprune.policy import ActionChunk, Policy
 
 

@@ -16,13 +16,13 @@ from tests import tiny_pi0
 from tests.planting import REGISTRY, pipeline
 from tests.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
 from tokenprune.cli import app
-from tokenprune.loader import load_pipeline
+from tokenprune.pipelines.loader import load_pipeline
 from tokenprune.policy import Policy
-from tokenprune_plugins.controls import HalfConfig
 from tokenprune_plugins.dart import DARTConfig
 from tokenprune_plugins.divprune import DivPruneConfig
 from tokenprune_plugins.fastv import FastVConfig
 from tokenprune_plugins.head_cache import HeadCacheConfig
+from tokenprune_plugins.shared.bases import HalfConfig
 from tokenprune_plugins.specprune.controller import ControllerConfig, Motion
 
 COMPOSED = ("diverse-then-attended", "attended-and-spread", "seen-then-dropped", "gated-static", "merged-then-attended")

@@ -11,9 +11,9 @@ from transformers import LlamaModel
 
 from tests.drawing import batches, decoder_of, llamas, random, seeds, tiny_llama
 from tests.test_decoder import Cuts, FakePruner, close, cuts, masked_dense, pattern
-from tokenprune.decoder import Decoded
-from tokenprune.kv import KVCache
-from tokenprune.selection import OriginalIds, TokenSelection
+from tokenprune.model.decoder import Decoded
+from tokenprune.model.kv_cache import KVCache
+from tokenprune.tokens.selection import OriginalIds, TokenSelection
 
 
 def begun(plan: Cuts, x: Tensor) -> tuple[Tensor, TokenSelection]:

@@ -13,12 +13,15 @@ from hypothesis import strategies as st
 from tests.naive_oft import attention_map, entering
 from tests.planting import REGISTRY, pipeline
 from tests.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
-from tokenprune.backbone import DecoderShape
-from tokenprune.layout import Role, Segment, TokenLayout
+from tokenprune.model.info import DecoderShape
 from tokenprune.policy import Policy
-from tokenprune.stage import Probe
-from tokenprune_plugins.controls import HalfConfig, NothingConfig, dither, grid_scores, hashed
+from tokenprune.stages.stage import Probe
+from tokenprune.tokens.layout import Role, Segment, TokenLayout
+from tokenprune_plugins.baselines.none import NothingConfig
+from tokenprune_plugins.baselines.random import hashed
 from tokenprune_plugins.fastv import FastV, FastVConfig
+from tokenprune_plugins.shared.bases import HalfConfig
+from tokenprune_plugins.shared.grid import dither, grid_scores
 
 
 def kept_ids(config: object, queries: int = 1, views: tuple[str, ...] = ("primary", "wrist")) -> list[list[int]]:

@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 from tests.planting import REGISTRY
 from tests.test_shortcuts import BACKBONES
 from tests.tiny_oft import INSTRUCTION
-from tokenprune.bench.compare import trace_flops
 from tokenprune.cli import app
 from tokenprune.errors import CapabilityError, ConfigError, MissingError
-from tokenprune.loader import load_pipeline
+from tokenprune.pipelines.loader import load_pipeline
 from tokenprune.policy import Policy
+from tokenprune.report.describe import trace_flops
 
 # Distances of what is recycled are computed in another way for few tokens than for many.
 INEXACT = {"sparsevlm-recycle"}

@@ -12,16 +12,16 @@ import torch
 
 from tests.planting import REGISTRY
 from tests.test_device_sync import GRAPH_SAFE
-from tokenprune.backbones import load_backbone
-from tokenprune.bench.bench import BenchSettings, Subject, bench
-from tokenprune.bench.matrix import INSTRUCTION, random_observation
 from tokenprune.bench.roofline import measure_roof
+from tokenprune.bench.speed import BenchSettings, Subject, bench
 from tokenprune.bench.upstream import UPSTREAM, UpstreamBackbone
 from tokenprune.cli.options import bundled_episode
-from tokenprune.config import DENSE
-from tokenprune.episode import load_episode
-from tokenprune.loader import load_pipeline
+from tokenprune.compare.episode import load_episode
+from tokenprune.loading import load_backbone
+from tokenprune.pipelines.config import DENSE
+from tokenprune.pipelines.loader import load_pipeline
 from tokenprune.policy import Policy
+from tokenprune.testing.matrix import INSTRUCTION, random_observation
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import LlamaModel
 
 from tests.drawing import batches, decoder_of, keep_sets, llamas, random, seeds, tiny_llama
-from tokenprune.decoder import Decoded, Positions
-from tokenprune.kv import KVCache, LayerKV
-from tokenprune.selection import OriginalIds, TokenSelection
+from tokenprune.model.decoder import Decoded, Positions
+from tokenprune.model.kv_cache import KVCache, LayerKV
+from tokenprune.tokens.selection import OriginalIds, TokenSelection
 
 NEVER = 10**6
 Kept = list[list[int]]

@@ -13,9 +13,10 @@ from tests.planting import REGISTRY
 from tests.tiny_clip import write_clip
 from tests.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
 from tokenprune.errors import StageError
-from tokenprune.loader import load_pipeline
+from tokenprune.pipelines.loader import load_pipeline
 from tokenprune.policy import Policy
 from tokenprune.testing.waiting import no_waiting
+from tokenprune_plugins.shared.ranks import rank_within
 from tokenprune_plugins.specprune import signals
 
 GRAPH_SAFE = (
@@ -64,7 +65,7 @@ def test_with_a_fixed_number_it_does_not_wait(name: str) -> None:
 
 
 def test_a_planted_wait_is_refused() -> None:
-    real = signals.rank_within
+    real = rank_within
 
     def waiting(score: torch.Tensor, member: torch.Tensor | None = None) -> torch.Tensor:
         return real(score, member) if score.any() else real(-score, member)

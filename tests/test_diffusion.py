@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokenprune.errors import CheckpointError, ConfigError
-from tokenprune_adapters.diffusion import DDIM, timestep_encodings
+from tokenprune_adapters.backbones.openvla_oft.diffusion import DDIM, timestep_encodings
 
 # The schedule is float32: at the noisiest timestep, where a millionth of the signal's variance is left, its root is
 # off by 2.5e-5 of itself.

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 from tests.planting import REGISTRY, pipeline
 from tests.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
 from tokenprune.policy import Policy
-from tokenprune.selection import Proposal, resolve
+from tokenprune.tokens.proposal import Proposal, resolve
 from tokenprune_plugins.divprune import DivPruneConfig, farthest_first
 
 

@@ -13,7 +13,7 @@ from tests.test_frames import BACKBONE, REGISTRY, VIEWS, cropped, live, noted, s
 from tests.tiny_oft import INSTRUCTION
 from tokenprune.errors import ObservationError
 from tokenprune.policy import Policy
-from tokenprune_plugins.controls import HalfConfig
+from tokenprune_plugins.shared.bases import HalfConfig
 
 CANVAS = {view: np.zeros((80, 80, 3), np.uint8) for view in VIEWS}
 

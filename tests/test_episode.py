@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from tokenprune.episode import load_episode, save_episode
+from tokenprune.compare.episode import load_episode, save_episode
 from tokenprune.errors import EpisodeError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -334,5 +334,5 @@ def test_saving_a_wrong_episode_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_reading_an_episode_needs_no_torch() -> None:
-    code = "import sys, tokenprune.episode; sys.exit('torch' in sys.modules)"
+    code = "import sys, tokenprune.compare.episode; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -13,10 +13,10 @@ from rich.console import Console
 
 from tests.eval_records import record
 from tokenprune.errors import ResultError
-from tokenprune.report.eval_tables import WIDTH, broken, eval_legend, eval_table, success_tables, verdict_lines
-from tokenprune.rollout.starts import Start
-from tokenprune.rollout.statistics import paired, wilson
-from tokenprune.rollout.summary import summarise
+from tokenprune.evaluation.starts import Start
+from tokenprune.evaluation.statistics import paired, wilson
+from tokenprune.evaluation.summary import summarise
+from tokenprune.evaluation.table import WIDTH, broken, eval_legend, eval_table, success_tables, verdict_lines
 
 COLUMNS = [
     "variant", "environment", "task", "episodes", "missing", "successes", "success_share", "success_low",
@@ -157,7 +157,9 @@ def test_the_order_in_which_episodes_end_changes_nothing(many):
 
 def test_pairs_are_compared_in_the_order_of_their_tasks(many, monkeypatch):
     strata = []
-    monkeypatch.setattr("tokenprune.rollout.summary.paired", lambda *given: strata.append(given[2]) or paired(*given))
+    monkeypatch.setattr(
+        "tokenprune.evaluation.summary.paired", lambda *given: strata.append(given[2]) or paired(*given)
+    )
     summarise(many)
     assert len(strata) == 6
     assert all(list(tasks) == sorted(tasks) for tasks in strata)

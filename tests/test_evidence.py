@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from tokenprune.rollout.records import read_results
+from tokenprune.evaluation.results_file import read_results
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
@@ -20,8 +20,8 @@ def test_every_table_is_what_report_prints():
 
 
 def test_results_are_of_the_shipped_weights():
-    from tokenprune.registry import Registry
-    from tokenprune.rollout.fingerprint import fingerprint
+    from tokenprune.evaluation.fingerprint import fingerprint
+    from tokenprune.registry.discovery import Registry
 
     shipped = Registry.discover().backbone_factory("openvla-oft").describe("mini", None, {}).weights
     assert RESULTS

@@ -39,7 +39,7 @@ def run(tmp_path_factory):
 def test_the_registry_finds_it_by_distribution_and_version_without_torch(run):
     found = run("""
 import sys
-from tokenprune.registry import Registry
+from tokenprune.registry.discovery import Registry
 found = Registry.discover()
 owners = [found.stage("frame_change").owner, found.pipeline("frame_change").owner]
 owners = [[owner.distribution, owner.version, owner.module] for owner in owners]
@@ -51,8 +51,8 @@ print(json.dumps([owners, [q.error for q in found.quarantined], "torch" in sys.m
 
 def test_its_stage_and_its_pipeline_load(run):
     found = run("""
-from tokenprune.loader import load_pipeline, pipeline_schema
-from tokenprune.registry import Registry
+from tokenprune.pipelines.loader import load_pipeline, pipeline_schema
+from tokenprune.registry.discovery import Registry
 found = Registry.discover()
 stage = found.stage_class("frame_change")
 (config,) = load_pipeline("frame_change@keep=0.25", found).config.stages
@@ -65,7 +65,7 @@ print(json.dumps([stage.__module__, isinstance(config, stage.Config), config.kee
 def test_disabled_by_its_distribution_it_is_gone(run):
     found = run("""
 from tokenprune.errors import PluginError
-from tokenprune.registry import Registry
+from tokenprune.registry.discovery import Registry
 found = Registry.discover(disable=["tokenprune-frame-change"])
 try:
     found.stage("frame_change")
@@ -81,7 +81,7 @@ def test_patches_that_changed_score_highest_and_a_first_query_is_spread_evenly(r
     found = run("""
 from types import SimpleNamespace
 import torch
-from tokenprune.layout import Role, Segment, TokenLayout
+from tokenprune.tokens.layout import Role, Segment, TokenLayout
 from tokenprune_frame_change.stage import FrameChange, FrameChangeConfig
 
 def vision(name):
@@ -117,7 +117,7 @@ def test_in_a_policy_it_keeps_its_count_of_the_patches_that_changed(run):
     found = run("""
 import numpy as np
 import tokenprune
-from tokenprune.registry import Registry
+from tokenprune.registry.discovery import Registry
 
 policy = tokenprune.load(
     "openvla-oft", preset="small", pipeline="frame_change@keep=0.25", registry=Registry.discover(), views=["primary"]

@@ -15,11 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests import tiny_oft
 from tests.planting import REGISTRY, pipeline
 from tests.test_shortcuts import BACKBONES
-from tokenprune.config import DENSE
 from tokenprune.errors import ConfigError
-from tokenprune.flops import query_flops
+from tokenprune.model.flops import query_flops
+from tokenprune.pipelines.config import DENSE
 from tokenprune.policy import Policy
-from tokenprune_adapters.vision import Attention, VisionTower
+from tokenprune_adapters.vision.transformer import Attention, VisionTower
 from tokenprune_plugins.fastervlm import FasterVLMConfig
 
 ASKED = {

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tokenprune_adapters.preprocess import ImageTransform
-from tokenprune_adapters.prismatic import VisionBackbone
-from tokenprune_adapters.vision import VisionTower, ViTConfig, flops
+from tokenprune_adapters.backbones.prismatic.image_transform import ImageTransform
+from tokenprune_adapters.backbones.prismatic.model import VisionBackbone
+from tokenprune_adapters.vision.transformer import VisionTower, ViTConfig, flops
 
 DINO = ViTConfig(
     image_size=28, patch_size=14, hidden_size=12, depth=4, heads=3, mlp_size=20,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenprune.rollout.fingerprint import fingerprint
+from tokenprune.evaluation.fingerprint import fingerprint
 
 
 @pytest.fixture

@@ -10,17 +10,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.drawing import decoder_of, random, tiny_llama
-from tokenprune.backbone import ActionSpec, BackboneInfo, DecoderShape, FollowUp
-from tokenprune.config import CutConfig
-from tokenprune.decoder import Decoder, project_rows
-from tokenprune.flops import Probed, layer_flops, probe_flops, query_flops
-from tokenprune.kv import FrozenKV, KVCache, LayerKV
-from tokenprune.layout import Role, Segment, TokenLayout
-from tokenprune.plan import Plan
-from tokenprune.planning import make_plan
-from tokenprune.probe import attention_rows, similarity
-from tokenprune.selection import CurrentIds, OriginalIds, TokenSelection
-from tokenprune.stage import Stage
+from tokenprune.model.attention import attention_rows, similarity
+from tokenprune.model.decoder import Decoder, project_rows
+from tokenprune.model.flops import Probed, layer_flops, probe_flops, query_flops
+from tokenprune.model.info import ActionSpec, BackboneInfo, DecoderShape, FollowUp
+from tokenprune.model.kv_cache import FrozenKV, KVCache, LayerKV
+from tokenprune.pipelines.planning import make_plan
+from tokenprune.stages.config import CutConfig
+from tokenprune.stages.stage import Stage
+from tokenprune.tokens.layout import Role, Segment, TokenLayout
+from tokenprune.tokens.plan import Plan
+from tokenprune.tokens.selection import CurrentIds, OriginalIds, TokenSelection
 
 SHAPES = [
     DecoderShape(depth=3, hidden=24, heads=4, kv_heads=4, head_dim=6, mlp=40, causal=True),

@@ -13,17 +13,18 @@ from hypothesis import strategies as st
 from tests import stages
 from tests.planting import pipeline
 from tests.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
-from tokenprune.config import CutConfig, Keep
-from tokenprune.context import ControlContext, SelectContext
 from tokenprune.errors import ObservationError, StageError
-from tokenprune.frames import FrameBuffer
-from tokenprune.hookspecs import hookimpl
 from tokenprune.policy import Policy
-from tokenprune.registry import Owner, Registered, Registry
-from tokenprune.selection import Proposal
-from tokenprune.specs import StageSpec
-from tokenprune.stage import Stage
-from tokenprune_plugins.controls import HalfConfig
+from tokenprune.registry.discovery import Owner, Registered, Registry
+from tokenprune.registry.hookspecs import hookimpl
+from tokenprune.registry.specs import StageSpec
+from tokenprune.stages.config import CutConfig, Keep
+from tokenprune.stages.control_context import ControlContext
+from tokenprune.stages.frames import FrameBuffer
+from tokenprune.stages.stage import Stage
+from tokenprune.stages.token_context import SelectContext
+from tokenprune.tokens.proposal import Proposal
+from tokenprune_plugins.shared.bases import HalfConfig
 
 BACKBONE = tiny_policy_parts(tiny_config())
 VIEWS = BACKBONE.config.views

@@ -12,8 +12,8 @@ import torch
 
 from tests.planting import REGISTRY
 from tests.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
-from tokenprune.bench.gauge import Gauged, count_waits
-from tokenprune.config import DENSE
+from tokenprune.bench.memory import Gauged, count_waits
+from tokenprune.pipelines.config import DENSE
 from tokenprune.policy import Policy
 
 
@@ -64,7 +64,7 @@ def resident_peak() -> int:
 
 
 def test_a_peak_that_cannot_be_forgotten_is_not_told(monkeypatch, tmp_path):
-    monkeypatch.setattr("tokenprune.bench.gauge._PROCESS", tmp_path)
+    monkeypatch.setattr("tokenprune.bench.memory._PROCESS", tmp_path)
     assert peaks_of(monkeypatch, 1) == [None]
     (tmp_path / "clear_refs").write_text("")
     (tmp_path / "status").write_text("VmHWM:\t  900000 kB\nVmRSS:\t  100000 kB\n")

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from tokenprune.errors import CheckpointError, ObservationError
-from tokenprune_adapters.gemma_prompt import PI0_MAX_TOKENS, PI05_MAX_TOKENS, GemmaTokenizer, state_bins
-from tokenprune_adapters.prompt import PromptTokenizer
+from tokenprune_adapters.backbones.pi0.prompt import PI0_MAX_TOKENS, PI05_MAX_TOKENS, GemmaTokenizer, state_bins
+from tokenprune_adapters.backbones.prismatic.prompt import PromptTokenizer
 
 ROOT = Path(__file__).parents[1]
 ASSET = ROOT / "adapters" / "tokenprune_adapters" / "assets" / "tokenizer.json"

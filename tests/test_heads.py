@@ -10,16 +10,16 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tokenprune_adapters.heads import (
+from tokenprune_adapters.backbones.openvla_oft.heads import (
     DiffusionActionHead,
     L1ActionHead,
     NoisyActionProjector,
     ProprioProjector,
     head_flops,
-    lm_head_flops,
     noisy_action_flops,
     proprio_flops,
 )
+from tokenprune_adapters.backbones.prismatic.config import lm_head_flops
 
 WIDTH = 6
 CHUNKS = [(8, 7), (25, 14), (5, 7)]

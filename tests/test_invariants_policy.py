@@ -13,16 +13,19 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-import tokenprune_plugins.controls
+import tokenprune_plugins.baselines.uniform_grid
 from tests import drawing, stages
 from tests.naive_oft import naive_actions
 from tests.planting import REGISTRY, pipeline, pipelines, prop
 from tests.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
-from tokenprune import cutting, decoder, policy, runtime
-from tokenprune.config import DENSE, PipelineConfig
-from tokenprune.decoder import Decoder
-from tokenprune.kv import KVCache
-from tokenprune.selection import CurrentIds, OriginalIds, TokenSelection
+from tokenprune import policy
+from tokenprune.engine import cuts as cutting
+from tokenprune.engine import query as runtime
+from tokenprune.model import decoder
+from tokenprune.model.decoder import Decoder
+from tokenprune.model.kv_cache import KVCache
+from tokenprune.pipelines.config import DENSE, PipelineConfig
+from tokenprune.tokens.selection import CurrentIds, OriginalIds, TokenSelection
 from tokenprune_adapters.backbones.openvla_oft.backbone import OpenVLAOFT
 
 
@@ -156,7 +159,7 @@ def test_I13_the_same_seed_selects_the_same() -> None:
 
 def test_I13_notices_global_random_numbers() -> None:
     fault = lambda ids, seed: torch.rand(ids.shape)  # noqa: E731
-    i13.notices(tokenprune_plugins.controls, "hashed", fault)
+    i13.notices(tokenprune_plugins.baselines.uniform_grid, "hashed", fault)
 
 
 @prop(pipelines(depth=3), st.sampled_from([torch.float32, torch.float64, torch.bfloat16]), examples=15)

@@ -33,10 +33,13 @@ from tests.tiny_episodes import (
     wanted,
 )
 from tests.tiny_oft import tiny_config, tiny_policy_parts
-from tokenprune import context
-from tokenprune.config import CutConfig, PipelineConfig
-from tokenprune.loader import load_pipeline
+from tokenprune.pipelines.config import PipelineConfig
+from tokenprune.pipelines.loader import load_pipeline
 from tokenprune.policy import ActionChunk, Policy
+from tokenprune.stages import token_context as context
+from tokenprune.stages.config import CutConfig
+from tokenprune_plugins.shared.patch_change import frame_similarity
+from tokenprune_plugins.shared.ranks import rank_within
 from tokenprune_plugins.specprune import signals
 from tokenprune_plugins.specprune.static import Static
 
@@ -140,7 +143,7 @@ def test_I9_notices_the_first_environments_memory() -> None:
 
 
 def test_I9_notices_the_first_environments_frames() -> None:
-    real = signals.frame_similarity
+    real = frame_similarity
 
     def first(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         similar, found = real(ctx, *args)
@@ -150,7 +153,7 @@ def test_I9_notices_the_first_environments_frames() -> None:
 
 
 def test_I9_notices_ranks_over_the_whole_batch() -> None:
-    real = signals.rank_within
+    real = rank_within
     i9.notices(signals, "rank_within", lambda score, member: real(score.mean(0, keepdim=True) + 0 * score, member))
 
 
@@ -167,7 +170,7 @@ def test_I13_the_same_seed_selects_the_same() -> None:
 
 
 def test_I13_notices_ties_left_to_chance() -> None:
-    real = signals.rank_within
+    real = rank_within
     i13.notices(signals, "rank_within", lambda score, member: real(score + torch.rand(score.shape), member))
 
 

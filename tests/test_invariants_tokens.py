@@ -14,18 +14,22 @@ from torch import Tensor, nn
 from tests import drawing, stages
 from tests.planting import REGISTRY, pipeline, pipelines, prop
 from tests.tiny_oft import INSTRUCTION, tiny_config
-from tokenprune import cutting, resolution, runtime, selection
-from tokenprune.chance import Chance
-from tokenprune.config import PipelineConfig
-from tokenprune.context import LayoutTables
-from tokenprune.decoder import Decoded, Decoder
-from tokenprune.frames import FrameBuffer
-from tokenprune.history import Slot
-from tokenprune.kv import KVCache, LayerKV
-from tokenprune.layout import TokenLayout
-from tokenprune.pipeline import bind
-from tokenprune.selection import CurrentIds, OriginalIds, Proposal, TokenSelection, rows_at
-from tokenprune.trace import Clock
+from tokenprune.engine import combine as resolution
+from tokenprune.engine import cuts as cutting
+from tokenprune.engine import query as runtime
+from tokenprune.engine.rng import Chance
+from tokenprune.engine.timing import Clock
+from tokenprune.model.decoder import Decoded, Decoder
+from tokenprune.model.kv_cache import KVCache, LayerKV
+from tokenprune.pipelines.binding import bind
+from tokenprune.pipelines.config import PipelineConfig
+from tokenprune.stages.frames import FrameBuffer
+from tokenprune.stages.memory import Slot
+from tokenprune.tokens import selection
+from tokenprune.tokens.layout import TokenLayout
+from tokenprune.tokens.layout_tables import LayoutTables
+from tokenprune.tokens.proposal import Proposal
+from tokenprune.tokens.selection import CurrentIds, OriginalIds, TokenSelection, rows_at
 
 
 class Passing(Decoder):

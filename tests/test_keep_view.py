@@ -13,12 +13,12 @@ from tests.planting import REGISTRY, pipeline
 from tests.test_shortcuts import BACKBONES
 from tests.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
 from tokenprune.cli import app
-from tokenprune.config import DENSE
 from tokenprune.errors import LayoutError
-from tokenprune.loader import load_pipeline
+from tokenprune.pipelines.config import DENSE
+from tokenprune.pipelines.loader import load_pipeline
 from tokenprune.policy import Policy
-from tokenprune_plugins.controls import grid_scores
-from tokenprune_plugins.keep_view import ViewConfig
+from tokenprune_plugins.baselines.keep_view import ViewConfig
+from tokenprune_plugins.shared.grid import grid_scores
 
 
 def asked(backbone: Any, seen: dict[str, Any], *configs: Any) -> list[Any]:

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.drawing import batches, random, seeds
-from tokenprune.kv import KVCache, LayerKV
-from tokenprune.selection import OriginalIds
+from tokenprune.model.kv_cache import KVCache, LayerKV
+from tokenprune.tokens.selection import OriginalIds
 
 
 def entry(first: int, n: int, batch: int, seed: int) -> LayerKV:

@@ -15,14 +15,14 @@ from tests import stages, tiny_oft, tiny_openvla, tiny_pi0
 from tests.naive_oft import entering, naive_rms, naive_rope
 from tests.planting import REGISTRY, pipeline
 from tests.test_shortcuts import BACKBONES
-from tokenprune.adapter import Backbone
-from tokenprune.config import DENSE, PipelineConfig
+from tokenprune.engine.adapter import Backbone
 from tokenprune.errors import CapabilityError, ConfigError
-from tokenprune.flops import Probed, query_flops
+from tokenprune.model.flops import Probed, query_flops
+from tokenprune.pipelines.config import DENSE, PipelineConfig
 from tokenprune.policy import ActionChunk, Policy
 from tokenprune_adapters.backbones.openvla_oft.backbone import OpenVLAOFT
-from tokenprune_plugins.controls import HalfConfig
 from tokenprune_plugins.layer_skip import LayerSkipConfig
+from tokenprune_plugins.shared.bases import HalfConfig
 from tokenprune_plugins.vla_cache import VLACacheConfig
 
 EVERYTHING = VLACacheConfig(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.drawing import layouts
 from tokenprune.errors import LayoutError
-from tokenprune.layout import Role, Segment, TokenLayout
+from tokenprune.tokens.layout import Role, Segment, TokenLayout
 
 
 @given(layouts())

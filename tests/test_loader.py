@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.planted_stages import GOOD, REGISTRY, SteerConfig, Window, make_registry, planted, problems, shipping, write
-from tokenprune.config import DENSE, PipelineConfig
 from tokenprune.errors import ConfigError, PluginError
-from tokenprune.loader import load_pipeline
-from tokenprune.registry import Registry
+from tokenprune.pipelines.config import DENSE, PipelineConfig
+from tokenprune.pipelines.loader import load_pipeline
+from tokenprune.registry.discovery import Registry
 
 # What a good file becomes.
 
@@ -342,15 +342,15 @@ def test_a_damaged_file_loads_or_fails_with_places_only(tmp_path_factory, line, 
 
 def test_loading_imports_no_torch_unless_a_stage_does(tmp_path):
     (tmp_path / "light.py").write_text(
-        "from tokenprune.config import StageConfig\nfrom tokenprune.stage import Stage\n"
+        "from tokenprune.stages.config import StageConfig\nfrom tokenprune.stages.stage import Stage\n"
         "class Light(Stage[StageConfig]):\n    pass\n"
     )
     (tmp_path / "pipe.yaml").write_text("version: 1\nname: light\nstages: [{use: light}]\n")
     program = """
 import sys
-from tokenprune.loader import load_pipeline, pipeline_schema
-from tokenprune.registry import Owner, Registered, Registry
-from tokenprune.specs import StageSpec
+from tokenprune.pipelines.loader import load_pipeline, pipeline_schema
+from tokenprune.registry.discovery import Owner, Registered, Registry
+from tokenprune.registry.specs import StageSpec
 found = Registry()
 found.stages["light"] = Registered(StageSpec("light", "control", "", "light:Light"), Owner("light", "1", "light"))
 loaded, schema = load_pipeline("pipe.yaml", found), pipeline_schema(found)

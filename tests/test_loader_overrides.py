@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests.planted_stages import AMOUNTS, GOOD, REGISTRY, pipelines, planted, problems, shipping, write
 from tokenprune.errors import ConfigError
-from tokenprune.loader import load_pipeline, parse_pipeline
+from tokenprune.pipelines.loader import load_pipeline, parse_pipeline
 
 # extends.
 

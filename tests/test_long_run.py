@@ -14,11 +14,11 @@ import tokenprune
 from tests.planting import REGISTRY
 from tests.test_shortcuts import BACKBONES
 from tests.tiny_oft import INSTRUCTION
-from tokenprune.bench.matrix import random_observation
-from tokenprune.execution import RECORDINGS, Recorded
-from tokenprune.loader import load_pipeline
+from tokenprune.engine.executor import RECORDINGS, Recorded
+from tokenprune.pipelines.loader import load_pipeline
 from tokenprune.policy import Policy
 from tokenprune.testing.cycles import caught_in_cycles
+from tokenprune.testing.matrix import random_observation
 from tokenprune.testing.tape import taped
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))

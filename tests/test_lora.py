@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn.functional import conv2d, linear
 
 from tokenprune.errors import CheckpointError
-from tokenprune_adapters.lora import film_backbone, merged
-from tokenprune_adapters.prismatic import VisionBackbone
-from tokenprune_adapters.tensors import StoredTensor, stored_pt
-from tokenprune_adapters.vision import ViTConfig
+from tokenprune_adapters.backbones.prismatic.lora import film_backbone, merged
+from tokenprune_adapters.backbones.prismatic.model import VisionBackbone
+from tokenprune_adapters.vision.transformer import ViTConfig
+from tokenprune_adapters.weights.tensor_files import StoredTensor, stored_pt
 
 CPU = torch.device("cpu")
 SCALES = {1: 1.0, 3: 1.0, 15: 1.0, 16: 1.0, 17: 16 / 17, 32: 0.5, 64: 0.25}

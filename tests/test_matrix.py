@@ -7,8 +7,8 @@ from functools import cache
 from typer.testing import CliRunner
 
 from tests.planting import REGISTRY
-from tokenprune.bench.matrix import Cell, alone, matrix
 from tokenprune.cli import app
+from tokenprune.testing.matrix import Cell, alone, matrix
 
 USERS = {"trim": "give its weights"}
 """What runs only with something of the user's own, and what it says."""

@@ -18,12 +18,12 @@ from tests.naive_oft import entering, naive_rms, naive_rope
 from tests.planting import REGISTRY, pipeline
 from tests.test_shortcuts import BACKBONES
 from tests.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
-from tokenprune.config import DENSE
 from tokenprune.errors import ConfigError, StageError
-from tokenprune.flops import query_flops
+from tokenprune.model.flops import query_flops
+from tokenprune.pipelines.config import DENSE
 from tokenprune.policy import Policy
-from tokenprune_plugins.merging import into
-from tokenprune_plugins.pooling import PoolConfig
+from tokenprune_plugins.baselines.pooling import PoolConfig
+from tokenprune_plugins.shared.merging import into
 from tokenprune_plugins.tome import ToMeConfig, pairs
 from tokenprune_plugins.visionzip import VisionZipConfig, folded, zipped
 

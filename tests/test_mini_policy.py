@@ -11,7 +11,8 @@ import torch
 import tokenprune
 from tokenprune_adapters.backbones.openvla_oft.config import MINI
 from tokenprune_adapters.backbones.openvla_oft.export import export_oft
-from tokenprune_adapters.prompt import BUNDLED, PromptTokenizer
+from tokenprune_adapters.backbones.prismatic.prompt import PromptTokenizer
+from tokenprune_adapters.inputs.tokenizer import BUNDLED
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "mini_policy"))
 

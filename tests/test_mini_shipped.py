@@ -9,11 +9,11 @@ import pytest
 
 import tokenprune
 from tokenprune.cli.options import bundled_episode
-from tokenprune.episode import load_episode
-from tokenprune.registry import Registry
-from tokenprune.rollout.run import run_episode
-from tokenprune.rollout.starts import Start
-from tokenprune.rollout.variant import parse_variant
+from tokenprune.compare.episode import load_episode
+from tokenprune.evaluation.run import run_episode
+from tokenprune.evaluation.starts import Start
+from tokenprune.evaluation.variant import parse_variant
+from tokenprune.registry.discovery import Registry
 
 MINI_POLICY = Path(__file__).parents[1] / "examples" / "mini_policy"
 MOVING = [0, 1, 2, 6]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tokenprune.errors import ObservationError
-from tokenprune_adapters.observations import check_observation
+from tokenprune_adapters.inputs.observations import check_observation
 
 IMAGE = np.zeros((64, 80, 3), dtype=np.uint8)
 VIEWS = ("primary", "wrist")

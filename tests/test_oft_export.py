@@ -20,8 +20,8 @@ from tests.checkpoint_faults import CONFIG, PREPROCESSOR, STATISTICS, WEIGHTS, d
 from tests.planting import REGISTRY
 from tests.release_format import TOKENIZER
 from tests.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts, tiny_statistics
-from tokenprune.config import DENSE
 from tokenprune.errors import CheckpointError, ConfigError, TokenPruneError
+from tokenprune.pipelines.config import DENSE
 from tokenprune.policy import Policy
 from tokenprune_adapters.backbones.openvla_oft import config as oft_config
 from tokenprune_adapters.backbones.openvla_oft import factory
@@ -30,7 +30,7 @@ from tokenprune_adapters.backbones.openvla_oft.config import MINI, PRESETS, OFTC
 from tokenprune_adapters.backbones.openvla_oft.export import export_oft
 from tokenprune_adapters.backbones.openvla_oft.factory import OFTFactory
 from tokenprune_adapters.backbones.openvla_oft.release import load_oft, verify_oft
-from tokenprune_adapters.prismatic import fill_untrained
+from tokenprune_adapters.weights.untrained import fill_untrained
 
 CPU, HALF, FLOAT, DOUBLE = torch.device("cpu"), torch.float16, torch.float32, torch.float64
 HEADS: tuple[dict[str, Any], ...] = ({}, {"head": "diffusion", "steps": 2}, {"head": "discrete"})

@@ -18,14 +18,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.naive_oft import Spec, naive_actions
 from tests.planting import REGISTRY, pipeline, pipelines, prop
 from tests.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
-from tokenprune.config import DENSE, PipelineConfig
-from tokenprune.flops import query_flops
+from tokenprune.engine.query import Query
+from tokenprune.model.flops import query_flops
+from tokenprune.pipelines.config import DENSE, PipelineConfig
 from tokenprune.policy import Policy
-from tokenprune.runtime import Query
 from tokenprune.testing.waiting import no_waiting
 from tokenprune_adapters.backbones.openvla_oft.backbone import OpenVLAOFT
-from tokenprune_adapters.prismatic import VisionBackbone
-from tokenprune_plugins.controls import HalfConfig
+from tokenprune_adapters.backbones.prismatic.model import VisionBackbone
+from tokenprune_plugins.shared.bases import HalfConfig
 
 # As many tokens, so that both share a pass, and others, so that their mean is another.
 OTHER = "push the plate to the stove"

@@ -19,20 +19,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.naive_oft import Spec, naive_actions
 from tests.planting import REGISTRY, pipeline, pipelines, prop
 from tests.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
-from tokenprune.config import DENSE, PipelineConfig
+from tokenprune.engine.cuts import SameCuts
+from tokenprune.engine.query import Query
 from tokenprune.errors import CheckpointError, ConfigError, TokenPruneError
-from tokenprune.flops import query_flops
-from tokenprune.layout import Role
 from tokenprune.loading import load
+from tokenprune.model.flops import query_flops
+from tokenprune.pipelines.config import DENSE, PipelineConfig
 from tokenprune.policy import ActionChunk, Policy
-from tokenprune.repeat import SameCuts
-from tokenprune.runtime import Query
 from tokenprune.testing.waiting import no_waiting
+from tokenprune.tokens.layout import Role
 from tokenprune_adapters.backbones.openvla_oft.backbone import OpenVLAOFT
 from tokenprune_adapters.backbones.openvla_oft.config import SEVEN_B, preset, with_options
-from tokenprune_adapters.prompt import Prompt
-from tokenprune_plugins.controls import HalfConfig
+from tokenprune_adapters.inputs.tokenizer import Prompt
 from tokenprune_plugins.fastv import FastVConfig
+from tokenprune_plugins.shared.bases import HalfConfig
 
 RIGHT = Spec()
 DIFFUSION, DISCRETE = {"head": "diffusion", "steps": 4}, {"head": "discrete"}

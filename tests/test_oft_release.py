@@ -20,12 +20,12 @@ from tests.planting import REGISTRY
 from tests.release_format import TOKENIZER
 from tests.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
 from tokenprune import from_module
-from tokenprune.config import DENSE
 from tokenprune.errors import CheckpointError, ConfigError
+from tokenprune.pipelines.config import DENSE
 from tokenprune.policy import Policy
 from tokenprune_adapters.backbones.openvla_oft.backbone import OpenVLAOFT
 from tokenprune_adapters.backbones.openvla_oft.factory import OFTFactory
-from tokenprune_adapters.tensors import StoredTensor
+from tokenprune_adapters.weights.tensor_files import StoredTensor
 
 CPU, DOUBLE = torch.device("cpu"), torch.float64
 VIEWS = {"libero": ("primary", "wrist"), "aloha": ("high", "left_wrist", "right_wrist"), "bridge": ("primary",)}

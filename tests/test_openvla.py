@@ -17,18 +17,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.naive_openvla import Answer, Spec, naive_query
 from tests.tiny_openvla import INSTRUCTION, act, keeping, observation, registry, tiny_config, tiny_openvla, watched
-from tokenprune.backbones import load_backbone
-from tokenprune.config import DENSE
+from tokenprune.engine.query import Query
 from tokenprune.errors import ConfigError, ObservationError, TokenPruneError
-from tokenprune.flops import query_flops
-from tokenprune.layout import Role
-from tokenprune.loading import load
+from tokenprune.loading import load, load_backbone
+from tokenprune.model.flops import query_flops
+from tokenprune.pipelines.config import DENSE
 from tokenprune.policy import Policy
-from tokenprune.runtime import Query
+from tokenprune.tokens.layout import Role
 from tokenprune_adapters.backbones.openvla.backbone import OpenVLA
 from tokenprune_adapters.backbones.openvla.config import PRESETS, SEVEN_B, preset
 from tokenprune_adapters.backbones.openvla.factory import OpenVLAFactory
-from tokenprune_adapters.prompt import Prompt, PromptTokenizer
+from tokenprune_adapters.backbones.prismatic.prompt import PromptTokenizer
+from tokenprune_adapters.inputs.tokenizer import Prompt
 
 # Name: the mistake, and whether it must show although only ids that are actions are chosen.
 TRAPS = {

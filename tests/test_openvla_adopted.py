@@ -20,7 +20,7 @@ from tests.tiny_openvla import INSTRUCTION, observation
 from tokenprune.errors import CheckpointError, ConfigError
 from tokenprune.loading import from_module
 from tokenprune_adapters.backbones.openvla.factory import OpenVLAFactory
-from tokenprune_adapters.prompt import PromptTokenizer
+from tokenprune_adapters.backbones.prismatic.prompt import PromptTokenizer
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, BFLOAT])

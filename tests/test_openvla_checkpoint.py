@@ -25,15 +25,15 @@ from tests.openvla_format import (
     write_openvla,
 )
 from tests.tiny_openvla import INSTRUCTION, act, observation, tiny_config, tiny_openvla
-from tokenprune.config import DENSE
 from tokenprune.errors import CheckpointError, ConfigError, TokenPruneError
 from tokenprune.loading import load
+from tokenprune.pipelines.config import DENSE
 from tokenprune_adapters.backbones.openvla.backbone import OpenVLA
 from tokenprune_adapters.backbones.openvla.config import SEVEN_B
 from tokenprune_adapters.backbones.openvla.factory import OpenVLAFactory
 from tokenprune_adapters.backbones.openvla.release import load_openvla, read_config
-from tokenprune_adapters.prompt import PromptTokenizer
-from tokenprune_adapters.tensors import StoredTensor
+from tokenprune_adapters.backbones.prismatic.prompt import PromptTokenizer
+from tokenprune_adapters.weights.tensor_files import StoredTensor
 
 CPU = torch.device("cpu")
 FLOAT, BFLOAT = torch.float32, torch.bfloat16

@@ -26,10 +26,10 @@ from tests.tiny_openvla import (
     tiny_openvla,
     watched,
 )
-from tokenprune.config import DENSE, PipelineConfig
-from tokenprune.kv import KVCache
+from tokenprune.engine.query import Query
+from tokenprune.model.kv_cache import KVCache
+from tokenprune.pipelines.config import DENSE, PipelineConfig
 from tokenprune.policy import ActionChunk, Policy
-from tokenprune.runtime import Query
 from tokenprune.testing.waiting import no_waiting
 from tokenprune_adapters.backbones.openvla import backbone as adapter
 from tokenprune_adapters.backbones.openvla.backbone import OpenVLA

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from tests.naive_oft import Spec, naive_actions
 from tests.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
-from tokenprune.backbones import load_backbone
-from tokenprune.config import DENSE
-from tokenprune.layout import Role
+from tokenprune.loading import load_backbone
+from tokenprune.pipelines.config import DENSE
 from tokenprune.policy import Policy
-from tokenprune.registry import Registry
+from tokenprune.registry.discovery import Registry
+from tokenprune.tokens.layout import Role
 from tokenprune_adapters.backbones.openvla_oft.backbone import OpenVLAOFT
 
 TRAPS = {
@@ -93,7 +93,7 @@ def test_the_image_is_looked_at(registry: Registry) -> None:
 
 def test_layout_of_the_release() -> None:
     from tokenprune_adapters.backbones.openvla_oft.config import SEVEN_B
-    from tokenprune_adapters.prompt import Prompt
+    from tokenprune_adapters.inputs.tokenizer import Prompt
 
     layout = SEVEN_B.layout(Prompt(tuple(range(30)), range(9, 26)))
     roles = [(s.role, s.start, s.length) for s in layout.segments]

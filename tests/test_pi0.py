@@ -23,19 +23,19 @@ from tests.tiny_pi0 import (
     tiny_backbone,
     tiny_config,
 )
-from tokenprune.backbones import load_backbone
-from tokenprune.config import DENSE
 from tokenprune.errors import ConfigError, ObservationError
-from tokenprune.flops import QueryFlops, query_flops
-from tokenprune.layout import Role
-from tokenprune.pipeline import bind
+from tokenprune.loading import load_backbone
+from tokenprune.model.flops import QueryFlops, query_flops
+from tokenprune.pipelines.binding import bind
+from tokenprune.pipelines.config import DENSE
 from tokenprune.policy import Policy
-from tokenprune.registry import Registry
+from tokenprune.registry.discovery import Registry
+from tokenprune.tokens.layout import Role
 from tokenprune_adapters.backbones.pi0.backbone import PI0
 from tokenprune_adapters.backbones.pi0.config import BASE, PI0Config, Variant, preset, with_options
 from tokenprune_adapters.backbones.pi0.factory import PI0Factory, PI05Factory
 from tokenprune_adapters.backbones.pi0.model import AdaptiveNorm, time_embeddings
-from tokenprune_adapters.prompt import Prompt
+from tokenprune_adapters.inputs.tokenizer import Prompt
 
 FACTORIES = {"pi0": PI0Factory, "pi05": PI05Factory}
 BOTH = {

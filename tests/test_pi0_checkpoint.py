@@ -46,13 +46,13 @@ from tests.pi0_format import (
     write_lerobot,
     write_weights,
 )
+from tokenprune.engine.query import Query
 from tokenprune.errors import CheckpointError, ConfigError
 from tokenprune.loading import from_module, load
-from tokenprune.runtime import Query
-from tokenprune_adapters import tensors as tensors_module
 from tokenprune_adapters.backbones.pi0.factory import PI0Factory, PI05Factory
-from tokenprune_adapters.backbones.pi0.keys import model_name
 from tokenprune_adapters.backbones.pi0.release import adopt_pi0, verify_pi0
+from tokenprune_adapters.backbones.pi0.tensor_names import model_name
+from tokenprune_adapters.weights import tensor_files as tensors_module
 
 FLOAT, BFLOAT = torch.float32, torch.bfloat16
 VIEWS = list(SLOTS[:2])

@@ -38,8 +38,8 @@ from tests.pi0_format import (
 )
 from tokenprune.errors import CheckpointError, ConfigError
 from tokenprune_adapters.backbones.pi0.factory import PI0Factory, PI05Factory
-from tokenprune_adapters.backbones.pi0.keys import model_name
-from tokenprune_adapters.tensors import StoredTensor
+from tokenprune_adapters.backbones.pi0.tensor_names import model_name
+from tokenprune_adapters.weights.tensor_files import StoredTensor
 
 FLOAT, BFLOAT = torch.float32, torch.bfloat16
 VIEWS = list(SLOTS[:2])

@@ -38,11 +38,11 @@ from tests.pi0_format import (
 )
 from tokenprune.errors import CheckpointError, ConfigError
 from tokenprune_adapters.backbones.pi0.config import BASE
+from tokenprune_adapters.backbones.pi0.config_files import SLOTS as OUR_SLOTS
+from tokenprune_adapters.backbones.pi0.config_files import find_format, read_stated
 from tokenprune_adapters.backbones.pi0.factory import PI0Factory, PI05Factory
-from tokenprune_adapters.backbones.pi0.formats import SLOTS as OUR_SLOTS
-from tokenprune_adapters.backbones.pi0.formats import find_format, read_stated
 from tokenprune_adapters.backbones.pi0.release import read_pi0, verify_pi0
-from tokenprune_adapters.statistics import Quantiles, Standard
+from tokenprune_adapters.inputs.statistics import Quantiles, Standard
 
 FLOAT, BFLOAT = torch.float32, torch.bfloat16
 VIEWS = list(SLOTS[:2])

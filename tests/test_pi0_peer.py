@@ -14,7 +14,7 @@ from transformers import PI0Config as HFConfig
 from transformers import PI0ForConditionalGeneration
 
 from tests.tiny_pi0 import HORIZON, INSTRUCTION, VIEWS, noise_for, observation, query, tiny_backbone, tiny_config
-from tokenprune.kv import KVCache
+from tokenprune.model.kv_cache import KVCache
 from tokenprune_adapters.backbones.pi0 import backbone as adapter
 from tokenprune_adapters.backbones.pi0.backbone import PI0
 

@@ -17,23 +17,24 @@ from tests import tiny_episodes
 from tests.naive_pi0 import Spec, naive
 from tests.planting import pipeline
 from tests.tiny_pi0 import INSTRUCTION, VARIANTS, VIEWS, act, noise_for, observation, query, tiny_backbone, tiny_config
-from tokenprune.config import CutConfig, PipelineConfig, StageConfig
-from tokenprune.context import LayerContext, SelectContext
-from tokenprune.features import FeatureContext
-from tokenprune.flops import query_flops
-from tokenprune.history import ExecutedAction
-from tokenprune.hookspecs import hookimpl
-from tokenprune.layout import TokenLayout
+from tokenprune.model.flops import query_flops
+from tokenprune.pipelines.config import PipelineConfig
 from tokenprune.policy import Policy
-from tokenprune.record import QueryRecord
-from tokenprune.registry import Owner, Registered, Registry
-from tokenprune.selection import Proposal
-from tokenprune.specs import StageSpec
-from tokenprune.stage import Stage
+from tokenprune.registry.discovery import Owner, Registered, Registry
+from tokenprune.registry.hookspecs import hookimpl
+from tokenprune.registry.specs import StageSpec
+from tokenprune.stages.config import CutConfig, StageConfig
+from tokenprune.stages.feature_context import FeatureContext
+from tokenprune.stages.memory import ExecutedAction
+from tokenprune.stages.query_record import QueryRecord
+from tokenprune.stages.stage import Stage
+from tokenprune.stages.token_context import LayerContext, SelectContext
+from tokenprune.tokens.layout import TokenLayout
+from tokenprune.tokens.proposal import Proposal
 from tokenprune_adapters.backbones.pi0.backbone import PI0
 from tokenprune_adapters.backbones.pi0.config import Variant
-from tokenprune_plugins.controls import HalfConfig
 from tokenprune_plugins.fastv import FastVConfig
+from tokenprune_plugins.shared.bases import HalfConfig
 
 DEPTH = 4
 

@@ -8,8 +8,8 @@ from hypothesis import given
 
 from tests.planted_stages import GOOD, REGISTRY, pipelines, write
 from tokenprune.errors import ConfigError
-from tokenprune.loader import load_pipeline, pipeline_schema
-from tokenprune.registry import Registry
+from tokenprune.pipelines.loader import load_pipeline, pipeline_schema
+from tokenprune.registry.discovery import Registry
 
 KINDS = {"object": dict, "array": list, "string": str, "integer": int, "number": int | float, "boolean": bool}
 ABOUT = {"title", "description", "default", "$schema", "$defs"}

@@ -11,12 +11,12 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tests.drawing import layouts
-from tokenprune.config import CutConfig, StageConfig, ViewBudget, layer_of
 from tokenprune.errors import ConfigError
-from tokenprune.layout import Role, Segment, TokenLayout
-from tokenprune.plan import Plan
-from tokenprune.planning import make_plan
-from tokenprune.stage import Stage
+from tokenprune.pipelines.planning import make_plan
+from tokenprune.stages.config import CutConfig, StageConfig, ViewBudget, layer_of
+from tokenprune.stages.stage import Stage
+from tokenprune.tokens.layout import Role, Segment, TokenLayout
+from tokenprune.tokens.plan import Plan
 
 Keep = int | Fraction
 """A count, or an exact share."""

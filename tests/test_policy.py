@@ -13,19 +13,20 @@ import tokenprune
 from tests import stages
 from tests.planting import pipeline
 from tests.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
-from tokenprune import resolution
-from tokenprune.config import DENSE, PipelineConfig, StageConfig, ViewBudget
-from tokenprune.context import ControlContext, ControlDecision
+from tokenprune.engine import combine as resolution
 from tokenprune.errors import CapabilityError, ConfigError, PluginError, StageError, TokenPruneError, TraceError
-from tokenprune.features import FeatureContext
-from tokenprune.hookspecs import hookimpl
+from tokenprune.pipelines.config import DENSE, PipelineConfig
 from tokenprune.policy import Policy
-from tokenprune.registry import Owner, Registered, Registry
-from tokenprune.specs import StageSpec
-from tokenprune.stage import Stage
+from tokenprune.registry.discovery import Owner, Registered, Registry
+from tokenprune.registry.hookspecs import hookimpl
+from tokenprune.registry.specs import StageSpec
+from tokenprune.stages.config import StageConfig, ViewBudget
+from tokenprune.stages.control_context import ControlContext, ControlDecision
+from tokenprune.stages.feature_context import FeatureContext
+from tokenprune.stages.stage import Stage
 from tokenprune_adapters.backbones.openvla_oft.backbone import OpenVLAOFT
-from tokenprune_plugins.controls import HalfConfig
 from tokenprune_plugins.fastv import FastVConfig
+from tokenprune_plugins.shared.bases import HalfConfig
 
 
 class ByCount(Stage[StageConfig]):

@@ -14,7 +14,8 @@ from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tokenprune.errors import CheckpointError, ConfigError, ObservationError
-from tokenprune_adapters.preprocess import ImageTransform, check_image
+from tokenprune_adapters.backbones.prismatic.image_transform import ImageTransform
+from tokenprune_adapters.inputs.frames import check_image
 
 RELEASE = {
     "image_resize_strategy": "resize-naive",

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.drawing import batches, random, seeds
-from tokenprune.probe import attention_rows
-from tokenprune.selection import CurrentIds
+from tokenprune.model.attention import attention_rows
+from tokenprune.tokens.selection import CurrentIds
 
 
 def full_map(q: Tensor, k: Tensor, causal: bool) -> Tensor:

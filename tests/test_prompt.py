@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 
 from tokenprune.errors import CheckpointError, ObservationError
-from tokenprune_adapters.prompt import PromptTokenizer
+from tokenprune_adapters.backbones.prismatic.prompt import PromptTokenizer
 
 ROOT = Path(__file__).parents[1]
 ASSET = ROOT / "adapters" / "tokenprune_adapters" / "assets" / "tokenizer.json"

@@ -20,12 +20,12 @@ from tests.planting import REGISTRY, pipeline
 from tests.test_fastervlm import ASKED, last_inputs, whole_map
 from tests.test_shortcuts import BACKBONES
 from tests.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
-from tokenprune.config import DENSE
 from tokenprune.errors import ConfigError
-from tokenprune.flops import query_flops
+from tokenprune.model.flops import query_flops
+from tokenprune.pipelines.config import DENSE
 from tokenprune.policy import Policy
-from tokenprune_adapters.encoder_look import EncoderLook
-from tokenprune_adapters.vision import Attention, VisionTower
+from tokenprune_adapters.vision.attention import EncoderLook
+from tokenprune_adapters.vision.transformer import Attention, VisionTower
 from tokenprune_plugins.prumerge import PruMergeConfig, gathered, ranked, standing_out
 
 

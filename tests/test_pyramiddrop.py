@@ -9,13 +9,13 @@ import torch
 from tests.naive_oft import attention_map, entering, naive_rms, naive_rope
 from tests.planting import REGISTRY, pipeline
 from tests.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
-from tokenprune.config import PipelineConfig
-from tokenprune.loader import load_pipeline
+from tokenprune.engine.trace import ProbeRecord
+from tokenprune.pipelines.config import PipelineConfig
+from tokenprune.pipelines.loader import load_pipeline
 from tokenprune.policy import ActionChunk, Policy
-from tokenprune.trace import ProbeRecord
 from tokenprune_adapters.backbones.openvla_oft.backbone import OpenVLAOFT
-from tokenprune_plugins.controls import HalfConfig
 from tokenprune_plugins.pyramiddrop import PyramidDropConfig
+from tokenprune_plugins.shared.bases import HalfConfig
 
 
 def act(backbone: OpenVLAOFT, config: PipelineConfig) -> ActionChunk:

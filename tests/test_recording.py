@@ -18,14 +18,14 @@ from tests.planting import REGISTRY, pipeline
 from tests.stages import TestConfig
 from tests.test_shortcuts import BACKBONES
 from tests.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
-from tokenprune.config import PipelineConfig
+from tokenprune.engine.executor import Recorded
+from tokenprune.engine.query import Outcome
+from tokenprune.engine.tensor_tree import copy_tensors, tensors_in
 from tokenprune.errors import CapabilityError, ConfigError
-from tokenprune.execution import Recorded
-from tokenprune.loader import load_pipeline
+from tokenprune.pipelines.config import PipelineConfig
+from tokenprune.pipelines.loader import load_pipeline
 from tokenprune.policy import ActionChunk, Policy
-from tokenprune.runtime import Outcome
 from tokenprune.testing.tape import taped
-from tokenprune.trees import copy_tensors, tensors_in
 from tokenprune_plugins.ttf import TTFConfig
 
 
@@ -163,8 +163,8 @@ def test_what_a_stage_reads_on_the_host_keeps_recordings_apart(monkeypatch: pyte
     backbone = tiny_policy_parts(tiny_config(depth=4))
     config = pipeline(TTFConfig(use="ttf", keyframe=3, threshold=0.1))
     same(both(backbone, config, EPISODE))
-    monkeypatch.setattr("tokenprune.recording.recording_key", lambda pipeline, plan, given: plan.mode)
-    monkeypatch.setattr("tokenprune.execution.recording_key", lambda pipeline, plan, given: plan.mode)
+    monkeypatch.setattr("tokenprune.engine.cuda_graph.recording_key", lambda pipeline, plan, given: plan.mode)
+    monkeypatch.setattr("tokenprune.engine.executor.recording_key", lambda pipeline, plan, given: plan.mode)
     with pytest.raises((AssertionError, RuntimeError, ValueError)):
         same(both(backbone, config, EPISODE))
 

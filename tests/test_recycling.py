@@ -12,7 +12,7 @@ from tests.planting import REGISTRY, pipeline
 from tests.test_sparsevlm import chosen_by_the_paper, scored_by_the_paper
 from tests.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
 from tokenprune.policy import Policy
-from tokenprune_plugins.recycling import fold, recycled
+from tokenprune_plugins.shared.recycling import fold, recycled
 from tokenprune_plugins.sparsevlm import SparseVLMConfig
 
 

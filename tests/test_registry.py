@@ -14,11 +14,11 @@ from types import SimpleNamespace
 import pytest
 
 from tokenprune.errors import PluginError
-from tokenprune.registry import Owner, Registry
+from tokenprune.registry.discovery import Owner, Registry
 
 HEAD = """
-from tokenprune.hookspecs import hookimpl
-from tokenprune.specs import BackboneSpec, EnvironmentSpec, PipelineSpec, StageSpec
+from tokenprune.registry.hookspecs import hookimpl
+from tokenprune.registry.specs import BackboneSpec, EnvironmentSpec, PipelineSpec, StageSpec
 """
 _numbers = itertools.count()
 
@@ -270,10 +270,10 @@ def test_nothing_installed_still_lists_dense(install):
 
 
 STAGE = """
-from tokenprune.config import CutConfig
-from tokenprune.hookspecs import hookimpl
-from tokenprune.specs import StageSpec
-from tokenprune.stage import Stage
+from tokenprune.stages.config import CutConfig
+from tokenprune.registry.hookspecs import hookimpl
+from tokenprune.registry.specs import StageSpec
+from tokenprune.stages.stage import Stage
 
 class Good(Stage[CutConfig]):
     Config = CutConfig
@@ -336,9 +336,9 @@ def test_two_plugin_files_of_one_name_are_two_modules(plugin_file, tmp_path):
 WRONG = {
     "Gud": "there is no 'Gud'; did you mean 'Good'?",
     "Holder.Good": "there is no 'Good'; valid: Inner",
-    "tokenprune_register": "it must be a subclass of tokenprune.stage.Stage",
-    "Plain": "it must be a subclass of tokenprune.stage.Stage",
-    "WrongConfig": "its Config must be a subclass of tokenprune.config.StageConfig",
+    "tokenprune_register": "it must be a subclass of tokenprune.stages.stage.Stage",
+    "Plain": "it must be a subclass of tokenprune.stages.stage.Stage",
+    "WrongConfig": "its Config must be a subclass of tokenprune.stages.config.StageConfig",
     "Misspelt": "unknown hook 'selekt_tokens'; did you mean 'select_tokens'?",
     "WrongArgument": "hook 'score_layer' takes the arguments (ctx), not (context)",
     "NoArgument": "hook 'score_layer' takes the arguments (ctx), not ()",
@@ -393,7 +393,7 @@ def test_a_plugin_file_that_is_no_file_is_refused(plugin_file, tmp_path):
 
 def test_discovery_imports_neither_torch_nor_pydantic():
     code = (
-        "import sys; from tokenprune.registry import Registry; found = Registry.discover(disable=());"
+        "import sys; from tokenprune.registry.discovery import Registry; found = Registry.discover(disable=());"
         "assert 'fastv' in found.stages and 'openvla-oft' in found.backbones, found.quarantined;"
         "assert not {'torch', 'pydantic', 'transformers'} & set(sys.modules)"
     )

@@ -15,10 +15,11 @@ from PIL.Image import Resampling
 from torch import Tensor
 
 from tokenprune.testing.waiting import refusing
-from tokenprune_adapters import observations, preprocess, resample
-from tokenprune_adapters.observations import crops_on_device, upload_frames
-from tokenprune_adapters.preprocess import ImageTransform
-from tokenprune_adapters.resize_pad import ResizePad
+from tokenprune_adapters.backbones.pi0.image_transform import ResizePad
+from tokenprune_adapters.backbones.prismatic import image_transform as preprocess
+from tokenprune_adapters.backbones.prismatic.image_transform import ImageTransform
+from tokenprune_adapters.inputs import observations, resample
+from tokenprune_adapters.inputs.observations import crops_on_device, upload_frames
 
 CPU = torch.device("cpu")
 SIDES = st.one_of(st.sampled_from([64, 224, 256]), st.integers(64, 400))

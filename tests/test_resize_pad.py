@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tokenprune_adapters.resize_pad import ResizePad
+from tokenprune_adapters.backbones.pi0.image_transform import ResizePad
 
 
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from tests.test_rollout_records import RECORD
 from tokenprune.errors import ConfigError, RolloutError
-from tokenprune.rollout.jobs import Crash, Job, JobQueue
-from tokenprune.rollout.starts import Start
+from tokenprune.evaluation.jobs import Crash, Job, JobQueue
+from tokenprune.evaluation.starts import Start
 
 
 def job(environment="toy", task=0, state=0, variant="dense"):

@@ -17,10 +17,10 @@ import pytest
 
 from tests.rollout_engines import by_job, evaluation, expected
 from tokenprune.errors import ConfigError, RolloutError
-from tokenprune.rollout import local
-from tokenprune.rollout.jobs import Job
-from tokenprune.rollout.local import LocalEngine
-from tokenprune.rollout.records import ResultsFile, read_results
+from tokenprune.evaluation import local_engine as local
+from tokenprune.evaluation.jobs import Job
+from tokenprune.evaluation.local_engine import LocalEngine
+from tokenprune.evaluation.results_file import ResultsFile, read_results
 
 ROOT = Path(__file__).parents[1]
 
@@ -78,7 +78,7 @@ def test_two_workers_and_crashes_come_to_the_records_of_one_process(tmp_path):
 
 
 def test_an_episode_that_keeps_crashing_ends_everything(tmp_path, monkeypatch):
-    monkeypatch.setattr("tokenprune.rollout.jobs.CRASHES", 1)
+    monkeypatch.setattr("tokenprune.evaluation.jobs.CRASHES", 1)
     spec, jobs = evaluation("dense", crash={"0-0": 9}, count=str(tmp_path))
     with pytest.raises(
         RolloutError, match=r"^'dense' from toy, task 0, initial state 0, seed 0: crashed 1 times; .* exit code 7$"
@@ -130,8 +130,8 @@ EVALUATE = """
 import sys
 from pathlib import Path
 from tests.rollout_engines import evaluation
-from tokenprune.rollout.local import LocalEngine
-from tokenprune.rollout.records import ResultsFile
+from tokenprune.evaluation.local_engine import LocalEngine
+from tokenprune.evaluation.results_file import ResultsFile
 
 if __name__ == "__main__":
     spec, jobs = evaluation(log=sys.argv[2], hang={"0-1": 1}, count=str(Path(sys.argv[2]).parent))

@@ -14,8 +14,8 @@ import pytest
 
 from tests.rollout_engines import by_job, evaluation, expected
 from tokenprune.errors import ConfigError, RolloutError
-from tokenprune.rollout import ray_engine
-from tokenprune.rollout.ray_engine import RayEngine
+from tokenprune.evaluation import ray_engine
+from tokenprune.evaluation.ray_engine import RayEngine
 
 needs_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install 'tokenprune-vla[ray]'"

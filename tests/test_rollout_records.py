@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenprune.errors import ResultError, RolloutError
-from tokenprune.rollout.records import EpisodeRecord, ResultsFile, read_results
-from tokenprune.rollout.starts import Start
+from tokenprune.evaluation.results_file import EpisodeRecord, ResultsFile, read_results
+from tokenprune.evaluation.starts import Start
 
 SETTINGS = {"backbone": "toy", "execute": None, "environments": {"toy": {"views": ("primary", "wrist"), "horizon": 9}}}
 VARIANT = {"pipeline": {"version": 1, "name": "dense", "stages": []}, "condition": ""}

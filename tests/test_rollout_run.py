@@ -10,15 +10,15 @@ import pytest
 
 from tests import toy_environment as toy
 from tokenprune.errors import ConfigError, ObservationError, SimulatorError
-from tokenprune.flops import Probed, query_flops
-from tokenprune.loader import parse_pipeline
+from tokenprune.evaluation.jobs import Job, plan_jobs
+from tokenprune.evaluation.run import run_episode
+from tokenprune.evaluation.starts import Start, plan_starts
+from tokenprune.evaluation.variant import Variant, parse_variant
+from tokenprune.evaluation.worker import Worker, WorkerSpec
+from tokenprune.model.flops import Probed, query_flops
+from tokenprune.pipelines.loader import parse_pipeline
 from tokenprune.policy import Policy
-from tokenprune.registry import Registry
-from tokenprune.rollout.jobs import Job, plan_jobs
-from tokenprune.rollout.run import run_episode
-from tokenprune.rollout.starts import Start, plan_starts
-from tokenprune.rollout.variant import Variant, parse_variant
-from tokenprune.rollout.worker import Worker, WorkerSpec
+from tokenprune.registry.discovery import Registry
 
 PLUGIN = Path(toy.__file__)
 REGISTRY = Registry.discover(plugin_files=[PLUGIN])
@@ -100,7 +100,7 @@ DENSE = {"version": 1, "name": "dense"}
 @pytest.fixture
 def clock(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("tokenprune.rollout.run.perf_counter", lambda: now[0])
+    monkeypatch.setattr("tokenprune.evaluation.run.perf_counter", lambda: now[0])
     return now
 
 

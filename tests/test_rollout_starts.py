@@ -9,16 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokenprune.errors import ConfigError
-from tokenprune.rollout.environment import Suite, Task
-from tokenprune.rollout.jobs import Job, plan_jobs
-from tokenprune.rollout.starts import (
-    Start,
-    check_starts,
-    first_of_each_task,
-    plan_starts,
-    read_starts,
-    write_starts,
-)
+from tokenprune.evaluation.environment import Suite, Task
+from tokenprune.evaluation.jobs import Job, plan_jobs
+from tokenprune.evaluation.starts import Start, check_starts, first_of_each_task, plan_starts, read_starts, write_starts
 
 
 def suite(*states: int, seeded: bool = True, name: str = "toy") -> Suite:

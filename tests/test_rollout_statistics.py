@@ -14,7 +14,7 @@ from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
 from statsmodels.stats.power import normal_sample_size_one_tail
 from statsmodels.stats.proportion import proportion_confint
 
-from tokenprune.rollout.statistics import (
+from tokenprune.evaluation.statistics import (
     detectable_difference,
     mcnemar,
     p_value,

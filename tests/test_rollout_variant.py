@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from tokenprune.errors import ConfigError, PluginError
-from tokenprune.registry import Registry
-from tokenprune.rollout.environment import Suite, Task
-from tokenprune.rollout.variant import Variant, black_views, instruction_of, parse_variant
+from tokenprune.evaluation.environment import Suite, Task
+from tokenprune.evaluation.variant import Variant, black_views, instruction_of, parse_variant
+from tokenprune.registry.discovery import Registry
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 
 from tests.planting import REGISTRY
-from tokenprune.backbone import ActionSpec, BackboneInfo, DecoderShape, FollowUp
-from tokenprune.backbones import load_backbone
 from tokenprune.bench.roofline import Roof, floor
-from tokenprune.flops import layer_weights
-from tokenprune.layout import Role, Segment, TokenLayout
-from tokenprune.plan import Cut, Plan
+from tokenprune.loading import load_backbone
+from tokenprune.model.flops import layer_weights
+from tokenprune.model.info import ActionSpec, BackboneInfo, DecoderShape, FollowUp
+from tokenprune.tokens.layout import Role, Segment, TokenLayout
+from tokenprune.tokens.plan import Cut, Plan
 
 # A layer has 4 * 8 * 8 + 3 * 8 * 10 = 496 weights.
 SHAPE = DecoderShape(depth=3, hidden=8, heads=2, kv_heads=2, head_dim=4, mlp=10, causal=False)

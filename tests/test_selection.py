@@ -14,8 +14,9 @@ from torch import Tensor
 
 from tests.drawing import keep_counts, layouts
 from tokenprune.errors import SelectionError
-from tokenprune.layout import TokenLayout
-from tokenprune.selection import CurrentIds, OriginalIds, Proposal, Quota, TokenSelection, apply, resolve
+from tokenprune.tokens.layout import TokenLayout
+from tokenprune.tokens.proposal import Proposal, Quota, resolve
+from tokenprune.tokens.selection import CurrentIds, OriginalIds, TokenSelection, apply
 
 INF, NAN = math.inf, math.nan
 # Few values, so that ties are frequent; all are exact in every dtype.

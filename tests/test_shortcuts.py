@@ -20,16 +20,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests import tiny_oft, tiny_openvla, tiny_pi0
 from tests.naive_oft import entering
 from tests.planting import REGISTRY, pipeline
-from tokenprune.adapter import Backbone
-from tokenprune.config import DENSE, PipelineConfig
-from tokenprune.decoder import Decoder
+from tokenprune.engine.adapter import Backbone
 from tokenprune.errors import CapabilityError, ConfigError
-from tokenprune.flops import query_flops
+from tokenprune.model.decoder import Decoder
+from tokenprune.model.flops import query_flops
+from tokenprune.pipelines.config import DENSE, PipelineConfig
 from tokenprune.policy import ActionChunk, Policy
-from tokenprune_plugins.controls import HalfConfig
 from tokenprune_plugins.fastv import FastVConfig
 from tokenprune_plugins.head_cache import HeadCacheConfig
 from tokenprune_plugins.layer_skip import LayerCosineConfig, LayerSkipConfig, least_important
+from tokenprune_plugins.shared.bases import HalfConfig
 
 SKIP = LayerSkipConfig(use="layer_skip_cosine", layers=(1, 3))
 DEPTH = 5

@@ -22,13 +22,13 @@ from tests.naive_oft import Spec, naive_actions, naive_gelu, naive_linear, naive
 from tests.oft_release import OpenVLAForActionPrediction
 from tests.planting import REGISTRY
 from tests.release_format import BODY_KEYS, DINO, HEAD, PROPRIO, SIGLIP, TOKENIZER, UNUSED_KEYS
-from tokenprune.config import DENSE
 from tokenprune.errors import CheckpointError
+from tokenprune.pipelines.config import DENSE
 from tokenprune.policy import Policy
 from tokenprune_adapters.backbones.openvla.factory import OpenVLAFactory
 from tokenprune_adapters.backbones.openvla_oft.config import with_options
 from tokenprune_adapters.backbones.openvla_oft.factory import OFTFactory
-from tokenprune_adapters.tensors import StoredTensor
+from tokenprune_adapters.weights.tensor_files import StoredTensor
 
 CPU, DOUBLE = torch.device("cpu"), torch.float64
 IDS = {"dinov2": "vit_large_patch14_reg4_dinov2.lvd142m", "siglip": "vit_so400m_patch14_siglip_224"}
@@ -142,7 +142,7 @@ def test_openvla_oft_equals_the_specification(kind: str, options: dict[str, Any]
     backbone = made("openvla-oft", kind, **options)
     noise = torch.randn(8, 7, generator=torch.Generator().manual_seed(3), dtype=DOUBLE)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("tokenprune.runtime.Query.noise", lambda *_: noise[None])
+        patched.setattr("tokenprune.engine.query.Query.noise", lambda *_: noise[None])
         found = torch.from_numpy(actions(backbone))
     expected = naive_actions(backbone, query(backbone.config), tiny_oft.INSTRUCTION, noise=noise)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9 if not options else 1e-6)

@@ -19,12 +19,12 @@ from tests.planting import REGISTRY, pipeline
 from tests.test_fastervlm import ASKED, last_inputs, whole_map
 from tests.test_shortcuts import BACKBONES
 from tests.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
-from tokenprune.config import DENSE
 from tokenprune.errors import ConfigError
-from tokenprune.flops import query_flops
+from tokenprune.model.flops import query_flops
+from tokenprune.pipelines.config import DENSE
 from tokenprune.policy import Policy
 from tokenprune.testing.waiting import no_waiting
-from tokenprune_plugins.canny import canny
+from tokenprune_plugins.shared.canny import canny
 from tokenprune_plugins.sp_vla import SPVLAConfig, holding, share_at
 
 

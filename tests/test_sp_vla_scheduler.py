@@ -12,12 +12,13 @@ from pydantic import ValidationError
 
 from tests.planting import REGISTRY, pipeline
 from tests.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
-from tokenprune.bench.compare import make_row, trace_flops
-from tokenprune.config import DENSE
-from tokenprune.context import ControlContext, ControlDecision
+from tokenprune.compare.row import make_row
 from tokenprune.errors import StageError
-from tokenprune.history import ExecutedAction
+from tokenprune.pipelines.config import DENSE
 from tokenprune.policy import ActionChunk, Policy
+from tokenprune.report.describe import trace_flops
+from tokenprune.stages.control_context import ControlContext, ControlDecision
+from tokenprune.stages.memory import ExecutedAction
 from tokenprune_plugins.sp_vla_scheduler import Scheduler, SchedulerConfig, extrapolated
 
 BACKBONE = tiny_policy_parts(tiny_config())

@@ -12,7 +12,7 @@ from tests.naive_oft import attention_map, entering
 from tests.planting import REGISTRY, pipeline
 from tests.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
 from tokenprune.errors import ConfigError
-from tokenprune.loader import load_pipeline
+from tokenprune.pipelines.loader import load_pipeline
 from tokenprune.policy import Policy
 from tokenprune_plugins.sparsevlm import SparseVLMConfig, rated, raters
 

@@ -15,13 +15,13 @@ from tests.naive_specprune import Controller as Reference
 from tests.naive_specprune import Thresholds
 from tests.planting import REGISTRY
 from tests.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
-from tokenprune.backbone import ActionSpec, BackboneInfo
-from tokenprune.context import ControlContext
 from tokenprune.errors import ConfigError
-from tokenprune.history import ExecutedAction
-from tokenprune.loader import parse_pipeline
-from tokenprune.pipeline import bind
+from tokenprune.model.info import ActionSpec, BackboneInfo
+from tokenprune.pipelines.binding import bind
+from tokenprune.pipelines.loader import parse_pipeline
 from tokenprune.policy import Policy
+from tokenprune.stages.control_context import ControlContext
+from tokenprune.stages.memory import ExecutedAction
 from tokenprune_plugins.specprune.controller import Controller
 
 BACKBONE = tiny_policy_parts(tiny_config(("primary",)))

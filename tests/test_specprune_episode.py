@@ -39,9 +39,10 @@ from tests.tiny_episodes import (
     wanted,
 )
 from tests.tiny_oft import INSTRUCTION
-from tokenprune import decoder
-from tokenprune.config import DENSE, StageConfig
+from tokenprune.model import decoder
+from tokenprune.pipelines.config import DENSE
 from tokenprune.policy import ActionChunk, Policy
+from tokenprune.stages.config import StageConfig
 
 TOPS = {"local_top": 4, "previous_top": 5, "changed_top": 3}
 MIXED = (Turn(("slow",) * 3), Turn(("fast",) * 5, shown=False), Turn(("middling",) * 8), Turn())

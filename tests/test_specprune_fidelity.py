@@ -30,7 +30,7 @@ from tests.specprune_host import (
     wanted,
 )
 from tokenprune.errors import ConfigError
-from tokenprune.pipeline import bind
+from tokenprune.pipelines.binding import bind
 from tokenprune_plugins.specprune import signals
 
 PAPER, C3, OURS = PRESETS

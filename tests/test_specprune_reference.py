@@ -32,9 +32,9 @@ from tests.simulated_episode import (
     scene_of,
     tell,
 )
-from tokenprune.loader import LoadedPipeline, load_pipeline
+from tokenprune.pipelines.loader import LoadedPipeline, load_pipeline
 from tokenprune.policy import ActionChunk, Policy
-from tokenprune.registry import Registry
+from tokenprune.registry.discovery import Registry
 
 PRESETS = ("specprune", "specprune-paper", "specprune-c3")
 STILL, MOVING = Chunk(8, "zero", ("static",), "all"), Chunk(8, "fast", ("all",), "all")

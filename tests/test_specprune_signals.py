@@ -12,13 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.drawing import VIEWS, batches, keep_sets, layouts, random, seeds
-from tokenprune.context import LayerContext, LayoutTables, PastFrames, SelectContext, at_layer
-from tokenprune.decoder import Decoder
-from tokenprune.history import ExecutedAction
-from tokenprune.kv import LayerKV
-from tokenprune.layout import Role, Segment, TokenLayout
-from tokenprune.plan import Plan
-from tokenprune.selection import OriginalIds, TokenSelection
+from tokenprune.model.decoder import Decoder
+from tokenprune.model.kv_cache import LayerKV
+from tokenprune.stages.memory import ExecutedAction
+from tokenprune.stages.token_context import LayerContext, PastFrames, SelectContext, at_layer
+from tokenprune.tokens.layout import Role, Segment, TokenLayout
+from tokenprune.tokens.layout_tables import LayoutTables
+from tokenprune.tokens.plan import Plan
+from tokenprune.tokens.selection import OriginalIds, TokenSelection
+from tokenprune_plugins.shared.attention_rows import attention_to_patches
+from tokenprune_plugins.shared.patch_change import frame_similarity, patch_similarity, patches
+from tokenprune_plugins.shared.ranks import claims, per_view, rank_within
 from tokenprune_plugins.specprune import signals
 
 SIDE = 12
@@ -130,7 +134,7 @@ GRIDS = st.tuples(*[st.sampled_from([1, 2, 3, 4, 6])] * 2)
 @given(seed=seeds, grid=GRIDS, batch=batches)
 def test_patches_are_in_raster_order(seed: int, grid: tuple[int, int], batch: int) -> None:
     images = pixels(seed, batch)
-    split = signals.patches(images, grid)
+    split = patches(images, grid)
     assert split.shape == (batch, *grid, SIDE // grid[0], 3, SIDE // grid[1])
     for image, mine in zip(images, split, strict=True):
         assert [sorted(patch.flatten().tolist()) for patch in mine.flatten(0, 1)] == list(
@@ -141,7 +145,7 @@ def test_patches_are_in_raster_order(seed: int, grid: tuple[int, int], batch: in
 @given(seed=seeds, grid=GRIDS, high=st.sampled_from([2, 3, 256]), black=st.sampled_from([0.0, 1.0]))
 def test_similarity_is_the_cosine_of_the_pixels(seed: int, grid: tuple[int, int], high: int, black: float) -> None:
     now, then = pixels(seed, 2, high=high), pixels(seed + 1, 2, high=high)
-    found = signals.patch_similarity(now, then, grid, black)
+    found = patch_similarity(now, then, grid, black)
     assert found.dtype == torch.float64
     for row in range(2):
         pairs = zip(blocks(now[row], grid), blocks(then[row], grid), strict=True)
@@ -152,7 +156,7 @@ def test_similarity_is_the_cosine_of_the_pixels(seed: int, grid: tuple[int, int]
 @given(seed=seeds, grid=GRIDS, factor=st.integers(1, 5))
 def test_a_patch_is_exactly_like_itself_and_like_itself_brighter(seed: int, grid: tuple[int, int], factor: int) -> None:
     image = pixels(seed, high=51)
-    assert signals.patch_similarity(factor * image, image, grid).eq(1).all()
+    assert patch_similarity(factor * image, image, grid).eq(1).all()
 
 
 @pytest.mark.parametrize(
@@ -165,7 +169,7 @@ def test_a_patch_is_exactly_like_itself_and_like_itself_brighter(seed: int, grid
 def test_a_patch_at_a_published_threshold_is_at_it(now: tuple, then: tuple, share: Fraction) -> None:
     images = [torch.tensor(values, dtype=torch.uint8).view(1, 3, 2, 2) for values in (now, then)]
     assert Fraction(sum(a * b for a, b in zip(now, then, strict=True)), sum(a * a for a in now)) == share
-    assert signals.patch_similarity(*images, (1, 1)).item() == float(share)
+    assert patch_similarity(*images, (1, 1)).item() == float(share)
 
 
 def test_similarity_to_black() -> None:
@@ -174,32 +178,32 @@ def test_similarity_to_black() -> None:
     half[:, :, :, ::2] = 0
     black_in_part = image.clone()
     black_in_part[:, :, :4, 4:] = 0
-    assert signals.patch_similarity(black, black, (2, 2)).tolist() == [[1.0] * 4]
-    assert signals.patch_similarity(black, black, (2, 2), black=0.0).tolist() == [[0.0] * 4]
+    assert patch_similarity(black, black, (2, 2)).tolist() == [[1.0] * 4]
+    assert patch_similarity(black, black, (2, 2), black=0.0).tolist() == [[0.0] * 4]
     for pair in ((image, black), (black, image)):
-        assert signals.patch_similarity(*pair, (2, 2), black=1.0).tolist() == [[0.0] * 4]
-    found = signals.patch_similarity(black_in_part, black, (2, 2), black=1.0)
+        assert patch_similarity(*pair, (2, 2), black=1.0).tolist() == [[0.0] * 4]
+    found = patch_similarity(black_in_part, black, (2, 2), black=1.0)
     assert found.tolist() == [[0.0, 1.0, 0.0, 0.0]]
-    np.testing.assert_allclose(signals.patch_similarity(half, image, (2, 2)), math.sqrt(0.5), rtol=1e-15)
+    np.testing.assert_allclose(patch_similarity(half, image, (2, 2)), math.sqrt(0.5), rtol=1e-15)
 
 
 @pytest.mark.parametrize("grid", [(2, 3), (3, 2), (1, 4), (4, 4)])
 def test_a_changed_patch_changes_its_own_similarity_alone(grid: tuple[int, int]) -> None:
     rows, cols = grid
     height, width, then = SIDE // rows, SIDE // cols, pixels(7)
-    same = signals.patch_similarity(then, then, grid)
+    same = patch_similarity(then, then, grid)
     for place in range(rows * cols):
         now = then.clone()
         now[:, place % 3, place // cols * height, place % cols * width] ^= 255
-        changed = signals.patch_similarity(now, then, grid) != same
+        changed = patch_similarity(now, then, grid) != same
         assert changed[0].nonzero().flatten().tolist() == [place]
 
 
 @given(seed=seeds, grid=GRIDS, batch=st.integers(2, 6))
 def test_similarity_does_not_depend_on_the_batch(seed: int, grid: tuple[int, int], batch: int) -> None:
     now, then = pixels(seed, batch), pixels(seed + 1, batch)
-    alone = [signals.patch_similarity(now[row : row + 1], then[row : row + 1], grid) for row in range(batch)]
-    assert torch.equal(signals.patch_similarity(now, then, grid), torch.cat(alone))
+    alone = [patch_similarity(now[row : row + 1], then[row : row + 1], grid) for row in range(batch)]
+    assert torch.equal(patch_similarity(now, then, grid), torch.cat(alone))
 
 
 @given(data=st.data(), layout=layouts(), seed=seeds, black=st.sampled_from([0.0, 1.0]))
@@ -211,7 +215,7 @@ def test_frames_are_compared_per_view_where_there_is_one(
     now = {view: pixels(seed + n, len(steps), high=3) for n, view in enumerate(layout.views)}
     then = {view: pixels(seed - n, len(steps), high=3) * had[:, None, None, None] for n, view in enumerate(now, 1)}
     held = data.draw(keep_sets([list(layout.prunable)] * len(steps)))
-    similar, found = signals.frame_similarity(context(layout, held, now, PastFrames(tuple(steps), then)), black)
+    similar, found = frame_similarity(context(layout, held, now, PastFrames(tuple(steps), then)), black)
     assert found.tolist() == had.tolist()
     for row, tokens in enumerate(held):
         wanted = {
@@ -226,7 +230,7 @@ def test_frames_are_compared_per_view_where_there_is_one(
 
 def test_without_look_back_no_row_has_a_frame() -> None:
     layout = TokenLayout.build([Segment(Role.VISION, 0, 4, "primary", (2, 2), prunable=True)])
-    similar, found = signals.frame_similarity(context(layout, [[0, 3], [1, 2]], {"primary": pixels(0, 2)}))
+    similar, found = frame_similarity(context(layout, [[0, 3], [1, 2]], {"primary": pixels(0, 2)}))
     assert similar.shape == (2, 2)
     assert found.tolist() == [False, False]
 
@@ -238,7 +242,7 @@ def test_patches_without_a_grid_never_count_as_changed() -> None:
     ]
     layout = TokenLayout.build(parts)
     now, then = ({view: pixels(seed) for view in layout.views} for seed in (0, 9))
-    similar, _ = signals.frame_similarity(context(layout, [[2, 3, 4, 6]], now, PastFrames((1,), then)))
+    similar, _ = frame_similarity(context(layout, [[2, 3, 4, 6]], now, PastFrames((1,), then)))
     assert (similar[0, :2] < 1).all()
     assert similar[0, 2:].tolist() == [1.0, 1.0]
 
@@ -249,7 +253,7 @@ def test_ranks_count_members_from_the_highest_ties_in_order(
 ) -> None:
     score = drawn(data.draw, ctx, st.sampled_from(FEW))
     member = drawn(data.draw, ctx, st.booleans())
-    found = signals.rank_within(torch.tensor(score, dtype=dtype), torch.tensor(member))
+    found = rank_within(torch.tensor(score, dtype=dtype), torch.tensor(member))
     for values, belongs, ranks in zip(score, member, found.tolist(), strict=True):
         columns = [column for column, inside in enumerate(belongs) if inside]
         order = sorted(columns, key=lambda column: (-values[column], column))
@@ -277,7 +281,7 @@ def test_claims_up_to_a_share_are_the_union_of_that_share_of_each_top(
         top = data.draw(st.integers(1, 30) | st.just(5) | st.just(20))
         score = drawn(data.draw, ctx, st.sampled_from(FEW) | st.floats(-9, 9, width=32))
         member = drawn(data.draw, ctx, st.booleans())
-        claim = signals.claims(ctx, torch.tensor(score, dtype=dtype), torch.tensor(member), top)
+        claim = claims(ctx, torch.tensor(score, dtype=dtype), torch.tensor(member), top)
         assert claim.dtype == torch.float64
         assert claim.isinf().tolist() == [[not inside for inside in row] for row in member]
         parts.append((top, score, member, claim))
@@ -298,7 +302,7 @@ def test_the_last_number_holds_for_further_views(values: tuple[float, ...], want
         parts += [Segment(Role.VISION, 0, 4, view, (2, 2), prunable=True), Segment(Role.TEXT, 0, 1)]
     layout = TokenLayout.build(parts)
     held = [[1, 4, 6, 11, 14], [2, 3, 9, 12, 13]]
-    found = signals.per_view(context(layout, held), values)
+    found = per_view(context(layout, held), values)
     assert found.dtype == torch.float64
     assert found.tolist() == [[wanted[token // 5 if token % 5 else -1] for token in row] for row in held]
 
@@ -378,7 +382,7 @@ def test_attention_to_patches_is_the_mean_over_heads_and_rows(ctx: SelectContext
     q, k = (random(seed + side, batch, heads, n, width) for side in (0, 1))
     text = ctx.layout.span("text")
     for rows in ("text", text, OriginalIds(torch.tensor([list(text)] * batch))):
-        found = signals.attention_to_patches(layer(ctx, q, k), rows)
+        found = attention_to_patches(layer(ctx, q, k), rows)
         for row in range(batch):
             wanted = np.zeros(n)
             for head in range(heads):

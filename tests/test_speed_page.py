@@ -10,10 +10,10 @@ import pytest
 
 from tests.planting import REGISTRY
 from tests.test_bench import EPISODE, given_roof
-from tokenprune.bench.bench import BenchSettings, Subject, bench
-from tokenprune.bench.rows import SpeedRow
+from tokenprune.bench.row import SpeedRow
+from tokenprune.bench.speed import BenchSettings, Subject, bench
 from tokenprune.bench.upstream import UPSTREAM
-from tokenprune.loader import load_pipeline
+from tokenprune.pipelines.loader import load_pipeline
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 

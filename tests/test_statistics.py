@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from tokenprune.errors import CheckpointError
-from tokenprune_adapters.statistics import Bounds, Quantiles, Standard, Statistics
-from tokenprune_adapters.statistics_files import read_lerobot, read_openpi
+from tokenprune_adapters.backbones.pi0.statistics import read_lerobot, read_openpi
+from tokenprune_adapters.inputs.statistics import Bounds, Quantiles, Standard, Statistics
 
 DIMS, STATE = 7, 8
 VALUES = np.linspace(-3, 3, 4 * DIMS).reshape(2, 2, DIMS)

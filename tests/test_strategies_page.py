@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from tokenprune.registry import Registry
+from tokenprune.registry.discovery import Registry
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 

@@ -10,10 +10,10 @@ from PIL import Image
 
 from tests.eval_records import record
 from tokenprune.errors import ResultError
-from tokenprune.rollout.statistics import wilson
-from tokenprune.rollout.summary import summarise
+from tokenprune.evaluation.chart import draw_success, write_success
+from tokenprune.evaluation.statistics import wilson
+from tokenprune.evaluation.summary import summarise
 from tokenprune.viz.labels import place
-from tokenprune.viz.success import draw_success, write_success
 
 
 def labels_of(figure):

@@ -8,12 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenprune.context import SelectContext
-from tokenprune.selection import Proposal, resolve
-from tokenprune.stage import Stage
+from tokenprune.stages.stage import Stage
+from tokenprune.stages.token_context import SelectContext
 from tokenprune.testing.strategies import contexts, layouts, selections
-from tokenprune_plugins.controls import HalfConfig, Random, UniformGrid
+from tokenprune.tokens.proposal import Proposal, resolve
+from tokenprune_plugins.baselines.random import Random
+from tokenprune_plugins.baselines.uniform_grid import UniformGrid
 from tokenprune_plugins.divprune import DivPrune, DivPruneConfig
+from tokenprune_plugins.shared.bases import HalfConfig
 
 
 @given(st.data())

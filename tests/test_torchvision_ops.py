@@ -18,7 +18,7 @@ whole = torchvision.extension.loaded
 """
 REPORT = """
 import sys, traceback
-from tokenprune.torchvision_ops import _declared, mend_torchvision
+from tokenprune.compat import _declared, mend_torchvision
 print("mended", mend_torchvision(), mend_torchvision(), len(_declared))
 try:
     import torchvision
@@ -73,7 +73,7 @@ def test_without_one_nothing_is_imported(tmp_path: Path) -> None:
 
 def test_the_installed_one_serves_transformers_and_open_clip(tmp_path: Path) -> None:
     code = """
-from tokenprune.torchvision_ops import mend_torchvision
+from tokenprune.compat import mend_torchvision
 mend_torchvision()
 from transformers import LlamaModel, PI0ForConditionalGeneration, SiglipVisionModel
 import open_clip

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from tests.drawing import random
-from tokenprune.config import CutConfig
+from tokenprune.engine.timing import Clock, GraphClock
+from tokenprune.engine.trace import ProbeRecord, QueryTrace, attention_kernel
 from tokenprune.errors import TraceError
-from tokenprune.layout import Role, Segment, TokenLayout
-from tokenprune.plan import Plan
-from tokenprune.planning import make_plan
-from tokenprune.stage import Stage
-from tokenprune.trace import Clock, GraphClock, ProbeRecord, QueryTrace, attention_kernel
+from tokenprune.pipelines.planning import make_plan
+from tokenprune.stages.config import CutConfig
+from tokenprune.stages.stage import Stage
+from tokenprune.tokens.layout import Role, Segment, TokenLayout
+from tokenprune.tokens.plan import Plan
 
 
 @pytest.fixture
@@ -70,7 +71,7 @@ class Watch:
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     by_hand = Watch()
-    monkeypatch.setattr("tokenprune.trace.time", by_hand)
+    monkeypatch.setattr("tokenprune.engine.trace.time", by_hand)
     return by_hand
 
 

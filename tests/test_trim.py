@@ -20,10 +20,11 @@ from tests.naive_oft import entering
 from tests.planting import REGISTRY, pipeline
 from tests.tiny_clip import CONFIG, GRID, open_clip, untrained_clip, write_clip
 from tests.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
-from tokenprune.config import DENSE
-from tokenprune.flops import query_flops
+from tokenprune.model.flops import query_flops
+from tokenprune.pipelines.config import DENSE
 from tokenprune.policy import Policy
-from tokenprune_plugins import clip, trim
+from tokenprune_plugins import trim
+from tokenprune_plugins.shared import clip
 from tokenprune_plugins.trim import TRIMConfig, aggregated
 
 OFT = tiny_policy_parts(tiny_config())

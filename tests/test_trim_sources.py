@@ -19,7 +19,7 @@ from tests.tiny_clip import CONFIG, open_clip, untrained_clip, write_clip
 from tests.tiny_oft import observation
 from tokenprune.cli import app
 from tokenprune.errors import ConfigError, MissingError
-from tokenprune_plugins import clip
+from tokenprune_plugins.shared import clip
 from tokenprune_plugins.trim import TRIMConfig
 
 

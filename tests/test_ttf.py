@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.naive_oft import attention_map, entering
 from tests.planting import REGISTRY, pipeline
 from tests.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
-from tokenprune.config import DENSE
+from tokenprune.pipelines.config import DENSE
 from tokenprune.policy import Policy
 from tokenprune_plugins.ttf import TTFConfig
 

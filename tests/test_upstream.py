@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from tests.planting import REGISTRY
-from tokenprune.backbones import load_backbone
-from tokenprune.bench.matrix import INSTRUCTION, random_observation
 from tokenprune.bench.upstream import EagerDecoder, UpstreamBackbone
-from tokenprune.config import DENSE
+from tokenprune.loading import load_backbone
+from tokenprune.pipelines.config import DENSE
 from tokenprune.policy import Policy
+from tokenprune.testing.matrix import INSTRUCTION, random_observation
 
 CASES = [
     ("openvla", {}),

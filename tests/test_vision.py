@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from tokenprune.errors import CheckpointError
-from tokenprune_adapters.vision import (
+from tokenprune_adapters.vision.transformer import (
     DINOV2_L_REG4_224,
     SIGLIP_SO400M_224,
     SIGLIP_SO400M_224_PALIGEMMA,

@@ -12,10 +12,10 @@ from PIL import Image
 
 from tests.planting import REGISTRY
 from tests.tiny_oft import tiny_config, tiny_policy_parts
-from tokenprune.bench.compare import compare
-from tokenprune.episode import load_episode
+from tokenprune.compare.comparison import compare
+from tokenprune.compare.episode import load_episode
 from tokenprune.errors import ResultError
-from tokenprune.loader import load_pipeline
+from tokenprune.pipelines.loader import load_pipeline
 from tokenprune.viz.draw import HEIGHT, WIDTH, draw_query
 from tokenprune.viz.film import write_pictures
 from tokenprune.viz.paint import paint, patch_box

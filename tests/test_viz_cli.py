@@ -15,7 +15,7 @@ from PIL import Image
 
 from tests.test_cli import PRELUDE, call
 from tokenprune.cli import main
-from tokenprune.episode import load_episode, save_episode
+from tokenprune.compare.episode import load_episode, save_episode
 
 EPISODE = Path(__file__).parent.parent / "adapters/tokenprune_adapters/episodes/libero_spatial.npz"
 

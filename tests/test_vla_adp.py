@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from tests.naive_oft import entering, naive_rms
 from tests.planting import REGISTRY, pipeline
 from tests.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
-from tokenprune.context import ControlContext
-from tokenprune.history import ExecutedAction
-from tokenprune.loader import load_pipeline
+from tokenprune.pipelines.loader import load_pipeline
 from tokenprune.policy import Policy
+from tokenprune.stages.control_context import ControlContext
+from tokenprune.stages.memory import ExecutedAction
 from tokenprune_plugins.vla_adp import Gate, GateConfig, RelevanceConfig
 
 

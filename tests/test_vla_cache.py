@@ -16,9 +16,9 @@ from tests.planting import REGISTRY, pipeline
 from tests.test_probe import full_map
 from tests.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
 from tokenprune.errors import ConfigError
+from tokenprune.model.attention import row_entropy
 from tokenprune.policy import Policy
-from tokenprune.probe import row_entropy
-from tokenprune.selection import CurrentIds
+from tokenprune.tokens.selection import CurrentIds
 from tokenprune_plugins.vla_cache import VLACacheConfig, shares
 
 

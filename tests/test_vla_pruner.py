@@ -14,9 +14,9 @@ from tests.planting import REGISTRY, pipeline
 from tests.test_divprune import chosen_by_the_paper as diverse
 from tests.test_probe import full_map
 from tests.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
+from tokenprune.model.attention import received
 from tokenprune.policy import Policy
-from tokenprune.probe import received
-from tokenprune.selection import CurrentIds
+from tokenprune.tokens.selection import CurrentIds
 from tokenprune_plugins.divprune import farthest_first
 from tokenprune_plugins.vla_pruner import VLAPrunerConfig
 

@@ -7,15 +7,15 @@ import torch
 from tests.planting import REGISTRY, pipeline
 from tests.stages import TestConfig
 from tests.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
-from tokenprune.context import LayerContext
-from tokenprune.history import ExecutedAction
-from tokenprune.hookspecs import hookimpl
 from tokenprune.policy import Policy
-from tokenprune.record import QueryRecord
-from tokenprune.registry import Owner, Registered
-from tokenprune.selection import Proposal
-from tokenprune.specs import StageSpec
-from tokenprune.stage import Stage
+from tokenprune.registry.discovery import Owner, Registered
+from tokenprune.registry.hookspecs import hookimpl
+from tokenprune.registry.specs import StageSpec
+from tokenprune.stages.memory import ExecutedAction
+from tokenprune.stages.query_record import QueryRecord
+from tokenprune.stages.stage import Stage
+from tokenprune.stages.token_context import LayerContext
+from tokenprune.tokens.proposal import Proposal
 
 LAYER = 1
 

@@ -16,9 +16,10 @@ from torch import nn
 from tests.release_format import CONFIG
 from tests.tiny_oft import tiny_config
 from tokenprune.errors import CheckpointError
-from tokenprune_adapters.prismatic_release import config_mapping, parse_config, prismatic_body
-from tokenprune_adapters.tensors import StoredTensor, stored_module, stored_safetensors
-from tokenprune_adapters.weights import Inventory, adopt, fill, take_inventory
+from tokenprune_adapters.backbones.prismatic.release import parse_config, prismatic_body
+from tokenprune_adapters.weights.folder import config_mapping
+from tokenprune_adapters.weights.inventory import Inventory, adopt, fill, take_inventory
+from tokenprune_adapters.weights.tensor_files import StoredTensor, stored_module, stored_safetensors
 
 CPU = torch.device("cpu")
 FOLDER = Path("folder")

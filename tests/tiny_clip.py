@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from tokenprune.torchvision_ops import mend_torchvision
+from tokenprune.compat import mend_torchvision
 
 mend_torchvision()
 open_clip: Any = importlib.import_module("open_clip")

@@ -12,16 +12,18 @@ from hypothesis import strategies as st
 
 from tests import stages
 from tests.tiny_oft import INSTRUCTION, tiny_config, tiny_policy_parts
-from tokenprune.config import PipelineConfig, StageConfig
-from tokenprune.context import ControlContext, ControlDecision, LayerContext
-from tokenprune.history import ExecutedAction
-from tokenprune.hookspecs import hookimpl
-from tokenprune.loader import load_pipeline, parse_pipeline
+from tokenprune.pipelines.config import PipelineConfig
+from tokenprune.pipelines.loader import load_pipeline, parse_pipeline
 from tokenprune.policy import ActionChunk, Policy
-from tokenprune.record import QueryRecord
-from tokenprune.registry import Owner, Registered, Registry
-from tokenprune.specs import StageSpec
-from tokenprune.stage import Stage
+from tokenprune.registry.discovery import Owner, Registered, Registry
+from tokenprune.registry.hookspecs import hookimpl
+from tokenprune.registry.specs import StageSpec
+from tokenprune.stages.config import StageConfig
+from tokenprune.stages.control_context import ControlContext, ControlDecision
+from tokenprune.stages.memory import ExecutedAction
+from tokenprune.stages.query_record import QueryRecord
+from tokenprune.stages.stage import Stage
+from tokenprune.stages.token_context import LayerContext
 from tokenprune_adapters.backbones.openvla_oft.backbone import OpenVLAOFT
 
 VIEWS = ("primary", "wrist", "left")

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from tokenprune.backbone import DecoderShape
+from tokenprune.model.info import DecoderShape
 from tokenprune_adapters.backbones.openvla_oft.backbone import OFTModel, OpenVLAOFT
 from tokenprune_adapters.backbones.openvla_oft.config import SMALL, OFTConfig, with_options
-from tokenprune_adapters.prismatic import PrismaticConfig, fill_untrained
-from tokenprune_adapters.prompt import PromptTokenizer
-from tokenprune_adapters.statistics import Bounds, Statistics
-from tokenprune_adapters.vision import ViTConfig
+from tokenprune_adapters.backbones.prismatic.config import PrismaticConfig
+from tokenprune_adapters.backbones.prismatic.prompt import PromptTokenizer
+from tokenprune_adapters.inputs.statistics import Bounds, Statistics
+from tokenprune_adapters.vision.transformer import ViTConfig
+from tokenprune_adapters.weights.untrained import fill_untrained
 
 INSTRUCTION = "put the bowl on the plate"
 

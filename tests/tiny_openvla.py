@@ -11,20 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tokenprune.config import CutConfig, PipelineConfig, StageConfig
-from tokenprune.context import LayerContext, SelectContext
-from tokenprune.hookspecs import hookimpl
+from tokenprune.pipelines.config import PipelineConfig
 from tokenprune.policy import ActionChunk, Policy
-from tokenprune.record import ActionAttention
-from tokenprune.registry import Owner, Registered, Registry
-from tokenprune.selection import Proposal
-from tokenprune.specs import StageSpec
-from tokenprune.stage import Stage
+from tokenprune.registry.discovery import Owner, Registered, Registry
+from tokenprune.registry.hookspecs import hookimpl
+from tokenprune.registry.specs import StageSpec
+from tokenprune.stages.config import CutConfig, StageConfig
+from tokenprune.stages.query_record import ActionAttention
+from tokenprune.stages.stage import Stage
+from tokenprune.stages.token_context import LayerContext, SelectContext
+from tokenprune.tokens.proposal import Proposal
 from tokenprune_adapters.backbones.openvla.backbone import OpenVLA, OpenVLAModel
 from tokenprune_adapters.backbones.openvla.config import TINY, OpenVLAConfig
-from tokenprune_adapters.prismatic import fill_untrained
-from tokenprune_adapters.prompt import PromptTokenizer
-from tokenprune_adapters.statistics import Bounds, Statistics
+from tokenprune_adapters.backbones.prismatic.prompt import PromptTokenizer
+from tokenprune_adapters.inputs.statistics import Bounds, Statistics
+from tokenprune_adapters.weights.untrained import fill_untrained
 
 INSTRUCTION = "put the bowl on the plate"
 

@@ -11,16 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tokenprune.config import DENSE, PipelineConfig
+from tokenprune.engine.query import Query
+from tokenprune.pipelines.config import DENSE, PipelineConfig
 from tokenprune.policy import ActionChunk, Policy
-from tokenprune.registry import Registry
-from tokenprune.runtime import Query
+from tokenprune.registry.discovery import Registry
 from tokenprune_adapters.backbones.pi0.backbone import PI0
 from tokenprune_adapters.backbones.pi0.config import TINY, PI0Config, Variant
 from tokenprune_adapters.backbones.pi0.model import AdaptiveNorm, PI0Model
-from tokenprune_adapters.gemma_prompt import GemmaTokenizer
-from tokenprune_adapters.prismatic import fill_untrained
-from tokenprune_adapters.statistics import Quantiles, Standard, Statistics
+from tokenprune_adapters.backbones.pi0.prompt import GemmaTokenizer
+from tokenprune_adapters.inputs.statistics import Quantiles, Standard, Statistics
+from tokenprune_adapters.weights.untrained import fill_untrained
 
 VARIANTS: tuple[Variant, ...] = ("pi0", "pi05")
 INSTRUCTION = "put the bowl on the plate"

@@ -18,19 +18,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tokenprune.adapter import Description
-from tokenprune.backbone import ActionSpec, BackboneInfo, DecoderShape
-from tokenprune.config import CutConfig, Keep
-from tokenprune.context import ControlContext, ControlDecision, SelectContext
-from tokenprune.decoder import Decoder
+from tokenprune.engine.adapter import Description
+from tokenprune.engine.query import Query
 from tokenprune.errors import ConfigError, ObservationError, SimulatorError
-from tokenprune.hookspecs import hookimpl
-from tokenprune.layout import Role, Segment, TokenLayout
-from tokenprune.rollout.environment import Step, Suite, Task
-from tokenprune.runtime import Query
-from tokenprune.selection import Proposal
-from tokenprune.specs import BackboneSpec, EnvironmentSpec, StageSpec
-from tokenprune.stage import Stage
+from tokenprune.evaluation.environment import Step, Suite, Task
+from tokenprune.model.decoder import Decoder
+from tokenprune.model.info import ActionSpec, BackboneInfo, DecoderShape
+from tokenprune.registry.hookspecs import hookimpl
+from tokenprune.registry.specs import BackboneSpec, EnvironmentSpec, StageSpec
+from tokenprune.stages.config import CutConfig, Keep
+from tokenprune.stages.control_context import ControlContext, ControlDecision
+from tokenprune.stages.stage import Stage
+from tokenprune.stages.token_context import SelectContext
+from tokenprune.tokens.layout import Role, Segment, TokenLayout
+from tokenprune.tokens.proposal import Proposal
 
 SIDE = 64
 HORIZON = 20

@@ -7,23 +7,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from tokenprune._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from tokenprune.episode import load_episode as load_episode
-    from tokenprune.hookspecs import hookimpl as hookimpl
+    from tokenprune.compare.episode import load_episode as load_episode
     from tokenprune.loading import from_module as from_module
     from tokenprune.loading import load as load
     from tokenprune.policy import Policy as Policy
-    from tokenprune.selection import Proposal as Proposal
+    from tokenprune.registry.hookspecs import hookimpl as hookimpl
+    from tokenprune.tokens.proposal import Proposal as Proposal
 
 _LAZY = {
     "load": "tokenprune.loading",
     "from_module": "tokenprune.loading",
     "Policy": "tokenprune.policy",
-    "Proposal": "tokenprune.selection",
-    "hookimpl": "tokenprune.hookspecs",
-    "load_episode": "tokenprune.episode",
+    "Proposal": "tokenprune.tokens.proposal",
+    "hookimpl": "tokenprune.registry.hookspecs",
+    "load_episode": "tokenprune.compare.episode",
 }
 __all__ = ["Policy", "Proposal", "__version__", "from_module", "hookimpl", "load", "load_episode"]
 

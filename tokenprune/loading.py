@@ -8,12 +8,38 @@ from typing import Any
 
 import torch
 
-from tokenprune.backbones import load_backbone
-from tokenprune.config import PipelineConfig
-from tokenprune.errors import PluginError
-from tokenprune.loader import load_pipeline, parse_pipeline
+from tokenprune.engine.adapter import Backbone
+from tokenprune.errors import ConfigError, PluginError, nearest
+from tokenprune.model.device import DTYPES, native_dtype
+from tokenprune.pipelines.config import PipelineConfig
+from tokenprune.pipelines.loader import load_pipeline, parse_pipeline
 from tokenprune.policy import Policy
-from tokenprune.registry import Registry
+from tokenprune.registry.discovery import Registry
+
+
+def load_backbone(
+    name: str,
+    registry: Registry,
+    checkpoint: str | Path | None,
+    preset: str | None,
+    device: str,
+    dtype: str,
+    seed: int,
+    options: Mapping[str, Any],
+) -> Backbone:
+    """Load a backbone alone, to share it between policies; arguments as in `load`."""
+    if dtype not in (*DTYPES, "auto"):
+        raise ConfigError(f"unknown dtype '{dtype}'{nearest(dtype, (*DTYPES, 'auto'))}")
+    try:
+        target = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"'{device}' is no torch device; write cpu, cuda or cuda:0") from error
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device '{device}' was asked for, but torch {torch.__version__} sees no GPU")
+    chosen = native_dtype(target) if dtype == "auto" else DTYPES[dtype]
+    folder = None if checkpoint is None else Path(checkpoint)
+    made: Backbone = registry.backbone_factory(name).build(preset, folder, options, target, chosen, seed)
+    return made
 
 
 def load(

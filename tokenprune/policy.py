@@ -12,21 +12,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenprune.adapter import Backbone, Observation
-from tokenprune.chance import Chance
-from tokenprune.config import DENSE, PipelineConfig
-from tokenprune.context import ControlContext, ControlDecision, PastFrames
+from tokenprune.engine.adapter import Backbone, Observation
+from tokenprune.engine.executor import Executor, executor
+from tokenprune.engine.inputs import Given, Inputs
+from tokenprune.engine.query import Outcome
+from tokenprune.engine.rng import Chance
+from tokenprune.engine.timing import Clock
+from tokenprune.engine.trace import QueryTrace
 from tokenprune.errors import ObservationError, StageError, TokenPruneError, nearest
-from tokenprune.execution import Executor, executor
-from tokenprune.frames import FrameBuffer
-from tokenprune.given import Given, Inputs
-from tokenprune.history import EpisodeStart, ExecutedAction, Slot
-from tokenprune.layout import TokenLayout
-from tokenprune.pipeline import BoundPipeline, bind
-from tokenprune.plan import Plan
-from tokenprune.registry import Registry
-from tokenprune.runtime import Outcome
-from tokenprune.trace import Clock, QueryTrace
+from tokenprune.pipelines.binding import BoundPipeline, bind
+from tokenprune.pipelines.config import DENSE, PipelineConfig
+from tokenprune.registry.discovery import Registry
+from tokenprune.stages.control_context import ControlContext, ControlDecision
+from tokenprune.stages.frames import FrameBuffer
+from tokenprune.stages.memory import EpisodeStart, ExecutedAction, Slot
+from tokenprune.stages.token_context import PastFrames
+from tokenprune.tokens.layout import TokenLayout
+from tokenprune.tokens.plan import Plan
 
 _DRAWING = "drawing"
 """Phase of a query in which the host draws past frames; no part of the query's time."""

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 
 import tokenprune
-from tokenprune.bench.matrix import random_observation
-from tokenprune.bench.provenance import provenance
 from tokenprune.policy import Policy
+from tokenprune.report.provenance import provenance
+from tokenprune.testing.matrix import random_observation
 
 INSTRUCTIONS = (
     "put the bowl on the plate",

@@ -19,9 +19,9 @@ from typing import Any
 from evidence_page import ROOT, fill
 from long_run import signed
 
-from tokenprune.bench.rows import SpeedRow
+from tokenprune.bench.row import SpeedRow
+from tokenprune.bench.table import bench_text
 from tokenprune.bench.upstream import UPSTREAM
-from tokenprune.report.bench_tables import bench_text
 
 MISSING = "Not measured yet: no GPU was at hand."
 Rows = Mapping[str, SpeedRow]

@@ -13,11 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tokenprune.bench.costs import costs
-from tokenprune.config import CutConfig
-from tokenprune.loader import load_pipeline
-from tokenprune.registry import Registry
-from tokenprune.specs import CAPABILITIES
+from tokenprune.pipelines.costs import costs
+from tokenprune.pipelines.loader import load_pipeline
+from tokenprune.registry.discovery import Registry
+from tokenprune.registry.specs import CAPABILITIES
+from tokenprune.stages.config import CutConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAD = """# All strategies

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from tokenprune.hookspecs import hookimpl
-from tokenprune.specs import BackboneSpec, EnvironmentSpec, Spec
+from tokenprune.registry.hookspecs import hookimpl
+from tokenprune.registry.specs import BackboneSpec, EnvironmentSpec, Spec
 
 OFT_TRAINED: Mapping[str, str] = {"mini": "trained for ten LIBERO tasks, 7.7 M parameters, comes with its weights"}
 """Presets of OpenVLA-OFT that come with their weights, in folders of `checkpoints`, name to one line each."""

@@ -24,7 +24,7 @@ from PIL import Image
 from record import record
 from tasks import ENVIRONMENT_OPTIONS, TASKS
 
-from tokenprune.episode import save_episode
+from tokenprune.compare.episode import save_episode
 from tokenprune_adapters.environments.libero.conventions import SIDE, VIEWS
 from tokenprune_adapters.environments.libero.environment import LiberoFactory, pictures
 

@@ -21,7 +21,7 @@ from tokenprune_adapters.backbones.openvla_oft.backbone import OFTModel
 from tokenprune_adapters.backbones.openvla_oft.config import MINI, TRAINED_OPTIONS
 from tokenprune_adapters.backbones.openvla_oft.export import export_oft
 from tokenprune_adapters.backbones.openvla_oft.release import load_oft
-from tokenprune_adapters.prompt import BUNDLED
+from tokenprune_adapters.inputs.tokenizer import BUNDLED
 
 CARD = Path(__file__).with_name("CARD.md")
 DATASET = "libero_mini_scripted"

@@ -17,7 +17,7 @@ from export import read_back
 from tower import Labelled
 
 from tokenprune_adapters.backbones.openvla_oft.config import MINI
-from tokenprune_adapters.vision import VisionTower
+from tokenprune_adapters.vision.transformer import VisionTower
 
 
 @torch.inference_mode()

@@ -7,10 +7,11 @@ from samples import Batch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tokenprune.selection import TokenSelection
+from tokenprune.tokens.selection import TokenSelection
 from tokenprune_adapters.backbones.openvla_oft.backbone import OFTModel
 from tokenprune_adapters.backbones.openvla_oft.config import MINI
-from tokenprune_adapters.prompt import Prompt, PromptTokenizer
+from tokenprune_adapters.backbones.prismatic.prompt import PromptTokenizer
+from tokenprune_adapters.inputs.tokenizer import Prompt
 
 
 class Learner(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tokenprune.backbones import native_dtype
+from tokenprune.model.device import native_dtype
 
 _NATIVE = native_dtype(torch.device("cpu")) == torch.bfloat16
 

@@ -11,9 +11,9 @@ import torch
 from pictures import steps_of
 from torch import Tensor
 
+from tokenprune_adapters.backbones.prismatic.prompt import PromptTokenizer
 from tokenprune_adapters.environments.libero.suites import LiberoSuite
-from tokenprune_adapters.prompt import PromptTokenizer
-from tokenprune_adapters.statistics import Statistics
+from tokenprune_adapters.inputs.statistics import Statistics
 
 CHUNK = 8
 HELD_OUT = 20

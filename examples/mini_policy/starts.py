@@ -18,7 +18,7 @@ from pathlib import Path
 from expert import JOBS, Expert
 from tasks import ENVIRONMENT_OPTIONS, SPREAD, TASKS, TEST_STATES
 
-from tokenprune.rollout.starts import Start, read_starts, write_starts
+from tokenprune.evaluation.starts import Start, read_starts, write_starts
 from tokenprune_adapters.environments.libero.environment import LiberoEnvironment, LiberoFactory
 
 SEEDS = 20

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tokenprune_adapters.backbones.openvla_oft.config import MINI
-from tokenprune_adapters.vision import VisionTower
+from tokenprune_adapters.vision.transformer import VisionTower
 
 CELLS = 7
 """Places along each side of a patch."""

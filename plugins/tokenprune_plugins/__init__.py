@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tokenprune.hookspecs import hookimpl
-from tokenprune.specs import PipelineSpec, Spec, StageSpec
+from tokenprune.registry.hookspecs import hookimpl
+from tokenprune.registry.specs import PipelineSpec, Spec, StageSpec
 
 _SPECPRUNE = "SpecPrune-VLA, arXiv 2509.05614"
 _ADP = "VLA-ADP, arXiv 2509.22093 (ICLR 2026)"
@@ -15,26 +15,26 @@ _STAGES = (
         "none",
         "control",
         "asked at every cut, drops nothing: what the framework itself costs",
-        f"{__name__}.controls:Nothing",
+        f"{__name__}.baselines.none:Nothing",
     ),
-    StageSpec("random", "control", "keeps tokens at random", f"{__name__}.controls:Random"),
+    StageSpec("random", "control", "keeps tokens at random", f"{__name__}.baselines.random:Random"),
     StageSpec(
         "uniform_grid",
         "control",
         "keeps an evenly spread grid of each view's patches",
-        f"{__name__}.controls:UniformGrid",
+        f"{__name__}.baselines.uniform_grid:UniformGrid",
     ),
     StageSpec(
         "keep_view",
         "control",
         "keeps the whole of named views and nothing of the others",
-        f"{__name__}.keep_view:KeepView",
+        f"{__name__}.baselines.keep_view:KeepView",
     ),
     StageSpec(
         "pool2x2",
         "control",
         "averages squares of two by two patches",
-        f"{__name__}.pooling:Pool",
+        f"{__name__}.baselines.pooling:Pool",
         requires=frozenset({"merge"}),
     ),
     StageSpec(

@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokenprune.backbone import BackboneInfo
-from tokenprune.config import CutConfig, Keep
-from tokenprune.context import SelectContext
-from tokenprune.plan import Plan
-from tokenprune_plugins.likeness import likeness, likeness_flops
-from tokenprune_plugins.scored import Scored
+from tokenprune.model.info import BackboneInfo
+from tokenprune.stages.config import CutConfig, Keep
+from tokenprune.stages.token_context import SelectContext
+from tokenprune.tokens.plan import Plan
+from tokenprune_plugins.shared.bases import Scored
+from tokenprune_plugins.shared.similarity import likeness, likeness_flops
 
 
 class DivPruneConfig(CutConfig):

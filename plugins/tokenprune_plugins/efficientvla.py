@@ -12,16 +12,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokenprune.backbone import BackboneInfo
-from tokenprune.config import CutConfig, Cuts, Keep
-from tokenprune.context import LayerContext
-from tokenprune.hookspecs import hookimpl
-from tokenprune.layout import TokenLayout
-from tokenprune.plan import Plan
-from tokenprune.selection import Proposal, rows_at
-from tokenprune.stage import Probe, Stage
-from tokenprune_plugins.likeness import likeness_flops, unit
-from tokenprune_plugins.specprune.signals import rank_within
+from tokenprune.model.info import BackboneInfo
+from tokenprune.registry.hookspecs import hookimpl
+from tokenprune.stages.config import CutConfig, Cuts, Keep
+from tokenprune.stages.stage import Probe, Stage
+from tokenprune.stages.token_context import LayerContext
+from tokenprune.tokens.layout import TokenLayout
+from tokenprune.tokens.plan import Plan
+from tokenprune.tokens.proposal import Proposal
+from tokenprune.tokens.selection import rows_at
+from tokenprune_plugins.shared.ranks import rank_within
+from tokenprune_plugins.shared.similarity import likeness_flops, unit
 
 
 class EfficientVLATokensConfig(CutConfig):

@@ -12,10 +12,10 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from tokenprune.backbone import BackboneInfo
-from tokenprune.config import CutConfig, Keep
-from tokenprune.context import SelectContext
-from tokenprune_plugins.scored import Scored
+from tokenprune.model.info import BackboneInfo
+from tokenprune.stages.config import CutConfig, Keep
+from tokenprune.stages.token_context import SelectContext
+from tokenprune_plugins.shared.bases import Scored
 
 
 class FasterVLMConfig(CutConfig):

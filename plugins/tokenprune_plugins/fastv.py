@@ -7,14 +7,14 @@ row. In a bidirectional decoder the last row is a stop token that means nothing,
 
 from __future__ import annotations
 
-from tokenprune.backbone import BackboneInfo
-from tokenprune.config import CutConfig, Cuts, Keep
-from tokenprune.context import LayerContext
-from tokenprune.hookspecs import hookimpl
-from tokenprune.layout import TokenLayout
-from tokenprune.selection import Proposal
-from tokenprune.stage import Probe, Stage, require_rows
-from tokenprune_plugins.rows import RowsOrAuto, rows_note, rows_read
+from tokenprune.model.info import BackboneInfo
+from tokenprune.registry.hookspecs import hookimpl
+from tokenprune.stages.config import CutConfig, Cuts, Keep
+from tokenprune.stages.stage import Probe, Stage, require_rows
+from tokenprune.stages.token_context import LayerContext
+from tokenprune.tokens.layout import TokenLayout
+from tokenprune.tokens.proposal import Proposal
+from tokenprune_plugins.shared.attention_rows import RowsOrAuto, rows_note, rows_read
 
 
 class FastVConfig(CutConfig):

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from tokenprune.config import StageConfig
-from tokenprune.stage import Stage
+from tokenprune.stages.config import StageConfig
+from tokenprune.stages.stage import Stage
 
 
 class HeadCacheConfig(StageConfig):

@@ -13,11 +13,11 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from tokenprune.backbone import BackboneInfo
-from tokenprune.config import Layers, StageConfig, layers_of
-from tokenprune.context import LayerContext, SelectContext
-from tokenprune.hookspecs import hookimpl
-from tokenprune.stage import Stage
+from tokenprune.model.info import BackboneInfo
+from tokenprune.registry.hookspecs import hookimpl
+from tokenprune.stages.config import Layers, StageConfig, layers_of
+from tokenprune.stages.stage import Stage
+from tokenprune.stages.token_context import LayerContext, SelectContext
 
 
 class LayerSkipConfig(StageConfig):

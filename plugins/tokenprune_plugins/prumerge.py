@@ -27,15 +27,15 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from tokenprune.backbone import BackboneInfo
-from tokenprune.budget import UNION
-from tokenprune.config import CutConfig, Keep
-from tokenprune.context import SelectContext
-from tokenprune.plan import Plan
-from tokenprune.selection import Proposal
-from tokenprune_plugins.likeness import likeness, likeness_flops
-from tokenprune_plugins.scored import Anywhere
-from tokenprune_plugins.specprune.signals import rank_within
+from tokenprune.model.info import BackboneInfo
+from tokenprune.stages.config import CutConfig, Keep
+from tokenprune.stages.token_context import SelectContext
+from tokenprune.tokens.budget import UNION
+from tokenprune.tokens.plan import Plan
+from tokenprune.tokens.proposal import Proposal
+from tokenprune_plugins.shared.bases import Anywhere
+from tokenprune_plugins.shared.ranks import rank_within
+from tokenprune_plugins.shared.similarity import likeness, likeness_flops
 
 
 class PruMergeConfig(CutConfig):

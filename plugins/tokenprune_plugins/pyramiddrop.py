@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tokenprune.backbone import BackboneInfo
-from tokenprune.config import CutConfig, Cuts, Keep
-from tokenprune.context import SelectContext
-from tokenprune.layout import TokenLayout
-from tokenprune.stage import Probe, require_rows
-from tokenprune_plugins.rows import RowsOrAuto, rows_note, rows_read
-from tokenprune_plugins.scored import Scored
+from tokenprune.model.info import BackboneInfo
+from tokenprune.stages.config import CutConfig, Cuts, Keep
+from tokenprune.stages.stage import Probe, require_rows
+from tokenprune.stages.token_context import SelectContext
+from tokenprune.tokens.layout import TokenLayout
+from tokenprune_plugins.shared.attention_rows import RowsOrAuto, rows_note, rows_read
+from tokenprune_plugins.shared.bases import Scored
 
 
 class PyramidDropConfig(CutConfig):

@@ -20,14 +20,14 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from tokenprune.backbone import BackboneInfo
-from tokenprune.budget import UNION
-from tokenprune.config import CutConfig, Keep
-from tokenprune.context import SelectContext
-from tokenprune.history import Slot
-from tokenprune.selection import Proposal
-from tokenprune_plugins.canny import canny
-from tokenprune_plugins.scored import Anywhere
+from tokenprune.model.info import BackboneInfo
+from tokenprune.stages.config import CutConfig, Keep
+from tokenprune.stages.memory import Slot
+from tokenprune.stages.token_context import SelectContext
+from tokenprune.tokens.budget import UNION
+from tokenprune.tokens.proposal import Proposal
+from tokenprune_plugins.shared.bases import Anywhere
+from tokenprune_plugins.shared.canny import canny
 
 
 class SPVLAConfig(CutConfig):

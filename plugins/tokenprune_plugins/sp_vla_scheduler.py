@@ -13,11 +13,11 @@ from __future__ import annotations
 import numpy as np
 from pydantic import Field, model_validator
 
-from tokenprune.backbone import BackboneInfo
-from tokenprune.config import StageConfig
-from tokenprune.context import ControlContext, ControlDecision
-from tokenprune.hookspecs import hookimpl
-from tokenprune.stage import Stage
+from tokenprune.model.info import BackboneInfo
+from tokenprune.registry.hookspecs import hookimpl
+from tokenprune.stages.config import StageConfig
+from tokenprune.stages.control_context import ControlContext, ControlDecision
+from tokenprune.stages.stage import Stage
 
 
 class SchedulerConfig(StageConfig):

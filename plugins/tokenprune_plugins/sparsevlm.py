@@ -17,17 +17,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokenprune.backbone import BackboneInfo
-from tokenprune.config import CutConfig, Cuts, Keep
-from tokenprune.context import LayerContext, SelectContext
-from tokenprune.hookspecs import hookimpl
-from tokenprune.layout import TokenLayout
-from tokenprune.plan import Plan
-from tokenprune.selection import Proposal
-from tokenprune.stage import Probe, Stage
-from tokenprune_plugins.likeness import likeness_flops
-from tokenprune_plugins.merging import into
-from tokenprune_plugins.recycling import fold, recycled
+from tokenprune.model.info import BackboneInfo
+from tokenprune.registry.hookspecs import hookimpl
+from tokenprune.stages.config import CutConfig, Cuts, Keep
+from tokenprune.stages.stage import Probe, Stage
+from tokenprune.stages.token_context import LayerContext, SelectContext
+from tokenprune.tokens.layout import TokenLayout
+from tokenprune.tokens.plan import Plan
+from tokenprune.tokens.proposal import Proposal
+from tokenprune_plugins.shared.merging import into
+from tokenprune_plugins.shared.recycling import fold, recycled
+from tokenprune_plugins.shared.similarity import likeness_flops
 
 
 class SparseVLMConfig(CutConfig):

@@ -12,15 +12,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokenprune.backbone import BackboneInfo
-from tokenprune.config import CutConfig, Cuts, Keep
-from tokenprune.context import LayerContext, SelectContext
-from tokenprune.hookspecs import hookimpl
-from tokenprune.plan import Plan
-from tokenprune.selection import Proposal, rows_at
-from tokenprune.stage import Stage
-from tokenprune_plugins.likeness import likeness, likeness_flops
-from tokenprune_plugins.merging import into
+from tokenprune.model.info import BackboneInfo
+from tokenprune.registry.hookspecs import hookimpl
+from tokenprune.stages.config import CutConfig, Cuts, Keep
+from tokenprune.stages.stage import Stage
+from tokenprune.stages.token_context import LayerContext, SelectContext
+from tokenprune.tokens.plan import Plan
+from tokenprune.tokens.proposal import Proposal
+from tokenprune.tokens.selection import rows_at
+from tokenprune_plugins.shared.merging import into
+from tokenprune_plugins.shared.similarity import likeness, likeness_flops
 
 
 class ToMeConfig(CutConfig):

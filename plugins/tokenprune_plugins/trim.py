@@ -25,18 +25,18 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import interpolate, one_hot
 
-from tokenprune.backbone import BackboneInfo
-from tokenprune.budget import UNION
-from tokenprune.config import CutConfig, Keep
-from tokenprune.context import SelectContext
 from tokenprune.errors import MissingError
-from tokenprune.history import Slot
-from tokenprune.hookspecs import hookimpl
-from tokenprune.plan import Plan
-from tokenprune.selection import Proposal
-from tokenprune.stage import Stage
-from tokenprune_plugins.clip import Clip, load
-from tokenprune_plugins.specprune.signals import rank_within
+from tokenprune.model.info import BackboneInfo
+from tokenprune.registry.hookspecs import hookimpl
+from tokenprune.stages.config import CutConfig, Keep
+from tokenprune.stages.memory import Slot
+from tokenprune.stages.stage import Stage
+from tokenprune.stages.token_context import SelectContext
+from tokenprune.tokens.budget import UNION
+from tokenprune.tokens.plan import Plan
+from tokenprune.tokens.proposal import Proposal
+from tokenprune_plugins.shared.clip import Clip, load
+from tokenprune_plugins.shared.ranks import rank_within
 
 
 class TRIMConfig(CutConfig):

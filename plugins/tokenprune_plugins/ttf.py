@@ -14,14 +14,14 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from tokenprune.backbone import BackboneInfo
-from tokenprune.config import StageConfig, layer_of
-from tokenprune.context import LayerContext
-from tokenprune.features import FeatureContext
-from tokenprune.history import Slot, flags
-from tokenprune.hookspecs import hookimpl
-from tokenprune.layout import TokenLayout
-from tokenprune.stage import Probe, Stage
+from tokenprune.model.info import BackboneInfo
+from tokenprune.registry.hookspecs import hookimpl
+from tokenprune.stages.config import StageConfig, layer_of
+from tokenprune.stages.feature_context import FeatureContext
+from tokenprune.stages.memory import Slot, flags
+from tokenprune.stages.stage import Probe, Stage
+from tokenprune.stages.token_context import LayerContext
+from tokenprune.tokens.layout import TokenLayout
 
 
 class TTFConfig(StageConfig):

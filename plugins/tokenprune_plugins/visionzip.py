@@ -16,15 +16,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokenprune.backbone import BackboneInfo
-from tokenprune.config import CutConfig, Keep
-from tokenprune.context import SelectContext
-from tokenprune.hookspecs import hookimpl
-from tokenprune.plan import Plan
-from tokenprune.selection import Proposal
-from tokenprune.stage import Stage
-from tokenprune_plugins.likeness import likeness, likeness_flops
-from tokenprune_plugins.specprune.signals import rank_within
+from tokenprune.model.info import BackboneInfo
+from tokenprune.registry.hookspecs import hookimpl
+from tokenprune.stages.config import CutConfig, Keep
+from tokenprune.stages.stage import Stage
+from tokenprune.stages.token_context import SelectContext
+from tokenprune.tokens.plan import Plan
+from tokenprune.tokens.proposal import Proposal
+from tokenprune_plugins.shared.ranks import rank_within
+from tokenprune_plugins.shared.similarity import likeness, likeness_flops
 
 
 class VisionZipConfig(CutConfig):

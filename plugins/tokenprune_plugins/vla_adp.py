@@ -19,13 +19,14 @@ import numpy as np
 from pydantic import Field
 from torch import Tensor
 
-from tokenprune.backbone import BackboneInfo
-from tokenprune.config import CutConfig, Keep, StageConfig
-from tokenprune.context import ControlContext, ControlDecision, SelectContext
-from tokenprune.hookspecs import hookimpl
-from tokenprune.layout import TokenLayout
-from tokenprune.stage import Probe, Stage
-from tokenprune_plugins.scored import Scored
+from tokenprune.model.info import BackboneInfo
+from tokenprune.registry.hookspecs import hookimpl
+from tokenprune.stages.config import CutConfig, Keep, StageConfig
+from tokenprune.stages.control_context import ControlContext, ControlDecision
+from tokenprune.stages.stage import Probe, Stage
+from tokenprune.stages.token_context import SelectContext
+from tokenprune.tokens.layout import TokenLayout
+from tokenprune_plugins.shared.bases import Scored
 
 
 class RelevanceConfig(CutConfig):

@@ -18,14 +18,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokenprune.backbone import BackboneInfo
-from tokenprune.config import CutConfig, Cuts, Keep, layer_of
-from tokenprune.context import LayerContext, SelectContext
-from tokenprune.hookspecs import hookimpl
-from tokenprune.layout import TokenLayout
-from tokenprune.selection import Proposal
-from tokenprune.stage import Probe, Stage
-from tokenprune_plugins.specprune.signals import patch_similarity, rank_in_views, rank_within
+from tokenprune.model.info import BackboneInfo
+from tokenprune.registry.hookspecs import hookimpl
+from tokenprune.stages.config import CutConfig, Cuts, Keep, layer_of
+from tokenprune.stages.stage import Probe, Stage
+from tokenprune.stages.token_context import LayerContext, SelectContext
+from tokenprune.tokens.layout import TokenLayout
+from tokenprune.tokens.proposal import Proposal
+from tokenprune_plugins.shared.patch_change import patch_similarity
+from tokenprune_plugins.shared.ranks import rank_in_views, rank_within
 
 
 class VLACacheConfig(CutConfig):

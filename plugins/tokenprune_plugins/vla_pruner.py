@@ -13,19 +13,21 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor
 
-from tokenprune.backbone import BackboneInfo
-from tokenprune.config import CutConfig, Cuts, Keep, Layers, layers_of
-from tokenprune.context import ControlContext, ControlDecision, LayerContext, SelectContext
-from tokenprune.history import ExecutedAction
-from tokenprune.hookspecs import hookimpl
-from tokenprune.layout import TokenLayout
-from tokenprune.plan import Plan
-from tokenprune.record import QueryRecord
-from tokenprune.selection import Proposal, rows_at
-from tokenprune.stage import Probe, Stage
+from tokenprune.model.info import BackboneInfo
+from tokenprune.registry.hookspecs import hookimpl
+from tokenprune.stages.config import CutConfig, Cuts, Keep, Layers, layers_of
+from tokenprune.stages.control_context import ControlContext, ControlDecision
+from tokenprune.stages.memory import ExecutedAction
+from tokenprune.stages.query_record import QueryRecord
+from tokenprune.stages.stage import Probe, Stage
+from tokenprune.stages.token_context import LayerContext, SelectContext
+from tokenprune.tokens.layout import TokenLayout
+from tokenprune.tokens.plan import Plan
+from tokenprune.tokens.proposal import Proposal
+from tokenprune.tokens.selection import rows_at
 from tokenprune_plugins.divprune import farthest_first
-from tokenprune_plugins.likeness import likeness_flops
-from tokenprune_plugins.specprune.signals import rank_within
+from tokenprune_plugins.shared.ranks import rank_within
+from tokenprune_plugins.shared.similarity import likeness_flops
 
 SECOND_HALF = tuple(f"{100 * layer / 32:.0f}%" for layer in range(16, 32))
 

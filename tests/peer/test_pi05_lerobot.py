@@ -13,8 +13,8 @@ import torch
 from tokenizers import Tokenizer, processors
 
 from tests.pi0_format import DIMS, HORIZON, INSTRUCTION, STATE, STEPS, TOKENIZER, VARIANTS, chunk, loaded
-from tokenprune.backbone import DecoderShape
-from tokenprune.runtime import Query
+from tokenprune.engine.query import Query
+from tokenprune.model.info import DecoderShape
 from tokenprune_adapters.backbones.pi0 import formats
 from tokenprune_adapters.backbones.pi0.config import TINY
 from tokenprune_adapters.backbones.pi0.release import verify_pi0

@@ -1,1 +1,1 @@
-"""Measuring pipelines against the dense policy."""
+"""Speed at real size, beside what the device allows."""

@@ -9,9 +9,9 @@ from functools import partial
 
 import torch
 
-from tokenprune.backbone import BackboneInfo, DecoderShape
-from tokenprune.flops import layer_flops, layer_weights, query_flops
-from tokenprune.plan import Plan
+from tokenprune.model.flops import layer_flops, layer_weights, query_flops
+from tokenprune.model.info import BackboneInfo, DecoderShape
+from tokenprune.tokens.plan import Plan
 
 _REPEATS = 5
 # Rows of the square matrices, and bytes of the copy: large enough that starting them costs nothing beside.

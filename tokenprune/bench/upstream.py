@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenprune.adapter import Backbone, Observation
-from tokenprune.decoder import Decoded, Decoder, Positions, Pruner, finish, project, rotary
-from tokenprune.given import Inputs
-from tokenprune.kv import KVCache, LayerKV, Memory
-from tokenprune.layout import TokenLayout
-from tokenprune.runtime import Query
-from tokenprune.selection import OriginalIds, TokenSelection, rows_at
+from tokenprune.engine.adapter import Backbone, Observation
+from tokenprune.engine.inputs import Inputs
+from tokenprune.engine.query import Query
+from tokenprune.model.decoder import Decoded, Decoder, Positions, Pruner, finish, project, rotary
+from tokenprune.model.kv_cache import KVCache, LayerKV, Memory
+from tokenprune.tokens.layout import TokenLayout
+from tokenprune.tokens.selection import OriginalIds, TokenSelection, rows_at
 
 UPSTREAM = "upstream reconstruction (ours)"
 
@@ -84,7 +84,7 @@ class EagerDecoder(Decoder):
 
 
 class UpstreamBackbone:
-    """A backbone that runs its decoder as upstream does; implements `tokenprune.adapter.Backbone`.
+    """A backbone that runs its decoder as upstream does; implements `tokenprune.engine.adapter.Backbone`.
 
     Where upstream makes logits of every token that no query reads, an output layer of random numbers stands in for its
     own: what it costs is the same, and nobody looks at the result.

@@ -29,8 +29,8 @@ from tokenprune.cli.options import (
 from tokenprune.errors import ConfigError
 
 if TYPE_CHECKING:
-    from tokenprune.bench.bench import Subject
-    from tokenprune.registry import Registry
+    from tokenprune.bench.speed import Subject
+    from tokenprune.registry.discovery import Registry
 
 DEFAULT = (
     "uniform_grid@keep=0.5",
@@ -92,11 +92,11 @@ def bench(
     """Measure pipelines at real size: latency, FLOPs, memory, and the least time that the device allows."""
     if chart is not None:
         _check_chart(chart)
-    from tokenprune.bench.bench import BenchSettings
-    from tokenprune.bench.bench import bench as measure
-    from tokenprune.execution import EXECUTIONS
-    from tokenprune.loader import load_pipeline
-    from tokenprune.report.bench_tables import bench_text
+    from tokenprune.bench.speed import BenchSettings
+    from tokenprune.bench.speed import bench as measure
+    from tokenprune.bench.table import bench_text
+    from tokenprune.engine.executor import EXECUTIONS
+    from tokenprune.pipelines.loader import load_pipeline
 
     settings = BenchSettings(
         dtypes=tuple(dict.fromkeys(dtypes or ("auto",))),
@@ -123,7 +123,7 @@ def bench(
     with progress() as begin:
         data = measure(subjects, loaded, settings, found, save, begin)
     if chart is not None:
-        from tokenprune.viz.speed import write_speed
+        from tokenprune.bench.chart import write_speed
 
         write_speed(data, chart)
     if as_json:
@@ -135,8 +135,8 @@ def bench(
 
 
 def _subjects(found: Registry, backbones: Sequence[str], presets: Sequence[str], episode: Path | None) -> list[Subject]:
-    from tokenprune.bench.bench import Subject
-    from tokenprune.episode import load_episode
+    from tokenprune.bench.speed import Subject
+    from tokenprune.compare.episode import load_episode
 
     if len(presets) > 1 and len(presets) != len(backbones):
         raise ConfigError(

@@ -24,8 +24,8 @@ from tokenprune.cli.options import (
     registry,
 )
 from tokenprune.errors import ConfigError, PluginError, TokenPruneError, nearest
-from tokenprune.registry import Registry
-from tokenprune.specs import HOOK_API_VERSION
+from tokenprune.registry.discovery import Registry
+from tokenprune.registry.specs import HOOK_API_VERSION
 
 
 def add_to(app: typer.Typer) -> None:
@@ -96,7 +96,7 @@ def show(
             "config": fields,
         }
     if name in found.pipelines or name == "dense":
-        from tokenprune.loader import load_pipeline
+        from tokenprune.pipelines.loader import load_pipeline
 
         about["pipeline"] = load_pipeline(name, found).resolved
     if name in found.backbones:
@@ -160,8 +160,8 @@ def validate(
 ) -> None:
     """Check pipeline files; exit 1 if any is wrong. Nothing is run and no weight is read."""
     from tokenprune.cli.explain import describe_backbone
-    from tokenprune.loader import load_pipeline
-    from tokenprune.pipeline import bind
+    from tokenprune.pipelines.binding import bind
+    from tokenprune.pipelines.loader import load_pipeline
 
     found = registry(plugins)
     findings: list[dict[str, str]] = []
@@ -195,7 +195,7 @@ def schema(
     """Print the JSON schema of pipeline files, made from the installed stages, for your editor."""
     import json
 
-    from tokenprune.loader import pipeline_schema
+    from tokenprune.pipelines.loader import pipeline_schema
 
     text = json.dumps(pipeline_schema(registry(plugins)), indent=1) + "\n"
     if out is None:

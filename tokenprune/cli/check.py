@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from tokenprune.cli.options import Json, Plugins, key_values, print_json, registry
-from tokenprune.report.tables import WIDTH
+from tokenprune.report.text import WIDTH
 
 
 def add_to(app: typer.Typer) -> None:

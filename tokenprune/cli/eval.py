@@ -35,13 +35,13 @@ from tokenprune.cli.options import (
 from tokenprune.errors import ConfigError
 
 if TYPE_CHECKING:
-    from tokenprune.registry import Registry
-    from tokenprune.rollout.environment import Suite
-    from tokenprune.rollout.local import LocalEngine
-    from tokenprune.rollout.ray_engine import RayEngine
-    from tokenprune.rollout.records import EpisodeRecord, Results
-    from tokenprune.rollout.starts import Start
-    from tokenprune.rollout.summary import Summary
+    from tokenprune.evaluation.environment import Suite
+    from tokenprune.evaluation.local_engine import LocalEngine
+    from tokenprune.evaluation.ray_engine import RayEngine
+    from tokenprune.evaluation.results_file import EpisodeRecord, Results
+    from tokenprune.evaluation.starts import Start
+    from tokenprune.evaluation.summary import Summary
+    from tokenprune.registry.discovery import Registry
 
 
 EPISODES = 50
@@ -127,13 +127,13 @@ def evaluate(
     """Evaluate pipelines in simulated environments, every one from the same starts."""
     import torch
 
-    from tokenprune.bench.provenance import provenance
     from tokenprune.cli.explain import describe_backbone
-    from tokenprune.rollout.jobs import Job, plan_jobs
-    from tokenprune.rollout.records import ResultsFile
-    from tokenprune.rollout.starts import check_starts, first_of_each_task
-    from tokenprune.rollout.variant import black_views, parse_variant
-    from tokenprune.rollout.worker import WorkerSpec
+    from tokenprune.evaluation.jobs import Job, plan_jobs
+    from tokenprune.evaluation.results_file import ResultsFile
+    from tokenprune.evaluation.starts import check_starts, first_of_each_task
+    from tokenprune.evaluation.variant import black_views, parse_variant
+    from tokenprune.evaluation.worker import WorkerSpec
+    from tokenprune.report.provenance import provenance
 
     found = registry(plugins)
     parsed = [parse_variant(text, found, sets or ()) for text in variants]
@@ -162,7 +162,7 @@ def evaluate(
         filmed=() if videos is None else first_of_each_task(planned, 1),
     )
     if videos is not None:
-        from tokenprune.viz.video import imageio
+        from tokenprune.evaluation.video import imageio
 
         imageio()
     running = _engine(engine, workers, threads, limit, gpus, address)
@@ -193,7 +193,7 @@ def report(
 ) -> None:
     """Say what a results file of `eval` says: success, intervals, paired differences, latency."""
     from tokenprune.errors import ResultError, nearest
-    from tokenprune.rollout.records import read_results
+    from tokenprune.evaluation.results_file import read_results
 
     read = read_results(results)
     labels = variants or list(read.variants)
@@ -210,7 +210,7 @@ def _read_starts(
     init_states: str | None,
     episodes: int | None,
 ) -> tuple[Start, ...]:
-    from tokenprune.rollout.starts import first_of_each_task, read_starts
+    from tokenprune.evaluation.starts import first_of_each_task, read_starts
 
     if path is None:
         if not environments:
@@ -229,7 +229,7 @@ def _suites(found: Registry, names: Sequence[str], options: Mapping[str, Any]) -
 def _planned(
     suites: Mapping[str, Suite], tasks: Sequence[str] | None, episodes: int, init_states: str | None, seed: int
 ) -> tuple[Start, ...]:
-    from tokenprune.rollout.starts import plan_starts
+    from tokenprune.evaluation.starts import plan_starts
 
     if tasks and len(tasks) != len(suites):
         raise ConfigError(f"--tasks was given {len(tasks)} times for {len(suites)} environments; give it once for each")
@@ -260,12 +260,12 @@ def _engine(
     name: EngineName, workers: int, threads: int, limit: float, gpus: float, address: str | None
 ) -> LocalEngine | RayEngine:
     if name == EngineName.ray:
-        from tokenprune.rollout.ray_engine import RayEngine
+        from tokenprune.evaluation.ray_engine import RayEngine
 
         return RayEngine(workers, address, threads, gpus, limit)
     if gpus or address is not None:
         raise ConfigError("--gpus-per-worker and --address belong to --engine ray")
-    from tokenprune.rollout.local import LocalEngine
+    from tokenprune.evaluation.local_engine import LocalEngine
 
     return LocalEngine(workers, threads, limit)
 
@@ -281,7 +281,7 @@ def _tell(
     as_json: bool,
 ) -> None:
     """Print tables or data, and write what was asked for."""
-    from tokenprune.rollout.summary import summarise
+    from tokenprune.evaluation.summary import summarise
 
     wanted = [record for record in results.records if record.variant in labels]
     summary = summarise(wanted, baseline, labels, planned)
@@ -301,7 +301,7 @@ def _tell(
 
 
 def _print(summary: Summary) -> None:
-    from tokenprune.report.eval_tables import WIDTH, eval_legend, eval_table, success_tables, verdict_lines
+    from tokenprune.evaluation.table import WIDTH, eval_legend, eval_table, success_tables, verdict_lines
 
     console = Console(width=WIDTH, highlight=False)
     console.print(eval_table(summary))
@@ -313,7 +313,7 @@ def _print(summary: Summary) -> None:
 
 def _draw(summary: Summary, chart: Path) -> None:
     with charts():
-        from tokenprune.viz.success import write_success
+        from tokenprune.evaluation.chart import write_success
     write_success(summary, chart)
 
 

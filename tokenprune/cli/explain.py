@@ -28,15 +28,15 @@ from tokenprune.cli.options import (
     source,
 )
 from tokenprune.errors import ConfigError
-from tokenprune.report.tables import WIDTH
+from tokenprune.report.text import WIDTH
 
 if TYPE_CHECKING:
-    from tokenprune.adapter import Description
-    from tokenprune.backbone import BackboneInfo
-    from tokenprune.layout import TokenLayout
-    from tokenprune.loader import LoadedPipeline
-    from tokenprune.pipeline import BoundPipeline
-    from tokenprune.registry import Registry
+    from tokenprune.engine.adapter import Description
+    from tokenprune.model.info import BackboneInfo
+    from tokenprune.pipelines.binding import BoundPipeline
+    from tokenprune.pipelines.loader import LoadedPipeline
+    from tokenprune.registry.discovery import Registry
+    from tokenprune.tokens.layout import TokenLayout
 
 
 def add_to(app: typer.Typer) -> None:
@@ -71,9 +71,9 @@ def explain(
 
     With `--all`, what choosing costs each shipped pipeline.
     """
-    from tokenprune.episode import load_episode
-    from tokenprune.loader import load_pipeline
-    from tokenprune.pipeline import bind
+    from tokenprune.compare.episode import load_episode
+    from tokenprune.pipelines.binding import bind
+    from tokenprune.pipelines.loader import load_pipeline
 
     found = registry(plugins)
     if (pipeline is None) == (not every):
@@ -123,7 +123,7 @@ def explain(
 def _explain_all(
     pipelines: Sequence[LoadedPipeline], info: BackboneInfo, layout: TokenLayout, found: Registry, as_json: bool
 ) -> None:
-    from tokenprune.bench.costs import costs
+    from tokenprune.pipelines.costs import costs
 
     rows, refused = costs(pipelines, info, layout, found)
     if as_json:
@@ -154,8 +154,8 @@ def _owner(found: Registry, stage: str) -> str:
 
 def _limits(info: BackboneInfo, layout: TokenLayout) -> dict[str, Any]:
     """What no pruning of visual tokens can go beyond on this backbone."""
-    from tokenprune.flops import ceiling, layer_weights, query_flops
-    from tokenprune.plan import Plan
+    from tokenprune.model.flops import ceiling, layer_weights, query_flops
+    from tokenprune.tokens.plan import Plan
 
     limits: dict[str, Any] = {"ceiling": {"embedding": ceiling(info, layout, -1), "1": ceiling(info, layout, 1)}}
     if info.follow_up is not None:
@@ -172,11 +172,11 @@ def _limits(info: BackboneInfo, layout: TokenLayout) -> dict[str, Any]:
 
 
 def _mode(bound: BoundPipeline, info: BackboneInfo, layout: TokenLayout, mode: str) -> dict[str, Any]:
-    from tokenprune.bench.costs import planned_flops, rows_probed
-    from tokenprune.context import rows_name
-    from tokenprune.flops import keys_probed, probe_flops, query_flops
-    from tokenprune.plan import Plan
-    from tokenprune.trace import cut_name
+    from tokenprune.engine.trace import cut_name
+    from tokenprune.model.flops import keys_probed, probe_flops, query_flops
+    from tokenprune.pipelines.costs import planned_flops, rows_probed
+    from tokenprune.stages.token_context import rows_name
+    from tokenprune.tokens.plan import Plan
 
     plan = bound.plan(layout, mode)
     asked = {probe for stage in bound.stages for probe in stage.probes(info, layout, mode)}

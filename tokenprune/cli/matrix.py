@@ -12,13 +12,13 @@ from rich.console import Console
 from rich.table import Table
 
 from tokenprune.cli.options import print_json
-from tokenprune.registry import Registry
-from tokenprune.report.tables import WIDTH
+from tokenprune.registry.discovery import Registry
+from tokenprune.report.text import WIDTH
 
 
 def show_matrix(found: Registry, pattern: str, as_json: bool) -> None:
     """Print it; exit 1 if anything fails in a query."""
-    from tokenprune.bench.matrix import PRESET, QUERIES, matrix
+    from tokenprune.testing.matrix import PRESET, QUERIES, matrix
 
     cells = [cell for cell in matrix(found) if fnmatch.fnmatch(cell.name, pattern)]
     if as_json:

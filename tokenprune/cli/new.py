@@ -78,4 +78,4 @@ def _files(values: dict[str, str]) -> list[tuple[str, str]]:
 
 
 def _read(path: str) -> str:
-    return importlib.resources.files("tokenprune").joinpath("templates", path).read_text(encoding="utf-8")
+    return importlib.resources.files("tokenprune.cli").joinpath("templates", path).read_text(encoding="utf-8")

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tokenprune.errors import ConfigError
-from tokenprune.registry import Registry
+from tokenprune.registry.discovery import Registry
 
 Plugins = Annotated[list[Path] | None, typer.Option("--plugin", help="A python file with stages; may be repeated.")]
 Json = Annotated[bool, typer.Option("--json", help="Print plain data instead of tables.")]
@@ -57,7 +57,7 @@ def key_values(option: str, given: Sequence[str] | None) -> dict[str, Any]:
     Raises:
         ConfigError: If a pair has no `=` or its value is not YAML.
     """
-    from tokenprune.document import Document
+    from tokenprune.pipelines.yaml_document import Document
 
     parsed = {}
     for pair in given or ():

@@ -35,10 +35,10 @@ from tokenprune.cli.options import (
 from tokenprune.errors import ConfigError
 
 if TYPE_CHECKING:
-    from tokenprune.adapter import Backbone
-    from tokenprune.episode import Episode
-    from tokenprune.loader import LoadedPipeline
-    from tokenprune.registry import Registry
+    from tokenprune.compare.episode import Episode
+    from tokenprune.engine.adapter import Backbone
+    from tokenprune.pipelines.loader import LoadedPipeline
+    from tokenprune.registry.discovery import Registry
 
 Queries = Annotated[int | None, typer.Option(help="Queries from the start of the episode; all when left out.")]
 Out = Annotated[Path, typer.Option(help="Folder for the result file.")]
@@ -71,9 +71,10 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Compare pipelines with the dense policy on one recorded episode: tokens, FLOPs, time, action error."""
-    from tokenprune.bench.compare import compare as measure
-    from tokenprune.loader import load_pipeline
-    from tokenprune.report.tables import WIDTH, compare_legend, compare_table, phase_table
+    from tokenprune.compare.comparison import compare as measure
+    from tokenprune.compare.table import compare_legend, compare_table, phase_table
+    from tokenprune.pipelines.loader import load_pipeline
+    from tokenprune.report.text import WIDTH
 
     found = registry(plugins)
     named = list(dict.fromkeys([*(pipelines or ()), *(sorted(found.pipelines) if every else ())]))
@@ -120,7 +121,7 @@ def compare(
 def _refusal(loaded: LoadedPipeline, backbone: Backbone, found: Registry) -> str:
     """Why a backbone cannot run a pipeline; empty if it can."""
     from tokenprune.errors import CapabilityError, LayoutError
-    from tokenprune.pipeline import bind
+    from tokenprune.pipelines.binding import bind
 
     try:
         bind(loaded.config, backbone.info, found)
@@ -147,12 +148,12 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Run one pipeline over a recorded episode and print what each query did."""
-    from tokenprune.bench.compare import UNTRAINED, describe, describe_layout
-    from tokenprune.bench.provenance import provenance
-    from tokenprune.bench.replay import query_steps, replay
-    from tokenprune.loader import load_pipeline
+    from tokenprune.compare.replay import query_steps, replay
+    from tokenprune.pipelines.loader import load_pipeline
     from tokenprune.policy import Policy
-    from tokenprune.report.tables import WIDTH
+    from tokenprune.report.describe import UNTRAINED, describe, describe_layout
+    from tokenprune.report.provenance import provenance
+    from tokenprune.report.text import WIDTH
 
     found = registry(plugins)
     loaded = load_pipeline(pipeline, found, sets or ())
@@ -228,8 +229,8 @@ def _open(
     options: Sequence[str] | None,
 ) -> tuple[Backbone, Episode, dict[str, Any]]:
     """The model and the episode a verb runs on, and the settings that repeat them."""
-    from tokenprune.backbones import load_backbone
-    from tokenprune.episode import load_episode
+    from tokenprune.compare.episode import load_episode
+    from tokenprune.loading import load_backbone
 
     preset, checkpoint = source(found, backbone, preset, checkpoint)
     recorded = load_episode(episode or bundled_episode(found, backbone))

@@ -13,13 +13,13 @@ import typer
 
 from tokenprune.cli.options import BackboneName, Device, Dtype, Json, Options, Plugins, key_values, print_json, registry
 from tokenprune.errors import PluginError
-from tokenprune.report.tables import WIDTH
+from tokenprune.report.text import WIDTH
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from tokenprune.adapter import Backbone, Findings
-    from tokenprune.registry import Registry
+    from tokenprune.engine.adapter import Backbone, Findings
+    from tokenprune.registry.discovery import Registry
 
 _SIDE = 256
 _LABEL = 13
@@ -45,7 +45,7 @@ def verify(
 
     Exit 1 if a tensor is unmapped, missing or misshapen, or if a view changes nothing.
     """
-    from tokenprune.backbones import load_backbone
+    from tokenprune.loading import load_backbone
 
     found = registry(plugins)
     factory = found.backbone_factory(backbone)
@@ -106,7 +106,7 @@ def _actions(
     """Normalised actions of a new policy's first query: with nothing remembered, every call has the same noise."""
     import numpy as np
 
-    from tokenprune.config import DENSE
+    from tokenprune.pipelines.config import DENSE
     from tokenprune.policy import Policy
 
     policy = Policy(backbone, DENSE, found)

@@ -11,8 +11,8 @@ from tokenprune.cli.options import Json, Plugins, bundled_episode, print_json, r
 from tokenprune.errors import ConfigError, EpisodeError
 
 if TYPE_CHECKING:
-    from tokenprune.episode import Episode
-    from tokenprune.registry import Registry
+    from tokenprune.compare.episode import Episode
+    from tokenprune.registry.discovery import Registry
     from tokenprune.viz.result import Result
 
 
@@ -70,7 +70,7 @@ def _episode(told: Result, found: Registry) -> Episode:
     Raises:
         EpisodeError: If it is gone, damaged, or another one.
     """
-    from tokenprune.episode import load_episode
+    from tokenprune.compare.episode import load_episode
 
     path = told.episode_path
     if path is not None and not path.exists():

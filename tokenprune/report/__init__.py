@@ -1,1 +1,1 @@
-"""Tables for a terminal of 80 columns."""
+"""What every result shares: where it comes from, what it describes, how it is written and printed."""

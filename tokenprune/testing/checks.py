@@ -15,17 +15,18 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
-from tokenprune.budget import UNION
-from tokenprune.config import DENSE, CutConfig
-from tokenprune.context import rows_name
+from tokenprune.engine.executor import Recorded
 from tokenprune.errors import TokenPruneError
-from tokenprune.execution import Recorded
-from tokenprune.pipeline import BoundPipeline, bind
+from tokenprune.pipelines.binding import BoundPipeline, bind
+from tokenprune.pipelines.config import DENSE
 from tokenprune.policy import ActionChunk
+from tokenprune.stages.config import CutConfig
+from tokenprune.stages.token_context import rows_name
 from tokenprune.testing.cycles import caught_in_cycles
 from tokenprune.testing.subject import INSTRUCTIONS, Subject
 from tokenprune.testing.tape import taped
 from tokenprune.testing.waiting import no_waiting
+from tokenprune.tokens.budget import UNION
 
 DEPTHS = (6, 18, 32)
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Literal
 
 from tokenprune.errors import CapabilityError, LayoutError, MissingError, TokenPruneError
-from tokenprune.registry import Registry
+from tokenprune.registry.discovery import Registry
 from tokenprune.testing.checks import CHECKS, CheckFailed, NotApplicable
 from tokenprune.testing.subject import Subject, subjects
 

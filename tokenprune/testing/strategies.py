@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.context import LayoutTables, SelectContext
-from tokenprune.decoder import Decoder
-from tokenprune.frames import FrameBuffer
-from tokenprune.history import Slot
-from tokenprune.layout import Role, Segment, TokenLayout
-from tokenprune.planning import make_plan
-from tokenprune.selection import OriginalIds, TokenSelection, rows_at
-from tokenprune.stage import Stage
+from tokenprune.model.decoder import Decoder
+from tokenprune.pipelines.planning import make_plan
+from tokenprune.stages.frames import FrameBuffer
+from tokenprune.stages.memory import Slot
+from tokenprune.stages.stage import Stage
+from tokenprune.stages.token_context import SelectContext
+from tokenprune.tokens.layout import Role, Segment, TokenLayout
+from tokenprune.tokens.layout_tables import LayoutTables
+from tokenprune.tokens.selection import OriginalIds, TokenSelection, rows_at
 
 try:
     from hypothesis import strategies as st

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from tokenprune.adapter import Backbone
-from tokenprune.backbones import load_backbone
-from tokenprune.bench.matrix import PRESET, alone, random_observation
-from tokenprune.config import CutConfig, PipelineConfig
-from tokenprune.loader import load_pipeline
+from tokenprune.engine.adapter import Backbone
+from tokenprune.loading import load_backbone
+from tokenprune.pipelines.config import PipelineConfig
+from tokenprune.pipelines.loader import load_pipeline
 from tokenprune.policy import ActionChunk, Policy
-from tokenprune.registry import Registry
+from tokenprune.registry.discovery import Registry
+from tokenprune.stages.config import CutConfig
+from tokenprune.testing.matrix import PRESET, alone, random_observation
 
 INSTRUCTIONS = ("put the bowl on the plate", "push it", "pick up the black bowl next to the ramekin")
 STEPS = 4

@@ -9,8 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from tokenprune.runtime import Outcome
-from tokenprune.trees import map_tensors, tensors_in
+from tokenprune.engine.query import Outcome
+from tokenprune.engine.tensor_tree import map_tensors, tensors_in
 
 
 class Tape(TorchDispatchMode):

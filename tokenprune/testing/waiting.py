@@ -10,7 +10,7 @@ from unittest.mock import patch
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tokenprune.adapter import Backbone
+from tokenprune.engine.adapter import Backbone
 
 WAITING = ("nonzero", "masked_select", "_unique2", "equal")
 # On a CPU these do not pass the dispatcher.

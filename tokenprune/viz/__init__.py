@@ -1,1 +1,1 @@
-"""Pictures of what a pipeline kept and why, drawn from result files; needs the extra `viz` (matplotlib)."""
+"""Pictures of what a pipeline kept; reads result files only. Needs the extra `viz` (matplotlib)."""

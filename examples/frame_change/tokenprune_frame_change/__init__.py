@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tokenprune.hookspecs import hookimpl
-from tokenprune.specs import PipelineSpec, Spec, StageSpec
+from tokenprune.registry.hookspecs import hookimpl
+from tokenprune.registry.specs import PipelineSpec, Spec, StageSpec
 
 _SUMMARY = "keeps the patches whose pixels changed most since the previous query"
 

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from tokenprune.config import CutConfig, Keep
-from tokenprune.context import SelectContext
-from tokenprune.hookspecs import hookimpl
-from tokenprune.selection import Proposal
-from tokenprune.stage import Stage
+from tokenprune.registry.hookspecs import hookimpl
+from tokenprune.stages.config import CutConfig, Keep
+from tokenprune.stages.stage import Stage
+from tokenprune.stages.token_context import SelectContext
+from tokenprune.tokens.proposal import Proposal
 
 
 class FrameChangeConfig(CutConfig):

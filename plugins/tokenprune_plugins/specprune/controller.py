@@ -11,12 +11,12 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from tokenprune.backbone import BackboneInfo
-from tokenprune.config import StageConfig, Strict
-from tokenprune.context import ControlContext, ControlDecision
-from tokenprune.history import ExecutedAction
-from tokenprune.hookspecs import hookimpl
-from tokenprune.stage import Stage
+from tokenprune.model.info import BackboneInfo
+from tokenprune.registry.hookspecs import hookimpl
+from tokenprune.stages.config import StageConfig, Strict
+from tokenprune.stages.control_context import ControlContext, ControlDecision
+from tokenprune.stages.memory import ExecutedAction
+from tokenprune.stages.stage import Stage
 
 
 class Motion(Strict):

@@ -12,13 +12,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokenprune.backbone import BackboneInfo
-from tokenprune.config import CutConfig, Cuts, Keep, Layers, layers_of
-from tokenprune.context import LayerContext
-from tokenprune.hookspecs import hookimpl
-from tokenprune.layout import TokenLayout
-from tokenprune.selection import Proposal
-from tokenprune.stage import Probe, Stage, require_rows
+from tokenprune.model.info import BackboneInfo
+from tokenprune.registry.hookspecs import hookimpl
+from tokenprune.stages.config import CutConfig, Cuts, Keep, Layers, layers_of
+from tokenprune.stages.stage import Probe, Stage, require_rows
+from tokenprune.stages.token_context import LayerContext
+from tokenprune.tokens.layout import TokenLayout
+from tokenprune.tokens.proposal import Proposal
+from tokenprune_plugins.shared.ranks import rank_in_views, rank_within
 from tokenprune_plugins.specprune import signals
 
 
@@ -95,7 +96,7 @@ class Dynamic(Stage[DynamicConfig]):
 
     def _evidence(self, ctx: LayerContext) -> Tensor:
         attention = ctx.attention_rows(self.config.rows)
-        ranks = signals.rank_within(attention.mean((1, 2)))
+        ranks = rank_within(attention.mean((1, 2)))
         dtype = torch.float32 if self.config.as_released else torch.float64
         weights = signals.rank_weights(ranks.shape[1], self.config.decay, dtype, ranks.device)
         confidence = ctx.once(f"confidence.{ctx.layer}", lambda: signals.entropy_confidence(attention))
@@ -109,7 +110,7 @@ class Dynamic(Stage[DynamicConfig]):
     def _best_of_views(self, ctx: LayerContext, score: Tensor) -> Tensor | None:
         if not self.config.per_view:
             return None
-        return signals.rank_in_views(ctx, score) < self.config.per_view
+        return rank_in_views(ctx, score) < self.config.per_view
 
     def _last(self, mode: str) -> int:
         """The last cut that drops anything in this mode; work after it would be for nothing."""

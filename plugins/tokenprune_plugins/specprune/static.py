@@ -15,15 +15,19 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokenprune.backbone import BackboneInfo
-from tokenprune.budget import UNION
-from tokenprune.config import CutConfig, Cuts, Keep, Layers, layers_of
-from tokenprune.context import ControlContext, LayerContext, SelectContext
-from tokenprune.hookspecs import hookimpl
-from tokenprune.layout import TokenLayout
-from tokenprune.selection import Proposal
-from tokenprune.stage import Probe, Stage
-from tokenprune_plugins.controls import grid_scores
+from tokenprune.model.info import BackboneInfo
+from tokenprune.registry.hookspecs import hookimpl
+from tokenprune.stages.config import CutConfig, Cuts, Keep, Layers, layers_of
+from tokenprune.stages.control_context import ControlContext
+from tokenprune.stages.stage import Probe, Stage
+from tokenprune.stages.token_context import LayerContext, SelectContext
+from tokenprune.tokens.budget import UNION
+from tokenprune.tokens.layout import TokenLayout
+from tokenprune.tokens.proposal import Proposal
+from tokenprune_plugins.shared.attention_rows import attention_to_patches
+from tokenprune_plugins.shared.grid import grid_scores
+from tokenprune_plugins.shared.patch_change import frame_similarity
+from tokenprune_plugins.shared.ranks import claims, per_view
 from tokenprune_plugins.specprune import signals
 
 Top = Annotated[int, Field(ge=1)]
@@ -97,13 +101,13 @@ class Static(Stage[StaticConfig]):
         """Add what this layer attends to; remember it where the next query is to know."""
         local = ctx.layer in self._local and ctx.layer <= self._last(ctx.mode)
         remembered = ctx.layer in self._previous
-        attended = signals.attention_to_patches(ctx, self.config.rows) if local or remembered else None
+        attended = attention_to_patches(ctx, self.config.rows) if local or remembered else None
         proposal = None
         if ctx.layer <= self._last(ctx.mode):
             known = self._history(ctx) if ctx.layer == self._first else self._recall(ctx)
             if local and attended is not None:
                 member = torch.ones_like(ctx.prunable, dtype=torch.bool)
-                claim = signals.claims(ctx, attended, member, self.config.local_top)
+                claim = claims(ctx, attended, member, self.config.local_top)
                 known["local"] = torch.minimum(known["local"], claim)
             proposal = self._propose(ctx, known)
         if remembered and attended is not None:
@@ -122,13 +126,13 @@ class Static(Stage[StaticConfig]):
         return any(self.config.budget(mode, number).amount == UNION for number in range(len(self._cuts)))
 
     def _history(self, ctx: SelectContext) -> dict[str, Tensor]:
-        similar, found = signals.frame_similarity(ctx)
-        changed = (similar < signals.per_view(ctx, self.config.unchanged)) & found[:, None]
-        known = {"dynamic": signals.claims(ctx, -similar, changed, self.config.changed_top)}
+        similar, found = frame_similarity(ctx)
+        changed = (similar < per_view(ctx, self.config.unchanged)) & found[:, None]
+        known = {"dynamic": claims(ctx, -similar, changed, self.config.changed_top)}
         known["previous"] = torch.full_like(similar, torch.inf)
         for layer in self._previous:
             attended, seen = ctx.recall(f"previous.{layer}")
-            claim = signals.claims(ctx, attended, seen, self.config.previous_top)
+            claim = claims(ctx, attended, seen, self.config.previous_top)
             known["previous"] = torch.minimum(known["previous"], claim)
         known["local"] = torch.full_like(similar, torch.inf)
         return known

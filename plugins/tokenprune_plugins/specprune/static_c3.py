@@ -14,13 +14,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokenprune.backbone import BackboneInfo
-from tokenprune.config import CutConfig, Cuts, Keep, Layers, layers_of
-from tokenprune.context import ControlContext, LayerContext
-from tokenprune.hookspecs import hookimpl
-from tokenprune.layout import TokenLayout
-from tokenprune.selection import Proposal
-from tokenprune.stage import Probe, Stage
+from tokenprune.model.info import BackboneInfo
+from tokenprune.registry.hookspecs import hookimpl
+from tokenprune.stages.config import CutConfig, Cuts, Keep, Layers, layers_of
+from tokenprune.stages.control_context import ControlContext
+from tokenprune.stages.stage import Probe, Stage
+from tokenprune.stages.token_context import LayerContext
+from tokenprune.tokens.layout import TokenLayout
+from tokenprune.tokens.proposal import Proposal
+from tokenprune_plugins.shared.attention_rows import attention_to_patches
+from tokenprune_plugins.shared.patch_change import frame_similarity
+from tokenprune_plugins.shared.ranks import per_view, rank_in_views
 from tokenprune_plugins.specprune import signals
 
 PerView = Annotated[tuple[int, ...], Field(min_length=1)]
@@ -100,12 +104,12 @@ class StaticC3(Stage[StaticC3Config]):
         if ctx.layer <= 1:
             proposal = self._select(ctx)
         if ctx.layer in self._previous:
-            ctx.remember(f"previous.{ctx.layer}", signals.attention_to_patches(ctx, _rows(ctx.layout, 2)))
+            ctx.remember(f"previous.{ctx.layer}", attention_to_patches(ctx, _rows(ctx.layout, 2)))
         return proposal
 
     def _select(self, ctx: LayerContext) -> Proposal:
-        attended = signals.attention_to_patches(ctx, _rows(ctx.layout, ctx.layer))
-        ranks, top = signals.rank_in_views(ctx, attended), signals.per_view(ctx, self.config.local_top[ctx.mode])
+        attended = attention_to_patches(ctx, _rows(ctx.layout, ctx.layer))
+        ranks, top = rank_in_views(ctx, attended), per_view(ctx, self.config.local_top[ctx.mode])
         if ctx.layer == 0:
             kept = {"dynamic": self._changed(ctx), "previous": self._before(ctx)}
             ctx.remember("top", top)
@@ -120,14 +124,14 @@ class StaticC3(Stage[StaticC3Config]):
 
     def _changed(self, ctx: LayerContext) -> Tensor:
         """All but the most similar patches of each view."""
-        similar, found = signals.frame_similarity(ctx, black=0.0)
+        similar, found = frame_similarity(ctx, black=0.0)
         size = torch.zeros_like(similar)
         for view in ctx.layout.views:
             inside = ctx.in_view(view)
             size = torch.where(inside, inside.sum(1, keepdim=True).double(), size)
-        least = size - signals.per_view(ctx, self.config.unchanged_cap[ctx.mode])
-        below = similar < signals.per_view(ctx, self.config.unchanged)
-        return (below | (signals.rank_in_views(ctx, -similar) < least)) & found[:, None]
+        least = size - per_view(ctx, self.config.unchanged_cap[ctx.mode])
+        below = similar < per_view(ctx, self.config.unchanged)
+        return (below | (rank_in_views(ctx, -similar) < least)) & found[:, None]
 
     def _before(self, ctx: LayerContext) -> Tensor:
         """What the layers of the previous query attended to; a token it had pruned by then counts as 0 attention."""
@@ -135,7 +139,7 @@ class StaticC3(Stage[StaticC3Config]):
         chosen = torch.zeros_like(ctx.prunable, dtype=torch.bool)
         for layer in self._previous:
             attended, _ = ctx.recall(f"previous.{layer}")
-            chosen = chosen | (signals.rank_in_views(ctx, attended) < half)
+            chosen = chosen | (rank_in_views(ctx, attended) < half)
         return chosen
 
 

@@ -9,19 +9,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tokenprune.adapter import Observation
-from tokenprune.backbone import BackboneInfo
-from tokenprune.kv import KVCache
-from tokenprune.layout import TokenLayout
-from tokenprune.runtime import Query
-from tokenprune.uploads import upload
+from tokenprune.engine.adapter import Observation
+from tokenprune.engine.query import Query
+from tokenprune.model.device import upload
+from tokenprune.model.info import BackboneInfo
+from tokenprune.model.kv_cache import KVCache
+from tokenprune.tokens.layout import TokenLayout
 from tokenprune_adapters.backbones.openvla.config import OpenVLAConfig
-from tokenprune_adapters.bins import ActionBins
-from tokenprune_adapters.encoder_look import EncoderLook
-from tokenprune_adapters.observations import check_observation, upload_frames
-from tokenprune_adapters.prismatic import LanguageModel, Projector, VisionBackbone
-from tokenprune_adapters.prompt import Prompt, PromptTokenizer
-from tokenprune_adapters.statistics import Statistics
+from tokenprune_adapters.backbones.prismatic.action_bins import ActionBins
+from tokenprune_adapters.backbones.prismatic.model import LanguageModel, Projector, VisionBackbone
+from tokenprune_adapters.backbones.prismatic.prompt import PromptTokenizer
+from tokenprune_adapters.inputs.observations import check_observation, upload_frames
+from tokenprune_adapters.inputs.statistics import Statistics
+from tokenprune_adapters.inputs.tokenizer import Prompt
+from tokenprune_adapters.vision.attention import EncoderLook
 
 
 class OpenVLAModel(nn.Module):
@@ -50,7 +51,7 @@ class OpenVLAInputs:
 
 
 class OpenVLA:
-    """A policy of the OpenVLA family; implements `tokenprune.adapter.Backbone`."""
+    """A policy of the OpenVLA family; implements `tokenprune.engine.adapter.Backbone`."""
 
     def __init__(
         self,

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
-from tokenprune.backbone import ActionSpec, BackboneInfo, FollowUp
 from tokenprune.errors import ConfigError, nearest
-from tokenprune.layout import Role, Segment, TokenLayout
-from tokenprune_adapters.encoder_look import answers
-from tokenprune_adapters.heads import lm_head_flops
-from tokenprune_adapters.preprocess import ImageTransform
-from tokenprune_adapters.prismatic import LIBERO_ACTION, PrismaticConfig, body_of
-from tokenprune_adapters.prompt import Prompt, PromptStyle
+from tokenprune.model.info import ActionSpec, BackboneInfo, FollowUp
+from tokenprune.tokens.layout import Role, Segment, TokenLayout
+from tokenprune_adapters.backbones.prismatic.config import LIBERO_ACTION, PrismaticConfig, body_of, lm_head_flops
+from tokenprune_adapters.backbones.prismatic.image_transform import ImageTransform
+from tokenprune_adapters.backbones.prismatic.prompt import PromptStyle
+from tokenprune_adapters.inputs.tokenizer import Prompt
+from tokenprune_adapters.vision.attention import answers
 
 OPTIONS = ("views", "center_crop", "unnorm_key", "prompt", "restrict")
 CROP = 0.9

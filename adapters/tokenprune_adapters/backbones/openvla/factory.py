@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from tokenprune.adapter import Description, Findings
+from tokenprune.engine.adapter import Description, Findings
 from tokenprune_adapters.backbones.openvla.backbone import OpenVLA, OpenVLAModel
 from tokenprune_adapters.backbones.openvla.config import PRESETS, OpenVLAConfig, preset, with_options
 from tokenprune_adapters.backbones.openvla.release import adopt_openvla, load_openvla, read_config, verify_openvla
-from tokenprune_adapters.prismatic import fill_untrained
-from tokenprune_adapters.prompt import PromptTokenizer
-from tokenprune_adapters.sources import existing, one_source, preset_of
-from tokenprune_adapters.statistics import Statistics
+from tokenprune_adapters.backbones.prismatic.prompt import PromptTokenizer
+from tokenprune_adapters.inputs.statistics import Statistics
+from tokenprune_adapters.weights.sources import existing, one_source, preset_of
+from tokenprune_adapters.weights.untrained import fill_untrained
 
 
 class OpenVLAFactory:
-    """Makes OpenVLA policies; implements `tokenprune.adapter.BackboneFactory`."""
+    """Makes OpenVLA policies; implements `tokenprune.engine.adapter.BackboneFactory`."""
 
     @staticmethod
     def describe(name: str | None, checkpoint: Path | None, options: Mapping[str, Any]) -> Description:

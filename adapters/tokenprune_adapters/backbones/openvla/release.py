@@ -10,25 +10,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from tokenprune.adapter import Findings
+from tokenprune.engine.adapter import Findings
 from tokenprune.errors import CheckpointError, ConfigError, nearest
 from tokenprune_adapters.backbones.openvla.backbone import OpenVLA, OpenVLAModel
 from tokenprune_adapters.backbones.openvla.config import CROP, OPTIONS, SEVEN_B, OpenVLAConfig, with_options
-from tokenprune_adapters.prismatic import PrismaticConfig
-from tokenprune_adapters.prismatic_module import read_module
-from tokenprune_adapters.prismatic_release import (
-    JSON_FILES,
-    PrismaticRelease,
-    config_mapping,
-    local_folder,
-    read_bins,
-    read_release,
-    unused_keys,
-)
-from tokenprune_adapters.prompt import PromptTokenizer
-from tokenprune_adapters.statistics import Statistics
-from tokenprune_adapters.tensors import StoredTensor, read_json, stored_module, stored_safetensors
-from tokenprune_adapters.weights import Inventory, adopt, fill, take_inventory
+from tokenprune_adapters.backbones.prismatic.config import PrismaticConfig
+from tokenprune_adapters.backbones.prismatic.live_model import read_module
+from tokenprune_adapters.backbones.prismatic.prompt import PromptTokenizer
+from tokenprune_adapters.backbones.prismatic.release import PrismaticRelease, read_bins, read_release, unused_keys
+from tokenprune_adapters.inputs.statistics import Statistics
+from tokenprune_adapters.weights.folder import JSON_FILES, config_mapping, local_folder
+from tokenprune_adapters.weights.inventory import Inventory, adopt, fill, take_inventory
+from tokenprune_adapters.weights.tensor_files import StoredTensor, read_json, stored_module, stored_safetensors
 
 # An action head is fetched only to be noticed: with it, the decoder was trained to see in both directions.
 _FILES = (*JSON_FILES, "*.safetensors", "action_head--*")

@@ -9,20 +9,26 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tokenprune.adapter import Observation
-from tokenprune.backbone import BackboneInfo
-from tokenprune.layout import TokenLayout
-from tokenprune.runtime import Query
-from tokenprune.uploads import upload
+from tokenprune.engine.adapter import Observation
+from tokenprune.engine.query import Query
+from tokenprune.model.device import upload
+from tokenprune.model.info import BackboneInfo
+from tokenprune.tokens.layout import TokenLayout
 from tokenprune_adapters.backbones.openvla_oft.config import TRAIN_STEPS, OFTConfig
-from tokenprune_adapters.bins import ActionBins
-from tokenprune_adapters.diffusion import DDIM, timestep_encodings
-from tokenprune_adapters.encoder_look import EncoderLook
-from tokenprune_adapters.heads import DiffusionActionHead, L1ActionHead, NoisyActionProjector, ProprioProjector
-from tokenprune_adapters.observations import check_observation, upload_frames
-from tokenprune_adapters.prismatic import LanguageModel, Projector, VisionBackbone
-from tokenprune_adapters.prompt import Prompt, PromptTokenizer
-from tokenprune_adapters.statistics import Statistics
+from tokenprune_adapters.backbones.openvla_oft.diffusion import DDIM, timestep_encodings
+from tokenprune_adapters.backbones.openvla_oft.heads import (
+    DiffusionActionHead,
+    L1ActionHead,
+    NoisyActionProjector,
+    ProprioProjector,
+)
+from tokenprune_adapters.backbones.prismatic.action_bins import ActionBins
+from tokenprune_adapters.backbones.prismatic.model import LanguageModel, Projector, VisionBackbone
+from tokenprune_adapters.backbones.prismatic.prompt import PromptTokenizer
+from tokenprune_adapters.inputs.observations import check_observation, upload_frames
+from tokenprune_adapters.inputs.statistics import Statistics
+from tokenprune_adapters.inputs.tokenizer import Prompt
+from tokenprune_adapters.vision.attention import EncoderLook
 
 
 class OFTModel(nn.Module):
@@ -80,7 +86,7 @@ class OFTTokens:
 
 
 class OpenVLAOFT:
-    """A policy of the OpenVLA-OFT family; implements `tokenprune.adapter.Backbone`."""
+    """A policy of the OpenVLA-OFT family; implements `tokenprune.engine.adapter.Backbone`."""
 
     def __init__(
         self, config: OFTConfig, model: OFTModel, tokenizer: PromptTokenizer, statistics: Statistics, info: BackboneInfo

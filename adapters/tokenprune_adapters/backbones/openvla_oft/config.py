@@ -6,16 +6,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from tokenprune.backbone import ActionSpec, BackboneInfo, DecoderShape
 from tokenprune.errors import ConfigError, nearest
-from tokenprune.layout import Role, Segment, TokenLayout
+from tokenprune.model.info import ActionSpec, BackboneInfo, DecoderShape
+from tokenprune.tokens.layout import Role, Segment, TokenLayout
 from tokenprune_adapters import OFT_TRAINED
-from tokenprune_adapters.encoder_look import answers
-from tokenprune_adapters.heads import head_flops, lm_head_flops, noisy_action_flops, proprio_flops
-from tokenprune_adapters.preprocess import SIGLIP_MEAN, SIGLIP_STD, ImageTransform
-from tokenprune_adapters.prismatic import LIBERO_ACTION, PrismaticConfig, body_of
-from tokenprune_adapters.prompt import Prompt
-from tokenprune_adapters.vision import ViTConfig
+from tokenprune_adapters.backbones.openvla_oft.heads import head_flops, noisy_action_flops, proprio_flops
+from tokenprune_adapters.backbones.prismatic.config import LIBERO_ACTION, PrismaticConfig, body_of, lm_head_flops
+from tokenprune_adapters.backbones.prismatic.image_transform import SIGLIP_MEAN, SIGLIP_STD, ImageTransform
+from tokenprune_adapters.inputs.tokenizer import Prompt
+from tokenprune_adapters.vision.attention import answers
+from tokenprune_adapters.vision.transformer import ViTConfig
 
 Head = Literal["l1", "diffusion", "discrete"]
 

@@ -17,8 +17,8 @@ from tokenprune.errors import CheckpointError, ConfigError
 from tokenprune_adapters.backbones.openvla_oft.backbone import OFTModel
 from tokenprune_adapters.backbones.openvla_oft.config import OFTConfig
 from tokenprune_adapters.backbones.openvla_oft.release import Parts, account, empty_model, small_parts
-from tokenprune_adapters.prismatic import PrismaticConfig
-from tokenprune_adapters.prismatic_release import (
+from tokenprune_adapters.backbones.prismatic.config import PrismaticConfig
+from tokenprune_adapters.backbones.prismatic.release import (
     TIMM_TOWERS,
     fitting_tokenizer,
     image_transform,
@@ -26,9 +26,9 @@ from tokenprune_adapters.prismatic_release import (
     parse_config,
     prismatic_body,
 )
-from tokenprune_adapters.statistics import Statistics
-from tokenprune_adapters.tensors import SINGLE, stored_module
-from tokenprune_adapters.vision import ViTConfig
+from tokenprune_adapters.inputs.statistics import Statistics
+from tokenprune_adapters.vision.transformer import ViTConfig
+from tokenprune_adapters.weights.tensor_files import SINGLE, stored_module
 
 _CPU = torch.device("cpu")
 

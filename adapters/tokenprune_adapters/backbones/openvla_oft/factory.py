@@ -10,10 +10,9 @@ import torch
 from torch import nn
 
 import tokenprune_adapters
-from tokenprune.adapter import Description, Findings
+from tokenprune.engine.adapter import Description, Findings
 from tokenprune.errors import CheckpointError
 from tokenprune_adapters import OFT_TRAINED
-from tokenprune_adapters.backbones.openvla_oft.adopted import adopt_oft
 from tokenprune_adapters.backbones.openvla_oft.backbone import OFTModel, OpenVLAOFT
 from tokenprune_adapters.backbones.openvla_oft.config import (
     PRESETS,
@@ -22,11 +21,12 @@ from tokenprune_adapters.backbones.openvla_oft.config import (
     preset,
     with_options,
 )
+from tokenprune_adapters.backbones.openvla_oft.live_model import adopt_oft
 from tokenprune_adapters.backbones.openvla_oft.release import load_oft, read_config, verify_oft
-from tokenprune_adapters.prismatic import fill_untrained
-from tokenprune_adapters.prompt import PromptTokenizer
-from tokenprune_adapters.sources import existing, one_source, preset_of
-from tokenprune_adapters.statistics import Statistics
+from tokenprune_adapters.backbones.prismatic.prompt import PromptTokenizer
+from tokenprune_adapters.inputs.statistics import Statistics
+from tokenprune_adapters.weights.sources import existing, one_source, preset_of
+from tokenprune_adapters.weights.untrained import fill_untrained
 
 _CHECKPOINTS = Path(tokenprune_adapters.__file__).parent / "checkpoints"
 
@@ -40,7 +40,7 @@ class _Weights(NamedTuple):
 
 
 class OFTFactory:
-    """Makes OpenVLA-OFT policies; implements `tokenprune.adapter.BackboneFactory`."""
+    """Makes OpenVLA-OFT policies; implements `tokenprune.engine.adapter.BackboneFactory`."""
 
     @staticmethod
     def describe(name: str | None, checkpoint: Path | None, options: Mapping[str, Any]) -> Description:

@@ -9,23 +9,17 @@ from typing import Any
 
 import torch
 
-from tokenprune.adapter import Findings
+from tokenprune.engine.adapter import Findings
 from tokenprune.errors import CheckpointError
 from tokenprune_adapters.backbones.openvla_oft.backbone import OFTModel, OpenVLAOFT
 from tokenprune_adapters.backbones.openvla_oft.config import SEVEN_B, OFTConfig, with_options
-from tokenprune_adapters.lora import film_backbone
-from tokenprune_adapters.prismatic_release import (
-    JSON_FILES,
-    PrismaticRelease,
-    local_folder,
-    read_bins,
-    read_release,
-    unused_keys,
-)
-from tokenprune_adapters.prompt import PromptTokenizer
-from tokenprune_adapters.statistics import Statistics
-from tokenprune_adapters.tensors import StoredTensor, read_json, stored_pt, stored_safetensors
-from tokenprune_adapters.weights import Inventory, fill, take_inventory
+from tokenprune_adapters.backbones.prismatic.lora import film_backbone
+from tokenprune_adapters.backbones.prismatic.prompt import PromptTokenizer
+from tokenprune_adapters.backbones.prismatic.release import PrismaticRelease, read_bins, read_release, unused_keys
+from tokenprune_adapters.inputs.statistics import Statistics
+from tokenprune_adapters.weights.folder import JSON_FILES, local_folder
+from tokenprune_adapters.weights.inventory import Inventory, fill, take_inventory
+from tokenprune_adapters.weights.tensor_files import StoredTensor, read_json, stored_pt, stored_safetensors
 
 _SMALL = ("action_head", "noisy_action_projector", "proprio_projector")
 TOWERS = "vision_backbone"

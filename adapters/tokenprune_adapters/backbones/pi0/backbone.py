@@ -9,19 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenprune.adapter import Observation
-from tokenprune.backbone import BackboneInfo
-from tokenprune.kv import FrozenKV, KVCache
-from tokenprune.layout import TokenLayout
-from tokenprune.runtime import Query
-from tokenprune.uploads import upload
+from tokenprune.engine.adapter import Observation
+from tokenprune.engine.query import Query
+from tokenprune.model.device import upload
+from tokenprune.model.info import BackboneInfo
+from tokenprune.model.kv_cache import FrozenKV, KVCache
+from tokenprune.tokens.layout import TokenLayout
 from tokenprune_adapters.backbones.pi0.config import PI0Config
 from tokenprune_adapters.backbones.pi0.model import PI0Model, time_embeddings
-from tokenprune_adapters.encoder_look import EncoderLook
-from tokenprune_adapters.gemma_prompt import GemmaTokenizer
-from tokenprune_adapters.observations import check_observation, upload_frames
-from tokenprune_adapters.prompt import Prompt
-from tokenprune_adapters.statistics import Statistics
+from tokenprune_adapters.backbones.pi0.prompt import GemmaTokenizer
+from tokenprune_adapters.inputs.observations import check_observation, upload_frames
+from tokenprune_adapters.inputs.statistics import Statistics
+from tokenprune_adapters.inputs.tokenizer import Prompt
+from tokenprune_adapters.vision.attention import EncoderLook
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class PI0Inputs:
 
 
 class PI0:
-    """A policy of pi0's family; implements `tokenprune.adapter.Backbone`."""
+    """A policy of pi0's family; implements `tokenprune.engine.adapter.Backbone`."""
 
     def __init__(
         self,

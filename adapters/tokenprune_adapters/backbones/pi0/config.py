@@ -8,16 +8,16 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tokenprune.backbone import ActionSpec, BackboneInfo, DecoderShape, FollowUp
 from tokenprune.errors import ConfigError, nearest
-from tokenprune.layout import Role, Segment, TokenLayout
-from tokenprune_adapters.encoder_look import answers
-from tokenprune_adapters.gemma_prompt import PI0_MAX_TOKENS, PI05_MAX_TOKENS
-from tokenprune_adapters.prompt import Prompt
-from tokenprune_adapters.resize_pad import ResizePad
-from tokenprune_adapters.vision import SIGLIP_SO400M_224_PALIGEMMA, ViTConfig
-from tokenprune_adapters.vision import flops as tower_flops
-from tokenprune_adapters.vision import weights as tower_weights
+from tokenprune.model.info import ActionSpec, BackboneInfo, DecoderShape, FollowUp
+from tokenprune.tokens.layout import Role, Segment, TokenLayout
+from tokenprune_adapters.backbones.pi0.image_transform import ResizePad
+from tokenprune_adapters.backbones.pi0.prompt import PI0_MAX_TOKENS, PI05_MAX_TOKENS
+from tokenprune_adapters.inputs.tokenizer import Prompt
+from tokenprune_adapters.vision.attention import answers
+from tokenprune_adapters.vision.transformer import SIGLIP_SO400M_224_PALIGEMMA, ViTConfig
+from tokenprune_adapters.vision.transformer import flops as tower_flops
+from tokenprune_adapters.vision.transformer import weights as tower_weights
 
 Variant = Literal["pi0", "pi05"]
 

@@ -10,20 +10,20 @@ import numpy as np
 import torch
 from torch import nn
 
-from tokenprune.adapter import Description, Findings
+from tokenprune.engine.adapter import Description, Findings
 from tokenprune.errors import CheckpointError
 from tokenprune_adapters.backbones.pi0.backbone import PI0
 from tokenprune_adapters.backbones.pi0.config import PRESETS, PI0Config, Variant, preset, with_options
 from tokenprune_adapters.backbones.pi0.model import PI0Model
+from tokenprune_adapters.backbones.pi0.prompt import GemmaTokenizer
 from tokenprune_adapters.backbones.pi0.release import adopt_pi0, load_pi0, read_pi0, verify_pi0
-from tokenprune_adapters.gemma_prompt import GemmaTokenizer
-from tokenprune_adapters.prismatic import fill_untrained
-from tokenprune_adapters.sources import existing, one_source, preset_of
-from tokenprune_adapters.statistics import Normaliser, Quantiles, Standard, Statistics
+from tokenprune_adapters.inputs.statistics import Normaliser, Quantiles, Standard, Statistics
+from tokenprune_adapters.weights.sources import existing, one_source, preset_of
+from tokenprune_adapters.weights.untrained import fill_untrained
 
 
 class PI0Factory:
-    """Makes pi0 policies; implements `tokenprune.adapter.BackboneFactory`."""
+    """Makes pi0 policies; implements `tokenprune.engine.adapter.BackboneFactory`."""
 
     variant: ClassVar[Variant] = "pi0"
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tokenprune.backbone import DecoderShape
-from tokenprune.decoder import Decoder
-from tokenprune.torchvision_ops import mend_torchvision
+from tokenprune.compat import mend_torchvision
+from tokenprune.model.decoder import Decoder
+from tokenprune.model.info import DecoderShape
 from tokenprune_adapters.backbones.pi0.config import PI0Config
-from tokenprune_adapters.vision import VisionTower
+from tokenprune_adapters.vision.transformer import VisionTower
 
 _SHORTEST, _LONGEST = 4e-3, 4.0
 

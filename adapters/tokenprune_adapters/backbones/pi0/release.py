@@ -11,20 +11,20 @@ import numpy as np
 import torch
 from torch import nn
 
-from tokenprune.adapter import Findings
+from tokenprune.engine.adapter import Findings
 from tokenprune.errors import CheckpointError, ConfigError
 from tokenprune_adapters.backbones.pi0.backbone import PI0
 from tokenprune_adapters.backbones.pi0.config import PI0Config, Variant, with_options
-from tokenprune_adapters.backbones.pi0.formats import Format, Stated, find_format, read_stated, read_transformers
-from tokenprune_adapters.backbones.pi0.keys import inventory
+from tokenprune_adapters.backbones.pi0.config_files import Format, Stated, find_format, read_stated, read_transformers
 from tokenprune_adapters.backbones.pi0.model import PI0Model
-from tokenprune_adapters.gemma_prompt import GemmaTokenizer
-from tokenprune_adapters.prismatic_release import JSON_FILES, config_mapping, local_folder
-from tokenprune_adapters.prompt import read_tokenizer
-from tokenprune_adapters.statistics import Standard, Statistics
-from tokenprune_adapters.statistics_files import read_lerobot, read_openpi
-from tokenprune_adapters.tensors import stored_module, stored_safetensors
-from tokenprune_adapters.weights import adopt, fill
+from tokenprune_adapters.backbones.pi0.prompt import GemmaTokenizer
+from tokenprune_adapters.backbones.pi0.statistics import read_lerobot, read_openpi
+from tokenprune_adapters.backbones.pi0.tensor_names import inventory
+from tokenprune_adapters.inputs.statistics import Standard, Statistics
+from tokenprune_adapters.inputs.tokenizer import read_tokenizer
+from tokenprune_adapters.weights.folder import JSON_FILES, config_mapping, local_folder
+from tokenprune_adapters.weights.inventory import adopt, fill
+from tokenprune_adapters.weights.tensor_files import stored_module, stored_safetensors
 
 # lerobot keeps its statistics in safetensors files.
 _DESCRIBING = (*JSON_FILES, "policy_*.safetensors")

@@ -1,4 +1,4 @@
-"""The LIBERO environment; implements `tokenprune.rollout.environment.Environment`."""
+"""The LIBERO environment; implements `tokenprune.evaluation.environment.Environment`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from tokenprune.adapter import Observation
+from tokenprune.engine.adapter import Observation
 from tokenprune.errors import ConfigError, SimulatorError, nearest
-from tokenprune.rollout.environment import Frames, Step, Suite, Task
+from tokenprune.evaluation.environment import Frames, Step, Suite, Task
 from tokenprune_adapters.environments.libero import conventions
 from tokenprune_adapters.environments.libero.suites import LiberoSuite
 
@@ -116,7 +116,7 @@ def pictures(
 
 
 class LiberoFactory:
-    """Makes LIBERO environments; implements `tokenprune.rollout.environment.EnvironmentFactory`."""
+    """Makes LIBERO environments; implements `tokenprune.evaluation.environment.EnvironmentFactory`."""
 
     @staticmethod
     def describe(name: str, options: Mapping[str, Any]) -> Suite:

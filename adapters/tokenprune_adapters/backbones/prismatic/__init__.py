@@ -1,0 +1,1 @@
+"""What OpenVLA and OpenVLA-OFT share: towers, projector, Llama decoder, prompt, checkpoint folder."""

@@ -1,0 +1,101 @@
+"""Tokenizer files, and instructions as token ids: what every family's prompt needs."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from tokenprune.errors import CheckpointError, ObservationError
+
+BUNDLED = Path(__file__).parents[1] / "assets" / "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One tokenised prompt.
+
+    Attributes:
+        ids: Token ids. OpenVLA's have no BOS, which stands before the image, and end in the empty token; pi0's begin
+            with BOS.
+        instruction: Positions in `ids` of the tokens that hold characters of the instruction.
+        state: Positions in `ids` of the tokens that hold the robot state; none where the prompt does not name it.
+    """
+
+    ids: tuple[int, ...]
+    instruction: range
+    state: range = range(0)
+
+
+def read_tokenizer(path: str | Path) -> Tokenizer:
+    """Read a tokenizer of any kind.
+
+    Raises:
+        CheckpointError: If the file holds none.
+    """
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the Rust side raises nothing narrower
+        raise CheckpointError(f"{path}: not a readable tokenizer.json ({error})") from error
+
+
+def as_plain_text(tokenizer: Tokenizer) -> Tokenizer:
+    """Set a tokenizer up to encode all of a text, and special tokens in it as the characters they are written in."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def piece_id(piece: str, tokenizer: Tokenizer, source: str, kind: str) -> int:
+    """The id of a piece that every tokenizer of a kind has.
+
+    Raises:
+        CheckpointError: If this one lacks it.
+    """
+    index = tokenizer.token_to_id(piece)
+    if index is None:
+        raise CheckpointError(f"{source}: not a tokenizer of {kind} kind, it has no piece '{piece}'")
+    return int(index)
+
+
+def one_line(instruction: object) -> str:
+    """Strip an instruction.
+
+    Raises:
+        ObservationError: If it is not text, is blank, or holds control characters.
+    """
+    if not isinstance(instruction, str):
+        raise ObservationError(f"instruction is a {type(instruction).__qualname__}; valid: a str")
+    text = instruction.strip()
+    if not text:
+        raise ObservationError(f"instruction {instruction!r} is empty; valid: what the robot should do, in words")
+    bad = next((char for char in text if unicodedata.category(char) in ("Cc", "Cs")), None)
+    if bad is not None:
+        raise ObservationError(f"instruction holds {bad!r}; valid: one line of text without control characters")
+    return text
+
+
+def check_length(ids: Sequence[int], max_tokens: int) -> None:
+    """Refuse a prompt that is too long.
+
+    Raises:
+        ObservationError: If it has more than `max_tokens` tokens.
+    """
+    if len(ids) > max_tokens:
+        raise ObservationError(f"instruction needs a prompt of {len(ids)} tokens; valid: at most {max_tokens}")
+
+
+def tokens_of(offsets: Sequence[tuple[int, int]], first: int, last: int) -> range:
+    """Positions of the tokens that hold any of the characters from `first` to before `last`.
+
+    Args:
+        offsets: The characters of each token, as an encoding gives them.
+        first: The first character.
+        last: One past the last character.
+    """
+    inside = [at for at, (start, stop) in enumerate(offsets) if start < last and stop > first]
+    return range(inside[0], inside[-1] + 1)

@@ -1,0 +1,1 @@
+"""Vision towers and what stages may know of their attention."""

@@ -1,0 +1,234 @@
+"""What a checkpoint holds, set against what a model needs, before a value is read; then the values."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.engine.adapter import Findings
+from tokenprune.errors import CheckpointError
+from tokenprune_adapters.weights.tensor_files import StoredTensor
+
+_NOTHING = re.compile(r"(?!)")
+
+
+class Missing(NamedTuple):
+    """A parameter that is not there: where it should be, and what it would be called there."""
+
+    where: Path
+    name: str
+
+
+class Misshapen(NamedTuple):
+    """A stored tensor, and the shape that the model wants instead."""
+
+    tensor: StoredTensor
+    wanted: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """The tensors of a checkpoint, or of a part of it, each accounted for.
+
+    Attributes:
+        tensors: Those that fit, by the model's name of the parameter.
+        unused: Known ones that no query needs.
+        unmapped: Those nobody knows.
+        missing: Parameters that no stored tensor gives.
+        misshapen: Tensors of a parameter with another shape.
+    """
+
+    tensors: Mapping[str, StoredTensor]
+    unused: tuple[StoredTensor, ...] = ()
+    unmapped: tuple[StoredTensor, ...] = ()
+    missing: tuple[Missing, ...] = ()
+    misshapen: tuple[Misshapen, ...] = ()
+
+    def __add__(self, other: Inventory) -> Inventory:
+        """Join two parts of a checkpoint.
+
+        Raises:
+            CheckpointError: If both hold the same parameter.
+        """
+        for name in self.tensors.keys() & other.tensors.keys():
+            raise _claimed_twice(name, self.tensors[name], other.tensors[name])
+        return Inventory(
+            {**self.tensors, **other.tensors},
+            self.unused + other.unused,
+            self.unmapped + other.unmapped,
+            self.missing + other.missing,
+            self.misshapen + other.misshapen,
+        )
+
+    def under(self, prefix: str) -> Inventory:
+        """The same for a submodule, whose names in the whole model begin with `prefix`; files and errors stay."""
+        return replace(self, tensors={prefix + name: tensor for name, tensor in self.tensors.items()})
+
+    @property
+    def stored(self) -> tuple[StoredTensor, ...]:
+        """Every tensor of the files."""
+        misshapen = (entry.tensor for entry in self.misshapen)
+        return (*self.tensors.values(), *self.unused, *self.unmapped, *misshapen)
+
+    def check(self) -> None:
+        """Refuse a checkpoint that is not exactly what the model needs.
+
+        Raises:
+            CheckpointError: If a tensor is left over, missing, or has another shape, naming file and key.
+        """
+        if self.unmapped:
+            file = self.unmapped[0].file
+            keys = _listed(tensor.key for tensor in self.unmapped if tensor.file == file)
+            raise CheckpointError(f"{file}: the model has no place for {keys}")
+        if self.missing:
+            where = self.missing[0].where
+            names = _listed(entry.name for entry in self.missing if entry.where == where)
+            raise CheckpointError(f"{where}: the model also needs {names}")
+        for tensor, shape in self.misshapen:
+            found, wanted = list(tensor.shape), list(shape)
+            raise CheckpointError(f"{tensor.file}: '{tensor.key}' has shape {found}; the model wants {wanted}")
+
+    def findings(self, statistics: Iterable[str], state_size: int | None) -> Findings:
+        """The same as text; files by their names.
+
+        Args:
+            statistics: Datasets whose statistics the checkpoint holds.
+            state_size: Numbers of robot state that a query needs, None where the policy reads none.
+        """
+        dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in self.stored)
+        return Findings(
+            files=tuple(sorted({tensor.file.name for tensor in self.stored})),
+            dtypes=dict(dtypes.most_common()),
+            unused=tuple(map(_place, self.unused)),
+            unmapped=tuple(map(_place, self.unmapped)),
+            missing=tuple(name if where.is_dir() else f"{where.name}: {name}" for where, name in self.missing),
+            misshapen=tuple(
+                f"{_place(tensor)} has shape {list(tensor.shape)}; the model wants {list(shape)}"
+                for tensor, shape in self.misshapen
+            ),
+            statistics=tuple(statistics),
+            state_size=state_size,
+        )
+
+
+def take_inventory(
+    wanted: Mapping[str, Tensor],
+    stored: Mapping[str, StoredTensor],
+    where: Path,
+    rename: Callable[[str], str | None] = str,
+    unused: re.Pattern[str] = _NOTHING,
+    ties: Mapping[str, str] | None = None,
+) -> Inventory:
+    """Set what is stored against a model's parameters; no values are read.
+
+    Args:
+        wanted: The model's `state_dict()`.
+        stored: What the files hold.
+        where: The checkpoint, or the file of this part; errors about missing parameters name it.
+        rename: From a stored key to the model's name, None where it has none. Keys are names where it is left out.
+        unused: Whole stored keys that belong to the checkpoint and that no query needs.
+        ties: Parameter to another stored key that holds the same values and stands in where its own is absent, such as
+            an embedding table that was saved as the output layer's. Unused where it is not needed.
+
+    Returns:
+        The inventory; `check` judges it.
+
+    Raises:
+        CheckpointError: If two stored tensors are the same parameter, naming both.
+    """
+    standbys = dict(ties or {})
+    mapped: dict[str, StoredTensor] = {}
+    rest: dict[str, StoredTensor] = {}
+    for key, tensor in stored.items():
+        name = rename(key)
+        if name is None or name not in wanted:
+            rest[key] = tensor
+        elif name in mapped:
+            raise _claimed_twice(name, mapped[name], tensor)
+        else:
+            mapped[name] = tensor
+    known = {key for key in rest if unused.fullmatch(key) or key in standbys.values()}
+    for name, key in standbys.items():
+        if name in wanted and name not in mapped and key in rest:
+            mapped[name] = rest.pop(key)
+    return Inventory(
+        tensors={name: tensor for name, tensor in mapped.items() if tensor.shape == wanted[name].shape},
+        unused=tuple(tensor for key, tensor in rest.items() if key in known),
+        unmapped=tuple(tensor for key, tensor in rest.items() if key not in known),
+        missing=tuple(Missing(where, name) for name in wanted if name not in mapped),
+        misshapen=tuple(
+            Misshapen(tensor, tuple(wanted[name].shape))
+            for name, tensor in mapped.items()
+            if tensor.shape != wanted[name].shape
+        ),
+    )
+
+
+def fill(model: nn.Module, inventory: Inventory, device: torch.device, dtype: torch.dtype) -> None:
+    """Read the weights of a model that was built on the meta device.
+
+    One tensor after the other, so that next to the weights there is never more in memory than the file's copy of one.
+
+    Args:
+        model: The model; buffers that are in no `state_dict` are the caller's.
+        inventory: Its tensors.
+        device: Where they go.
+        dtype: Their type, whatever the files hold.
+
+    Raises:
+        CheckpointError: If the inventory does not fit, before anything is read; or if a file can no longer be read.
+    """
+    inventory.check()
+    state = {name: tensor.read(device, dtype) for name, tensor in inventory.tensors.items()}
+    model.load_state_dict(state, assign=True)
+
+
+def adopt(model: nn.Module, inventory: Inventory) -> None:
+    """Let a model that was built on the meta device share the weights of one that is already loaded.
+
+    Nothing is copied and no type is changed: both models see each other's changes of the values.
+
+    Args:
+        model: The model; buffers that are in no `state_dict` are the caller's.
+        inventory: Its tensors, from `stored_module`.
+
+    Raises:
+        CheckpointError: If the inventory does not fit, or its tensors are spread over several devices or types.
+    """
+    inventory.check()
+    state = {name: tensor.fetch() for name, tensor in inventory.tensors.items()}
+    homes: dict[torch.device, StoredTensor] = {}
+    dtypes: dict[torch.dtype, StoredTensor] = {}
+    for name, values in state.items():
+        homes.setdefault(values.device, inventory.tensors[name])
+        dtypes.setdefault(values.dtype, inventory.tensors[name])
+    if len(homes) > 1:
+        (one, first), (other, second), *_ = homes.items()
+        raise CheckpointError(f"{first.file}: '{first.key}' is on {one}, '{second.key}' on {other}; valid: one device")
+    if len(dtypes) > 1:
+        found = ", ".join(f"'{tensor.key}' is {dtype}" for dtype, tensor in dtypes.items())
+        raise CheckpointError(f"{next(iter(dtypes.values())).file}: {found}; valid: one type")
+    model.load_state_dict(state, assign=True)
+
+
+def _place(tensor: StoredTensor) -> str:
+    return f"{tensor.file.name}: {tensor.key}"
+
+
+def _claimed_twice(name: str, first: StoredTensor, second: StoredTensor) -> CheckpointError:
+    return CheckpointError(
+        f"{second.file}: '{second.key}' and '{first.key}' of {first.file.name} are both the model's '{name}'"
+    )
+
+
+def _listed(keys: Iterable[str], most: int = 5) -> str:
+    names = [f"'{key}'" for key in keys]
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest

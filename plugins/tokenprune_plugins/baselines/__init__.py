@@ -1,0 +1,1 @@
+"""Baselines without which no comparison means anything. Imports no torch."""

@@ -1,0 +1,1 @@
+"""What several strategies use: bases, ranks, grids, similarity, attention rows, merging, picture analysis."""

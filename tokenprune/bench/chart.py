@@ -1,0 +1,113 @@
+"""Draws latency against kept tokens, a panel per backbone, with what FLOPs alone promise and what the device allows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from tokenprune.errors import ResultError
+from tokenprune.viz.frame import FAINT, INK, plain, write_chart
+from tokenprune.viz.labels import DPI, MARK, label_points
+
+Result = Mapping[str, Any]
+
+
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+
+
+_WIDTH, _PANEL, _ABOVE = 1200, 600, 45
+
+
+def write_speed(data: Mapping[str, Any], path: Path) -> None:
+    """Write the chart of a result of `bench`; a file of that name is replaced.
+
+    Args:
+        data: What the result file holds.
+        path: Ends in `.png` or `.svg`.
+
+    Raises:
+        ResultError: If the ending is another one, there is nothing to draw, or the file cannot be written.
+    """
+    write_chart(lambda: draw_speed(data), path)
+
+
+def draw_speed(data: Mapping[str, Any]) -> Figure:
+    """A panel per backbone and preset; within it, a colour per dtype and mode.
+
+    Raises:
+        ResultError: If nothing has been measured.
+    """
+    panels: dict[tuple[str, str], list[Result]] = {}
+    for result in data["results"]:
+        panels.setdefault((result["backbone"]["name"], result["preset"]), []).append(result)
+    if not panels:
+        raise ResultError("there is nothing to draw: no pipeline has been measured")
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    height = _ABOVE + lines * _PANEL
+    figure = Figure(figsize=(_WIDTH / DPI, height / DPI), dpi=DPI, facecolor="white")
+    canvas = FigureCanvasAgg(figure)
+    ways = list(dict.fromkeys(_way(result) for result in data["results"]))
+    colours = {way: _COLOURS[index % len(_COLOURS)] for index, way in enumerate(ways)}
+    for number, ((name, preset), results) in enumerate(panels.items()):
+        line, column = divmod(number, columns)
+        width = 1 / columns
+        axes = figure.add_axes(
+            (
+                (column + 0.075 * columns) * width,
+                1 - (_ABOVE + (line + 1) * _PANEL - 62) / height,
+                width - 0.09,
+                (_PANEL - 105) / height,
+            )
+        )
+        axes.set_title(f"{name} {preset}", fontsize=11, color=INK, loc="left")
+        _panel(axes, canvas, results, [colours[_way(result)] for result in results])
+    title = "Latency of a query and visual tokens held"
+    figure.text(0.02, 1 - 28 / height, title, fontsize=12, va="center", color=INK, fontweight="bold")
+    _key(figure, colours, 1 - 28 / height)
+    return figure
+
+
+def _way(result: Result) -> str:
+    return f"{result['dtype']}, {result['mode']}"
+
+
+def _panel(axes: Axes, canvas: FigureCanvasAgg, results: Sequence[Result], colours: Sequence[str]) -> None:
+    points, names, tints = [], [], []
+    for result, colour in zip(results, colours, strict=True):
+        rows, curve = result["rows"], result["curve"]
+        tokens = [point["tokens"] for point in curve]
+        promised = [rows[0]["median_ms"] * point["gflops"] / curve[-1]["gflops"] for point in curve]
+        axes.plot(tokens, promised, "-", color=colour, linewidth=1.1, alpha=0.6)
+        axes.plot(tokens, [point["floor_ms"] for point in curve], ":", color=colour, linewidth=1.4)
+        for row in rows:
+            points.append((row["tokens_mean"], row["median_ms"]))
+            names.append(row["pipeline"])
+            tints.append(colour)
+            axes.plot(*points[-1], "o", color=colour, markersize=MARK, zorder=3)
+    widest = max(x for x, _ in points)
+    axes.set(xlim=(0, 1.08 * widest), ylim=(0, 1.12 * max(y for _, y in points)))
+    axes.set_xlabel("visual tokens held, mean over layers", fontsize=10, color=FAINT)
+    axes.set_ylabel("median query (ms)", fontsize=10, color=FAINT)
+    plain(axes)
+    label_points(axes, canvas, points, names, tints)
+
+
+def _key(figure: Figure, colours: Mapping[str, str], height: float) -> None:
+    """What colours and lines say."""
+    handles = [
+        Line2D([], [], marker="o", linestyle="", color=colour, markersize=MARK, label=way)
+        for way, colour in colours.items()
+    ]
+    handles.append(Line2D([], [], linestyle="-", color=FAINT, label="dense time x share of its FLOPs"))
+    handles.append(Line2D([], [], linestyle=":", color=FAINT, label="floor of this device"))
+    figure.legend(
+        handles=handles, loc="center right", bbox_to_anchor=(0.985, height), ncols=len(handles), frameon=False,
+        fontsize=9.5, labelcolor=INK, borderpad=0, handletextpad=0.5,
+    )  # fmt: skip

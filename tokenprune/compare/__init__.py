@@ -1,0 +1,1 @@
+"""Pipelines beside the dense policy on a recorded episode."""

@@ -1,0 +1,1 @@
+"""Runs one query: asks the stages, cuts between layers, records what happened."""

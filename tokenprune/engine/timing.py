@@ -1,0 +1,77 @@
+"""Time by phase, without waiting for the device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+class Clock:
+    """Time by phase without waiting for the device: each phase lasts until the next one is entered.
+
+    On a GPU the marks are events in the stream, read after the query; elsewhere they are readings of the host clock.
+    """
+
+    _in_graph = False
+
+    def __init__(self, device: torch.device) -> None:
+        """Nothing is timed until the first `enter`."""
+        self._cuda = device.type == "cuda"
+        self._marks: list[tuple[str, Any]] = []
+        self._inside: list[tuple[str, Clock]] = []
+
+    def enter(self, phase: str) -> str:
+        """Begin a phase and return the name of the one that ended (empty at the first)."""
+        before = self._marks[-1][0] if self._marks else ""
+        self._marks.append((phase, self._mark()))
+        return before
+
+    def _mark(self) -> Any:  # noqa: ANN401
+        if not self._cuda:
+            return time.perf_counter()
+        mark = torch.cuda.Event(enable_timing=True, external=self._in_graph)
+        mark.record()
+        return mark
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a phase; time inside it that belongs to another phase counts there."""
+        before = self.enter(name)
+        try:
+            yield
+        finally:
+            self.enter(before)
+
+    def split(self, clock: Clock) -> None:
+        """Let another clock say which phases made up the phase at hand; what it does not account for is left to it."""
+        self._inside.append((self._marks[-1][0], clock))
+
+    def milliseconds(self) -> dict[str, float]:
+        """Total per phase up to the last mark; call when the device has finished."""
+        spent: dict[str, float] = {}
+        for (phase, start), (_, stop) in zip(self._marks, self._marks[1:], strict=False):
+            passed = start.elapsed_time(stop) if self._cuda else (stop - start) * 1e3
+            spent[phase] = spent.get(phase, 0.0) + passed
+        for whole, clock in self._inside:
+            for phase, passed in clock.milliseconds().items():
+                spent[phase] = spent.get(phase, 0.0) + passed
+                spent[whole] -= passed
+        return spent
+
+
+class GraphClock(Clock):
+    """Time by phase inside a CUDA graph, whose marks are recorded with it and set anew by every replay.
+
+    Elsewhere it times nothing, for nothing of a replay asks for the time.
+    """
+
+    # An event that is not external is a dependency between a graph's streams, and has no time.
+    _in_graph = True
+
+    def enter(self, phase: str) -> str:
+        """Begin a phase of the graph."""
+        return super().enter(phase) if self._cuda else ""

@@ -1,0 +1,187 @@
+"""Runs episodes on the machines of a Ray cluster."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from time import monotonic
+from typing import Any, NamedTuple
+
+from tokenprune.errors import RolloutError
+from tokenprune.evaluation.jobs import GLANCE_S, LIMIT_S, Answer, Crash, Job, JobQueue, checked_limit, hung
+from tokenprune.evaluation.results_file import EpisodeRecord
+from tokenprune.evaluation.worker import Attempts, WorkerSpec
+
+PATIENCE_S = 20.0
+"""An address that does not answer for so long is given up; Ray itself would try for minutes and end the program."""
+
+
+_ENVIRONMENT = {
+    # Nothing is reported to anyone.
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Workers that reserve no GPU keep the devices they see, as Ray announces to do by itself.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+# What Ray does by itself on macOS and Windows: a cluster of one machine listens on its loopback address alone. It is
+# read when ray is imported.
+_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+
+
+_PROBE = "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False, configure_logging=False)"
+
+
+class _Running(NamedTuple):
+    """An actor, what it runs, and since when."""
+
+    actor: Any
+    job: Job
+    since: float
+
+
+class RayEngine:
+    """Actors of a Ray cluster, each with a backbone and a simulator of its own.
+
+    In a program that has initialised Ray itself, they are actors of the cluster it has joined.
+    """
+
+    def __init__(
+        self,
+        workers: int = 1,
+        address: str | None = None,
+        cpus_per_worker: float = 1.0,
+        gpus_per_worker: float = 0.0,
+        limit_s: float = LIMIT_S,
+    ) -> None:
+        """Nothing is started or connected to before `run`.
+
+        Args:
+            workers: Actors.
+            address: `HOST:PORT` of a cluster, or `auto` for one this machine belongs to; one on this machine's loopback
+                address is started and ended when left out.
+            cpus_per_worker: CPUs each reserves, and torch threads.
+            gpus_per_worker: GPUs each reserves; 0.5 lets two share one.
+            limit_s: Seconds after which an episode has hung.
+
+        Raises:
+            RolloutError: If there is less than one worker, no time, or a reservation is not positive.
+        """
+        if workers < 1 or cpus_per_worker <= 0 or gpus_per_worker < 0:
+            raise RolloutError(
+                f"at least 1 worker with some CPU and 0 or more GPUs, "
+                f"not {workers} with {cpus_per_worker:g} and {gpus_per_worker:g}"
+            )
+        self.workers, self.address, self.limit_s = workers, address, checked_limit(limit_s)
+        self.reserved = {"CPU": cpus_per_worker, "GPU": gpus_per_worker}
+
+    def run(self, spec: WorkerSpec, jobs: Sequence[Job]) -> Iterator[EpisodeRecord]:
+        """Run episodes; yields their records as they end.
+
+        An actor that dies or hangs, or whose simulator fails, is replaced and its episode run again. However this ends,
+        no actor is left behind.
+
+        Raises:
+            RolloutError: If Ray is missing or does not answer, no machine has what a worker reserves, one episode
+                crashes three times, or a worker cannot go on.
+            TokenPruneError: What a worker raised.
+        """
+        ray = self._import()
+        spec, queue = replace(spec, threads=max(1, int(self.reserved["CPU"]))), JobQueue(jobs)
+        started = not ray.is_initialized()
+        running: dict[Any, _Running] = {}
+        try:
+            if started:
+                self._connect(ray)
+            self._check_resources(ray)
+            make = ray.remote(Attempts).options(num_cpus=self.reserved["CPU"], num_gpus=self.reserved["GPU"])
+            for _ in range(min(self.workers, len(jobs))):
+                actor, first = make.remote(spec), queue.take(None)
+                assert first is not None
+                running[actor.run.remote(first)] = _Running(actor, first, monotonic())
+            while running:
+                answered = ray.wait(list(running), timeout=GLANCE_S)[0]
+                late = [of for of, episode in running.items() if monotonic() - episode.since > self.limit_s]
+                if not (answered or late):
+                    continue
+                reference = (answered or late)[0]
+                actor, job, _ = running.pop(reference)
+                answer = _answer(ray, reference) if answered else hung(self.limit_s)
+                following = None
+                try:
+                    record = queue.settle(job, answer)
+                    following = queue.take(job)
+                finally:
+                    if isinstance(answer, Crash) or following is None:
+                        ray.kill(actor)
+                if following is not None:
+                    actor = make.remote(spec) if isinstance(answer, Crash) else actor
+                    running[actor.run.remote(following)] = _Running(actor, following, monotonic())
+                if record is not None:
+                    yield record
+        finally:
+            for episode in running.values():
+                ray.kill(episode.actor)
+            if started:
+                ray.shutdown()
+
+    def _import(self) -> Any:  # noqa: ANN401 - ray is untyped in places, and optional
+        for name, value in (_ENVIRONMENT | (_LOOPBACK if self.address is None else {})).items():
+            os.environ.setdefault(name, value)
+        try:
+            return importlib.import_module("ray")
+        except ImportError as error:
+            raise RolloutError(f"Ray is missing: pip install 'tokenprune-vla[ray]' ({error})") from error
+
+    def _connect(self, ray: Any) -> None:  # noqa: ANN401
+        quiet: dict[str, Any] = {"ignore_reinit_error": True, "log_to_driver": False, "logging_level": "ERROR"}
+        if self.address is not None:
+            _probe(self.address)
+            ray.init(address=self.address, **quiet)
+            return
+        cpus = max(os.cpu_count() or 1, math.ceil(self.workers * self.reserved["CPU"]))
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+
+    def _check_resources(self, ray: Any) -> None:  # noqa: ANN401
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if not any(all(has.get(name, 0) >= n for name, n in self.reserved.items()) for has in machines):
+            wanted = " and ".join(f"{n:g} {name}" for name, n in self.reserved.items())
+            raise RolloutError(f"no machine of the Ray cluster has the {wanted} that one worker reserves")
+
+
+def _answer(ray: Any, reference: Any) -> Answer:  # noqa: ANN401
+    try:
+        answer: Answer = ray.get(reference)
+    except ray.exceptions.RayActorError as error:
+        return Crash(f"its actor died: {' '.join(str(error).split()):.400}")
+    except ray.exceptions.RayError as error:
+        return RolloutError(f"a worker of the Ray cluster failed: {error}")
+    return answer
+
+
+def _probe(address: str) -> None:
+    """Find out in good time whether a cluster answers.
+
+    Raises:
+        RolloutError: If it does not.
+    """
+    host, colon, port = address.rpartition("//")[2].rpartition(":")
+    try:
+        if colon:
+            socket.create_connection((host.strip("[]"), int(port)), PATIENCE_S).close()
+        # Ray cannot be asked to give up sooner; a process can be ended.
+        words = [sys.executable, "-c", _PROBE, address]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    except (OSError, OverflowError, ValueError) as error:
+        raise RolloutError(f"no Ray cluster answers at '{address}' (write HOST:PORT, or auto): {error}") from error
+    except subprocess.TimeoutExpired as error:
+        raise RolloutError(f"no Ray cluster answers at '{address}' within {PATIENCE_S:g} seconds") from error
+    if done.returncode != 0:
+        said = (done.stderr.strip() or "no reason given").splitlines()[-1]
+        raise RolloutError(f"no Ray cluster answers at '{address}': {said}")

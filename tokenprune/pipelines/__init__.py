@@ -1,0 +1,1 @@
+"""From a pipeline file to a pipeline bound to a backbone, planned and counted."""

@@ -1,0 +1,116 @@
+"""From the stages of a pipeline to its plan for one layout and one mode."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tokenprune.errors import ConfigError, nearest
+from tokenprune.stages.config import CutConfig
+from tokenprune.stages.stage import Stage
+from tokenprune.tokens.budget import UNION, Budget
+from tokenprune.tokens.layout import TokenLayout
+from tokenprune.tokens.plan import Cut, Group, Plan
+
+
+def make_plan(
+    stages: Sequence[Stage[Any]],
+    names: Sequence[str],
+    layout: TokenLayout,
+    mode: str,
+    depth: int,
+    unions: tuple[int, ...] = (),
+) -> Plan:
+    """Work out every cut of a pipeline.
+
+    Args:
+        stages: The pipeline's stages in order.
+        names: Their names, for errors.
+        layout: The query's tokens.
+        mode: Mode to plan for.
+        depth: Decoder layers.
+        unions: Counts of the first `keep: union` cuts, where they are known already.
+
+    Raises:
+        ConfigError: If a budget names a view the layout lacks, or a share of a view whose size is not known at the cut.
+    """
+    at_cut: dict[int, dict[int, int]] = {}
+    for index, stage in enumerate(stages):
+        for entry, after in enumerate(stage.cuts(depth)):
+            # Entries of one stage that come to the same layer are one cut; the last holds.
+            at_cut.setdefault(after, {})[index] = entry
+    view_sizes: dict[str, int] | None = {name: s.length for name, s in layout.views.items() if s.prunable}
+    held, fixed, cuts, pending = len(layout.prunable), len(layout.fixed), [], list(unions)
+    for after in sorted(at_cut):
+        keeps, groups, union = [], [], False
+        resolved: int | None = None
+        for index, entry in at_cut[after].items():
+            config = stages[index].config
+            assert isinstance(config, CutConfig)
+            if config.views:
+                own = _view_groups(config, names[index], mode, entry, layout, view_sizes)
+                groups += own
+                keeps.append(min(sum(g.keep for g in own), held))
+                continue
+            budget = config.budget(mode, entry)
+            if budget.amount == UNION:
+                resolved = pending.pop(0) if pending and resolved is None else resolved
+                union = resolved is None
+            keeps.append(budget.count(held, fixed, resolved))
+        keep = min(keeps)
+        reuse = any(stages[index].reuses() for index in at_cut[after])
+        merge = any(stages[index].merges() for index in at_cut[after])
+        cuts.append(Cut(after, tuple(at_cut[after]), held, keep, tuple(groups), union, reuse, merge))
+        if keep < held or union:
+            of_each = len(at_cut[after]) == 1 and {g.views for g in groups} == {(v,) for v in layout.views}
+            if view_sizes is not None and len(view_sizes) == 1:
+                view_sizes = dict.fromkeys(view_sizes, keep)
+            else:
+                view_sizes = {g.views[0]: g.keep for g in groups} if view_sizes is not None and of_each else None
+        held = keep
+    calls = tuple(
+        tuple(i for i, stage in enumerate(stages) if hasattr(stage, "score_layer") and layer in stage.layers(depth))
+        for layer in range(depth)
+    )
+    looks = tuple(
+        i
+        for i, stage in enumerate(stages)
+        if hasattr(stage, "select_tokens") and -1 in {*stage.cuts(depth), *stage.layers(depth)}
+    )
+    return Plan(
+        layout,
+        mode,
+        depth,
+        tuple(cuts),
+        calls,
+        looks,
+        frozenset(layer for stage in stages for layer in stage.skips(depth)),
+        max((stage.head_interval() for stage in stages), default=1),
+        unions,
+    )
+
+
+def _view_groups(
+    config: CutConfig, stage: str, mode: str, entry: int, layout: TokenLayout, sizes: Mapping[str, int] | None
+) -> list[Group]:
+    for view in config.views:
+        if view not in layout.views:
+            raise ConfigError(f"stage '{stage}': views.{view} is no view of this policy{nearest(view, layout.views)}")
+    rest = tuple(name for name in layout.views if name not in config.views)
+    groups: list[tuple[tuple[str, ...], Budget, str]] = []
+    groups += [((name,), config.budget(mode, entry, name), f"views.{name}.keep") for name in config.views]
+    groups += [(rest, config.budget(mode, entry), "keep")] if rest else []
+    result = []
+    for views, budget, key in groups:
+        if budget.amount == UNION:
+            raise ConfigError(
+                f"stage '{stage}': {key}: 'union' cannot stand beside budgets of single views; give a count"
+            )
+        if sizes is None and not isinstance(budget.amount, int):
+            raise ConfigError(
+                f"stage '{stage}': {key}: {budget.amount} is a share, but how many tokens of {', '.join(views)} "
+                "an earlier cut leaves is not known beforehand; give a count"
+            )
+        held = sum((sizes or {v: layout.views[v].length for v in views}).get(v, 0) for v in views)
+        result.append(Group(views, budget.count(held, 0)))
+    return result

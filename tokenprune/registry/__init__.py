@@ -1,0 +1,1 @@
+"""How plugins declare themselves and are found. Imports no torch."""

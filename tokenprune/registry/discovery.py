@@ -1,0 +1,402 @@
+"""What is installed: plugins found through entry points or given as files, whose they are, and which are broken.
+
+Plugins that ship with tokenprune come through the same door as everyone's. A broken one is quarantined as a whole and
+the others go on. Imports no torch; a class is imported only when it is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import itertools
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_args
+
+import pluggy
+
+from tokenprune.errors import PluginError, nearest
+from tokenprune.registry.hookspecs import PROJECT, PluginHooks, StageHooks
+from tokenprune.registry.specs import (
+    CAPABILITIES,
+    BackboneSpec,
+    EnvironmentSpec,
+    PipelineSpec,
+    Spec,
+    StageKind,
+    StageSpec,
+)
+
+if TYPE_CHECKING:
+    from tokenprune.stages.stage import Stage
+
+GROUP = "tokenprune"
+
+
+DISABLE = "TOKENPRUNE_DISABLE"
+
+
+OWN_DISTRIBUTION = "tokenprune-vla"
+
+
+DENSE = "dense"
+"""The pipeline without stages: always there, part of no plugin."""
+
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9_.\-]*")
+
+
+_DOTTED = r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*"
+
+
+_TARGET = re.compile(f"(?P<module>{_DOTTED})?:{_DOTTED}")
+
+
+# A plugin that calls sys.exit while it is imported must not end the program either.
+_FAILURES = (Exception, SystemExit)
+
+
+_file_numbers = itertools.count(1)
+
+
+SpecT = TypeVar("SpecT", bound=Spec)
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Whose a plugin is; for a plugin given as a file, `distribution` is its path and `version` is `(file)`."""
+
+    distribution: str
+    version: str
+    module: str
+
+    def __str__(self) -> str:
+        return f"{self.distribution} {self.version}"
+
+
+@dataclass(frozen=True, slots=True)
+class Registered(Generic[SpecT]):
+    """A spec and whose it is."""
+
+    spec: SpecT
+    owner: Owner
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantined:
+    """A plugin that could not be used; nothing of it is registered.
+
+    Attributes:
+        name: Entry-point name.
+        owner: Whose it is.
+        error: What is wrong, one line.
+        traceback: All of it.
+    """
+
+    name: str
+    owner: Owner
+    error: str
+    traceback: str
+
+
+class Registry:
+    """Stages, pipelines, backbones and environments by name; made by `discover`.
+
+    Attributes:
+        stages: Stages by name.
+        pipelines: Shipped pipeline files by name, without `dense`.
+        backbones: Backbones by name.
+        environments: Simulated environments by name.
+        quarantined: Broken plugins.
+        disabled: Entry points that were left out before import.
+        unknown_disabled: Names that were to be left out and match nothing.
+    """
+
+    def __init__(self) -> None:
+        self.stages: dict[str, Registered[StageSpec]] = {}
+        self.pipelines: dict[str, Registered[PipelineSpec]] = {}
+        self.backbones: dict[str, Registered[BackboneSpec]] = {}
+        self.environments: dict[str, Registered[EnvironmentSpec]] = {}
+        self.quarantined: tuple[Quarantined, ...] = ()
+        self.disabled: tuple[str, ...] = ()
+        self.unknown_disabled: tuple[str, ...] = ()
+
+    @classmethod
+    def discover(cls, *, plugin_files: Sequence[Path] = (), disable: Iterable[str] | None = None) -> Registry:
+        """Find the installed plugins, and read the given files.
+
+        Args:
+            plugin_files: Single python files that implement `tokenprune_register`; a target there may be `:Class`.
+            disable: Entry points or distributions to leave out before anything of them is imported; when left out,
+                the comma-separated names in the environment variable `TOKENPRUNE_DISABLE`.
+
+        Raises:
+            PluginError: If one of the files is broken. An installed plugin that is broken is quarantined instead.
+        """
+        found = cls()
+        wanted = os.environ.get(DISABLE, "").split(",") if disable is None else disable
+        unwanted = {name.strip() for name in wanted} - {""}
+        known: set[str] = set()
+        for entry in sorted(importlib.metadata.entry_points(group=GROUP), key=_entry_order):
+            owner = _owner(entry)
+            names = {entry.name, _canonical(owner.distribution)}
+            named = {name for name in unwanted if names & {name, _canonical(name)}}
+            if named:
+                known |= named
+                found.disabled += (entry.name,)
+                continue
+            try:
+                found._add(owner, entry.load())
+            except _FAILURES as error:
+                trace = "".join(traceback.format_exception(error))
+                found.quarantined += (Quarantined(entry.name, owner, _one_line(error), trace),)
+        found.unknown_disabled = tuple(sorted(unwanted - known))
+        for path in plugin_files:
+            owner = Owner(str(path), "(file)", f"_tokenprune_file_{next(_file_numbers)}_{path.stem}")
+            try:
+                found._add(owner, _import_file(path, owner.module))
+            except _FAILURES as error:
+                raise PluginError(f"plugin file {_place(path, error)}: {_one_line(error)}") from error
+        return found
+
+    def stage(self, name: str) -> Registered[StageSpec]:
+        """The stage of this name.
+
+        Raises:
+            PluginError: If there is none.
+        """
+        return self._get("stage", self.stages, name)
+
+    def pipeline(self, name: str) -> Registered[PipelineSpec]:
+        """The shipped pipeline of this name; `dense` has no file, and the loader knows it.
+
+        Raises:
+            PluginError: If there is none.
+        """
+        return self._get("pipeline", self.pipelines, name)
+
+    def backbone(self, name: str) -> Registered[BackboneSpec]:
+        """The backbone of this name.
+
+        Raises:
+            PluginError: If there is none.
+        """
+        return self._get("backbone", self.backbones, name)
+
+    def environment(self, name: str) -> Registered[EnvironmentSpec]:
+        """The simulated environment of this name.
+
+        Raises:
+            PluginError: If there is none.
+        """
+        return self._get("environment", self.environments, name)
+
+    def stage_class(self, name: str) -> type[Stage[Any]]:
+        """Import a stage's class.
+
+        Raises:
+            PluginError: If there is no such stage, it cannot be imported, it is no `Stage`, its `Config` is no
+                `StageConfig`, or its hooks do not fit `StageHooks`.
+        """
+        registered = self.stage(name)
+        owned = f"stage '{name}' of {registered.owner}, {registered.spec.target}"
+        return _checked_stage(_import_target(registered, owned), owned)
+
+    def backbone_factory(self, name: str) -> Any:  # noqa: ANN401 - a BackboneFactory, whose module needs torch
+        """Import a backbone's factory.
+
+        Raises:
+            PluginError: If there is no such backbone, it cannot be imported, or it cannot describe and build.
+        """
+        return _factory("backbone", self.backbone(name))
+
+    def environment_factory(self, name: str) -> Any:  # noqa: ANN401 - an EnvironmentFactory, whose module needs torch
+        """Import an environment's factory.
+
+        Raises:
+            PluginError: If there is no such environment, it cannot be imported, or it cannot describe and build.
+        """
+        return _factory("environment", self.environment(name))
+
+    def _get(self, kind: str, table: Mapping[str, Registered[SpecT]], name: str) -> Registered[SpecT]:
+        if name in table:
+            return table[name]
+        message = f"no {kind} is called '{name}'{nearest(name, [*table, DENSE] if kind == 'pipeline' else table)}"
+        absent = [f"'{q.name}' (broken)" for q in self.quarantined]
+        absent += [f"'{entry}' (disabled)" for entry in self.disabled]
+        if absent:
+            message += f"; plugins that are not loaded: {', '.join(absent)}; `tokenprune doctor` tells more"
+        raise PluginError(message)
+
+    def _add(self, owner: Owner, plugin: object) -> None:
+        """Register everything of one plugin, or nothing."""
+        implementation = _implementations(plugin, PluginHooks).get("tokenprune_register")
+        if implementation is None:
+            raise PluginError("it has no hook 'tokenprune_register' decorated with @hookimpl")
+        if implementation.wrapper or implementation.hookwrapper:
+            raise PluginError("'tokenprune_register' cannot be a wrapper; let it return specs")
+        tables: dict[type, dict[str, Any]] = {
+            StageSpec: dict(self.stages),
+            PipelineSpec: dict(self.pipelines),
+            BackboneSpec: dict(self.backbones),
+            EnvironmentSpec: dict(self.environments),
+        }
+        specs = implementation.function()
+        if not isinstance(specs, Iterable):
+            raise PluginError(f"'tokenprune_register' must return specs, got {type(specs).__name__}")
+        for spec in specs:
+            _check(spec, owner)
+            table = tables[type(spec)]
+            if spec.name in table:
+                kind = type(spec).__name__.removesuffix("Spec").lower()
+                raise PluginError(f"{kind} '{spec.name}' of {owner} is already registered by {table[spec.name].owner}")
+            table[spec.name] = Registered(spec, owner)
+        self.stages, self.pipelines, self.backbones, self.environments = tables.values()
+
+
+def _entry_order(entry: importlib.metadata.EntryPoint) -> tuple[bool, str, str]:
+    distribution = _canonical(_owner(entry).distribution)
+    return distribution != OWN_DISTRIBUTION, distribution, entry.name
+
+
+def _owner(entry: importlib.metadata.EntryPoint) -> Owner:
+    module = entry.value.partition(":")[0].strip()
+    if entry.dist is None:
+        return Owner("unknown", "unknown", module)
+    return Owner(entry.dist.name, entry.dist.version or "unknown", module)
+
+
+def _canonical(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def _import_file(path: Path, name: str) -> ModuleType:
+    if not path.is_file():
+        raise PluginError("there is no such file")
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise PluginError("a plugin file is python source and ends in .py")
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses and pydantic resolve annotations through sys.modules.
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _check(spec: Spec, owner: Owner) -> None:
+    """Check what a plugin says about itself, without importing more of it."""
+    if type(spec) not in get_args(Spec):
+        valid = ", ".join(kind.__name__ for kind in get_args(Spec))
+        raise PluginError(f"'tokenprune_register' returned {spec!r:.80}, which is none of {valid}")
+    if not isinstance(spec.name, str) or not _NAME.fullmatch(spec.name):
+        raise PluginError(f"{spec.name!r} is not a name: write lower-case letters, digits, '_', '-' and '.'")
+    if isinstance(spec, PipelineSpec):
+        if spec.name == DENSE:
+            raise PluginError(f"pipeline '{DENSE}' is part of tokenprune and cannot be registered")
+        if spec.name.endswith((".yaml", ".yml")):
+            raise PluginError(f"pipeline '{spec.name}' cannot end as a file does")
+        return
+    target = _TARGET.fullmatch(spec.target) if isinstance(spec.target, str) else None
+    if target is None or (target["module"] is None and owner.version != "(file)"):
+        raise PluginError(f"target {spec.target!r} of '{spec.name}' is not of the form 'package.module:Class'")
+    if isinstance(spec, StageSpec):
+        kinds = get_args(StageKind)
+        if spec.kind not in kinds:
+            raise PluginError(f"stage '{spec.name}' has the unknown kind '{spec.kind}'{nearest(str(spec.kind), kinds)}")
+        if not isinstance(spec.requires, frozenset | set):
+            raise PluginError(f"stage '{spec.name}': requires must be a frozenset of names, got {spec.requires!r}")
+        for name in sorted(map(str, spec.requires - set(CAPABILITIES))):
+            raise PluginError(
+                f"stage '{spec.name}' requires an unknown capability '{name}'{nearest(name, CAPABILITIES)}"
+            )
+
+
+def _import_target(registered: Registered[Any], owned: str) -> Any:  # noqa: ANN401 - whatever the plugin names
+    module_name, _, attribute = registered.spec.target.partition(":")
+    try:
+        module = importlib.import_module(module_name or registered.owner.module)
+    except _FAILURES as error:
+        raise PluginError(f"{owned}: cannot be imported: {_one_line(error)}") from error
+    found: Any = module
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            public = [name for name in vars(found) if not name.startswith("_")]
+            raise PluginError(f"{owned}: there is no '{part}'{nearest(part, public)}")
+        found = getattr(found, part)
+    return found
+
+
+def _factory(kind: str, registered: Registered[Any]) -> Any:  # noqa: ANN401 - whatever the plugin names
+    owned = f"{kind} '{registered.spec.name}' of {registered.owner}, {registered.spec.target}"
+    factory = _import_target(registered, owned)
+    for method in ("describe", "build"):
+        if not callable(getattr(factory, method, None)):
+            raise PluginError(f"{owned}: a factory has a method '{method}'")
+    return factory
+
+
+def _checked_stage(stage: Any, owned: str) -> type[Stage[Any]]:  # noqa: ANN401 - whatever the plugin names
+    from tokenprune.stages.config import StageConfig
+    from tokenprune.stages.stage import Stage
+
+    if not isinstance(stage, type) or not issubclass(stage, Stage):
+        raise PluginError(f"{owned}: it must be a subclass of tokenprune.stages.stage.Stage")
+    if not isinstance(stage.Config, type) or not issubclass(stage.Config, StageConfig):
+        raise PluginError(f"{owned}: its Config must be a subclass of tokenprune.stages.config.StageConfig")
+    try:
+        _implementations(stage, StageHooks)
+    except PluginError as error:
+        raise PluginError(f"{owned}: {error}") from error
+    return stage
+
+
+def _implementations(plugin: object, hooks: type) -> dict[str, pluggy.HookImpl]:
+    """Hook implementations of a module or class, by hook.
+
+    Raises:
+        PluginError: If one has no specification or other arguments, or has a hook's name and no decorator.
+    """
+    manager = pluggy.PluginManager(PROJECT)
+    manager.register(plugin, name="plugin")
+    found = {caller.name: caller.get_hookimpls()[0] for caller in manager.get_hookcallers(plugin) or ()}
+    manager = pluggy.PluginManager(PROJECT)
+    manager.add_hookspecs(hooks)
+    specified = {name: caller.spec.argnames for name, caller in vars(manager.hook).items() if caller.spec is not None}
+    for name, implementation in found.items():
+        if name not in specified:
+            raise PluginError(f"unknown hook '{name}'{nearest(name, specified)}")
+        if implementation.argnames != specified[name]:
+            given, valid = ", ".join(implementation.argnames), ", ".join(specified[name])
+            raise PluginError(f"hook '{name}' takes the arguments ({valid}), not ({given})")
+    for name in specified:
+        if name not in found and inspect.isroutine(inspect.getattr_static(plugin, name, None)):
+            raise PluginError(f"'{name}' has the name of a hook and is not one; decorate it with @hookimpl")
+    try:
+        manager.register(plugin, name="plugin")
+    except pluggy.PluginValidationError as error:
+        raise PluginError(_one_line(error)) from error
+    return found
+
+
+def _one_line(error: BaseException) -> str:
+    message = " ".join(str(error).split())
+    return message if isinstance(error, PluginError) else f"{type(error).__name__}: {message}"
+
+
+def _place(path: Path, error: BaseException) -> str:
+    """The file, and the line in it that raised, where there is one."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    line = error.lineno if isinstance(error, SyntaxError) else (lines[-1] if lines else None)
+    return f"{path}:{line}" if line else str(path)

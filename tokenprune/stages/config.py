@@ -1,0 +1,225 @@
+"""What a stage says in a pipeline file: its base configuration, where it cuts and how much it keeps."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from tokenprune.tokens.budget import UNION, Amount, Budget
+
+EMBEDDING = "embedding"
+_SHARE = re.compile(r"^(\d+(?:\.\d+)?)%$")
+
+
+class Strict(BaseModel):
+    """Frozen, and any key it does not know is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _amount(value: object) -> object:
+    """Accept 128, 0.25, "union", {count: 128} or {ratio: 0.25}; an int is a count, a float a ratio."""
+    if isinstance(value, dict) and set(value) & {"ratio", "count"}:
+        if len(value) != 1:
+            raise ValueError("give a ratio or a count, not both")
+        kind, number = next(iter(value.items()))
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise ValueError(f"{kind} must be a number")
+        if kind == "count" and not isinstance(number, int):
+            raise ValueError(f"count must be a whole number, got {number}")
+        value = float(number) if kind == "ratio" else number
+    if isinstance(value, bool) or not (isinstance(value, int | float) or value == UNION):
+        raise ValueError("keep is a count (128), a ratio (0.25) or 'union'")
+    if isinstance(value, float) and not 0 < value <= 1:
+        raise ValueError(f"a ratio lies in (0, 1], got {value}; write a count as a whole number")
+    if isinstance(value, int) and value < 0:
+        raise ValueError(f"a count is at least 0, got {value}")
+    return value
+
+
+KeepAmount = Annotated[Amount, BeforeValidator(_amount)]
+
+
+def _amounts(value: object) -> str:
+    """Which form this is: a list with an amount for each cut, or one amount for all of them."""
+    return "per cut" if isinstance(value, list | tuple) else "one amount"
+
+
+Amounts = Annotated[
+    Annotated[KeepAmount, Tag("one amount")] | Annotated[tuple[KeepAmount, ...], Field(min_length=1), Tag("per cut")],
+    Discriminator(_amounts),
+]
+
+
+def _keep(value: object) -> str:
+    """Which form this is: a mapping of modes, or the same in every mode."""
+    return "per mode" if isinstance(value, dict) and not set(value) & {"ratio", "count"} else "every mode"
+
+
+Keep = Annotated[
+    Annotated[Amounts, Tag("every mode")] | Annotated[dict[str, Amounts], Tag("per mode")],
+    Discriminator(_keep),
+    Field(
+        description="A count, a ratio or 'union'; or a list of these, one for each entry of `after`; "
+        "or one of either per mode."
+    ),
+]
+
+
+def _cut(value: object) -> object:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError("a cut is 'embedding', a layer number, or a share of the depth such as '31%'")
+    if isinstance(value, int) and value < 0:
+        raise ValueError(f"layers count from 0, got {value}")
+    if isinstance(value, str) and value != EMBEDDING:
+        share = _SHARE.match(value)
+        if share is None or not 0 <= float(share.group(1)) <= 100:
+            raise ValueError(f"'{value}' is not a cut: write 'embedding', a layer number, or a share such as '31%'")
+    return value
+
+
+CutPoint = Annotated[int | str, BeforeValidator(_cut)]
+
+
+def _cuts(value: object) -> object:
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+Cuts = Annotated[
+    tuple[CutPoint, ...],
+    BeforeValidator(_cuts),
+    Field(min_length=1, description="Where to cut: 'embedding', layers, or shares of the depth."),
+]
+
+
+def _layer(value: object) -> object:
+    if value == EMBEDDING:
+        raise ValueError("a layer is a number, or a share of the depth such as '31%'")
+    return _cut(value)
+
+
+def _layers(value: object) -> object:
+    return _cuts(value)
+
+
+Layers = Annotated[
+    tuple[Annotated[int | str, BeforeValidator(_layer)], ...],
+    BeforeValidator(_layers),
+    Field(description="Layers, or shares of the depth."),
+]
+
+
+def layers_of(layers: tuple[int | str, ...], depth: int) -> tuple[int, ...]:
+    """Indices of layers a stage looks at, ascending; a share is rounded to the nearest layer, at most to the last.
+
+    Raises:
+        ValueError: If the decoder has no such layer.
+    """
+    found = set()
+    for layer in layers:
+        index = layer if isinstance(layer, int) else min(round(float(layer.rstrip("%")) / 100 * depth), depth - 1)
+        if index > depth - 1:
+            raise ValueError(f"layer {layer}: a decoder of {depth} layers has layers 0 to {depth - 1}")
+        found.add(index)
+    return tuple(sorted(found))
+
+
+def layer_of(cut: int | str, depth: int) -> int:
+    """Index of the layer a cut follows; -1 is before layer 0.
+
+    A share is rounded to the nearest layer of the depth that can be cut, so that one file fits decoders of 6, 18 and 32
+    layers.
+
+    Raises:
+        ValueError: If the decoder has no such layer, or the cut would follow the last one, where it saves nothing.
+    """
+    if cut == EMBEDDING:
+        return -1
+    layer = cut if isinstance(cut, int) else min(round(float(cut.rstrip("%")) / 100 * depth), max(depth - 2, 0))
+    if layer > depth - 2:
+        raise ValueError(
+            f"after: {cut} is layer {layer}; a decoder of {depth} layers can be cut after layers 0 to {depth - 2}"
+        )
+    return layer
+
+
+class StageConfig(Strict):
+    """What every stage has in a pipeline file."""
+
+    use: str = Field(description="Name of the stage, as `tokenprune list` shows it.")
+
+    def modes(self) -> dict[str, set[str]]:
+        """Modes each per-mode field names, by the dotted key that holds it.
+
+        Each field must name the pipeline's modes exactly; one that holds in every mode is left out.
+        """
+        return {}
+
+    def chooses(self) -> set[str]:
+        """Modes this stage may choose as a controller; the pipeline must declare each."""
+        return set()
+
+
+class ViewBudget(Strict):
+    """A budget of one view's own."""
+
+    keep: Keep = Field(description="Tokens of this view to keep.")
+
+
+class CutConfig(StageConfig):
+    """What every stage has that drops tokens.
+
+    `keep` is a share of, or a count among, the tokens each cut finds: one amount for every cut, or a list of amounts in
+    the order of `after`, one for each entry. Where entries of `after` come to the same layer of a decoder they are one
+    cut, and the amount of the last of them holds. A view named under `views` has its own budget and no longer counts in
+    `keep`.
+    """
+
+    after: Cuts = (EMBEDDING,)
+    keep: Keep
+    views: dict[str, ViewBudget] = Field(default_factory=dict, description="Budgets of single views.")
+    of: Literal["prunable", "sequence"] = Field(default="prunable", description="What a ratio is a share of.")
+    floor: int = Field(default=0, ge=0, description="Tokens under `keep` never to fall below.")
+    bucket: int = Field(default=1, ge=1, description="Counts are rounded up to a multiple of this.")
+    weight: float = Field(default=1.0, gt=0, description="Weight of this stage's score where several meet at one cut.")
+
+    @model_validator(mode="after")
+    def _amounts_fit_the_cuts(self) -> Self:
+        errors: list[InitErrorDetails] = []
+        for key, keep in self._keeps().items():
+            places = {(*key, mode): keep[mode] for mode in keep} if isinstance(keep, dict) else {key: keep}
+            for place, amounts in places.items():
+                if isinstance(amounts, tuple) and len(amounts) != len(self.after):
+                    said = f"must have as many amounts as 'after' has entries ({len(self.after)}), got {len(amounts)}"
+                    kind = PydanticCustomError("value_error", "{error}", {"error": said})
+                    errors.append(InitErrorDetails(type=kind, loc=place, input=amounts))
+        if errors:
+            # An error of pydantic's own carries the place; a ValueError would blame the whole stage.
+            raise ValidationError.from_exception_data(type(self).__name__, errors)
+        return self
+
+    def budget(self, mode: str, cut: int, view: str | None = None) -> Budget:
+        """The budget in one mode at one entry of `after`, of one view or of all views without one of their own."""
+        keep = self.views[view].keep if view is not None else self.keep
+        amounts = keep[mode] if isinstance(keep, dict) else keep
+        amount = amounts[cut] if isinstance(amounts, tuple) else amounts
+        return Budget(amount, self.of, self.floor if view is None else 0, self.bucket)
+
+    def modes(self) -> dict[str, set[str]]:
+        """Modes each `keep` names, by the key that holds it; empty for a keep that holds in every mode."""
+        return {".".join(key): set(keep) for key, keep in self._keeps().items() if isinstance(keep, dict)}
+
+    def _keeps(self) -> dict[tuple[str, ...], Keep]:
+        return {("keep",): self.keep, **{("views", name, "keep"): view.keep for name, view in self.views.items()}}

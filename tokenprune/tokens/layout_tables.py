@@ -1,0 +1,29 @@
+"""A layout's host integers as tensors on a device."""
+
+from __future__ import annotations
+
+import torch
+
+from tokenprune.tokens.layout import TokenLayout
+
+
+class LayoutTables:
+    """A layout's host integers as tensors, made once per layout and device."""
+
+    def __init__(self, layout: TokenLayout, device: torch.device) -> None:  # cold: once per layout
+        """Upload ids of fixed and prunable tokens and of named rows, and each token's place among the prunable."""
+        self.fixed = torch.tensor(layout.fixed, dtype=torch.int64, device=device)
+        self.prunable = torch.tensor(layout.prunable, dtype=torch.int64, device=device)
+        self.rows = {
+            name: torch.tensor(tuple(layout.span(name)), dtype=torch.int64, device=device) for name in layout.row_names
+        }
+        owner = [-1] * layout.n_tokens
+        for number, segment in enumerate(layout.views.values()):
+            for token in segment.span:
+                owner[token] = number
+        place = [-1] * layout.n_tokens
+        for number, token in enumerate(layout.prunable):
+            place[token] = number
+        self.place = torch.tensor(place, dtype=torch.int64, device=device)
+        self.view_of = torch.tensor(owner, dtype=torch.int64, device=device)
+        self.view_number = {name: number for number, name in enumerate(layout.views)}

@@ -1,0 +1,120 @@
+"""What a pipeline becomes for one layout and one mode: every count a known integer before the query starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from tokenprune.tokens.layout import TokenLayout
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Views that share a budget of their own at one cut."""
+
+    views: tuple[str, ...]
+    keep: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A place where tokens leave.
+
+    Attributes:
+        after: Layer it follows, -1 for before layer 0.
+        stages: Indices of the pipeline's stages whose proposals meet here, in pipeline order.
+        found: Prunable tokens it finds.
+        keep: Prunable tokens it keeps; for an unresolved union, the most it could keep.
+        groups: Budgets of single views, filled first.
+        union: Whether a `keep: union` sets the count and it is not known yet.
+        merge: Whether what leaves may be merged into what stays.
+        reuse: Whether later layers take the keys and values of what leaves from the last query.
+    """
+
+    after: int
+    stages: tuple[int, ...]
+    found: int
+    keep: int
+    groups: tuple[Group, ...] = ()
+    union: bool = False
+    reuse: bool = False
+    merge: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cuts and token counts of one query.
+
+    Attributes:
+        layout: The query's tokens.
+        mode: Mode the counts are for.
+        depth: Decoder layers.
+        cuts: Ascending by layer.
+        calls: Per layer, indices of the stages whose `score_layer` is called after it.
+        looks: Indices of the stages whose `select_tokens` is called before layer 0.
+        skipped: Layers that are left out.
+        head_interval: Of the action head's flow steps, the first of each so many runs through its layers.
+        unions: Counts of the `keep: union` cuts resolved so far.
+        own_flops: FLOPs of what stages multiply themselves.
+    """
+
+    layout: TokenLayout
+    mode: str
+    depth: int
+    cuts: tuple[Cut, ...]
+    calls: tuple[tuple[int, ...], ...]
+    looks: tuple[int, ...] = ()
+    skipped: frozenset[int] = frozenset()
+    head_interval: int = 1
+    unions: tuple[int, ...] = ()
+    own_flops: int = 0
+
+    @classmethod
+    def dense(cls, layout: TokenLayout, depth: int, mode: str = "dense") -> Plan:
+        """Nothing is cut and no stage is asked."""
+        return cls(layout, mode, depth, (), ((),) * depth)
+
+    @cached_property
+    def cut_after(self) -> Mapping[int, Cut]:
+        """Cuts by the layer they follow."""
+        return {cut.after: cut for cut in self.cuts}
+
+    @cached_property
+    def entering(self) -> tuple[int, ...]:
+        """Prunable tokens that come to each layer, whether it is left out or not."""
+        held = len(self.layout.prunable)
+        counts = []
+        for layer in range(self.depth):
+            before = self.cut_after.get(layer - 1)
+            held = held if before is None else before.keep
+            counts.append(held)
+        return tuple(counts)
+
+    @cached_property
+    def prunable(self) -> tuple[int, ...]:
+        """Prunable tokens each layer holds; a layer that is left out holds none."""
+        return tuple(0 if layer in self.skipped else n for layer, n in enumerate(self.entering))
+
+    @cached_property
+    def tokens(self) -> tuple[int, ...]:
+        """Tokens each layer holds, pruned or not; a layer that is left out holds none."""
+        fixed = len(self.layout.fixed)
+        return tuple(0 if layer in self.skipped else n + fixed for layer, n in enumerate(self.entering))
+
+    @cached_property
+    def keys(self) -> tuple[int, ...]:
+        """Tokens each layer attends to: those it holds, and those it reuses from the last query."""
+        gone = {cut.after: cut.found - cut.keep for cut in self.cuts if cut.reuse}
+        reused = [sum(n for after, n in gone.items() if after < layer) for layer in range(self.depth)]
+        return tuple(n + extra if n else 0 for n, extra in zip(self.tokens, reused, strict=True))
+
+    @property
+    def reuses(self) -> bool:
+        """Whether keys and values of the last query may be needed: the query then has a pass of its own."""
+        return any(cut.reuse and cut.union for cut in self.cuts)
+
+    @property
+    def graph_safe(self) -> bool:
+        """Whether every count is known before the query starts."""
+        return not self.unions and not any(cut.union for cut in self.cuts)
