@@ -12,10 +12,10 @@ import pytest
 import torch
 from tokenizers import Tokenizer, processors
 
-from tests.pi0_format import DIMS, HORIZON, INSTRUCTION, STATE, STEPS, TOKENIZER, VARIANTS, chunk, loaded
+from tests.helpers.pi0_format import DIMS, HORIZON, INSTRUCTION, STATE, STEPS, TOKENIZER, VARIANTS, chunk, loaded
 from tokenprune.engine.query import Query
 from tokenprune.model.info import DecoderShape
-from tokenprune_adapters.backbones.pi0 import formats
+from tokenprune_adapters.backbones.pi0 import config_files
 from tokenprune_adapters.backbones.pi0.config import TINY
 from tokenprune_adapters.backbones.pi0.release import verify_pi0
 
@@ -55,8 +55,8 @@ def shrink(monkeypatch, modeling):
 
     monkeypatch.setattr(modeling, "get_gemma_config", tiny_gemma)
     monkeypatch.setattr(modeling, "CONFIG_MAPPING", {"paligemma": tiny_paligemma, "gemma": GemmaConfig})
-    monkeypatch.setattr(formats, "_GEMMA", GEMMA)
-    monkeypatch.setattr(formats, "BASE", replace(TINY, tower=TOWER, vocab=ROWS))
+    monkeypatch.setattr(config_files, "_GEMMA", GEMMA)
+    monkeypatch.setattr(config_files, "BASE", replace(TINY, tower=TOWER, vocab=ROWS))
 
 
 def policy_of(variant, modeling, configuration):
