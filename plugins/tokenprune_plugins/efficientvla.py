@@ -41,7 +41,7 @@ class EfficientVLATokens(Stage[EfficientVLATokensConfig]):
 
     def probes(self, info: BackboneInfo, layout: TokenLayout, mode: str) -> tuple[Probe, ...]:
         """The text's rows, at every layer a cut follows."""
-        return tuple(Probe(layer, "text") for layer in self.layers(info.decoder.depth))
+        return tuple(Probe(layer, "text") for layer in self.requirements(info).layers)
 
     def own_flops(self, info: BackboneInfo, plan: Plan) -> int:
         """Cosines with the key patches."""

@@ -34,14 +34,14 @@ class FastV(Stage[FastVConfig]):
         """Refuse rows that the decoder does not have beside the image."""
         require_rows(self.config.rows, info)
 
-    def notes(self, info: BackboneInfo) -> str:
+    def caveats(self, info: BackboneInfo) -> str:
         """Which rows are read on this backbone."""
         return rows_note(self.config.rows, info.decoder.causal)
 
     def probes(self, info: BackboneInfo, layout: TokenLayout, mode: str) -> tuple[Probe, ...]:
         """The rows, at every layer a cut follows."""
         return tuple(
-            Probe(layer, rows_read(self.config.rows, info.decoder.causal)) for layer in self.layers(info.decoder.depth)
+            Probe(layer, rows_read(self.config.rows, info.decoder.causal)) for layer in self.requirements(info).layers
         )
 
     @hookimpl

@@ -36,7 +36,7 @@ class PyramidDrop(Scored[PyramidDropConfig]):
         """Refuse rows that the decoder does not have beside the image."""
         require_rows(self.config.rows, info)
 
-    def notes(self, info: BackboneInfo) -> str:
+    def caveats(self, info: BackboneInfo) -> str:
         """Which rows are read on this backbone."""
         return rows_note(self.config.rows, info.decoder.causal)
 

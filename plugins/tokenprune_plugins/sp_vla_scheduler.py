@@ -54,7 +54,7 @@ class Scheduler(Stage[SchedulerConfig]):
         self._gripper = None if action.gripper is None else action.gripper[0]
         self._horizon = action.horizon
 
-    def notes(self, info: BackboneInfo) -> str:
+    def caveats(self, info: BackboneInfo) -> str:
         """How much is extrapolated at once."""
         return f"answers with {info.action.horizon} extrapolated actions"
 

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from tests.helpers.drawing import layouts
 from tokenprune.errors import ConfigError
+from tokenprune.model.info import BackboneInfo
 from tokenprune.pipelines.planning import make_plan
 from tokenprune.stages.config import CutConfig, StageConfig, ViewBudget, layer_of
+from tokenprune.stages.needs import StageNeeds
 from tokenprune.stages.stage import Stage
 from tokenprune.tokens.layout import Role, Segment, TokenLayout
 from tokenprune.tokens.plan import Plan
@@ -35,8 +37,8 @@ class Scorer(Selector):
 class Watcher(Scorer):
     """Looks at two layers more than it cuts after."""
 
-    def layers(self, depth: int) -> tuple[int, ...]:
-        return (0, depth - 1, *super().layers(depth))
+    def requirements(self, info: BackboneInfo) -> StageNeeds:
+        return super().requirements(info).also_called_after([0, info.decoder.depth - 1])
 
 
 def cut(keep: object, after: object = "embedding", **more: object) -> CutConfig:
@@ -159,7 +161,7 @@ def test_a_decoder_of_one_layer_cannot_be_cut() -> None:
 
 @pytest.mark.parametrize("after", [31, 32])
 def test_a_cut_after_the_last_layer_is_refused(after: int) -> None:
-    with pytest.raises(ValueError, match="decoder of 32 layers can be cut after layers 0 to 30"):
+    with pytest.raises(ValueError, match="valid in a decoder of 32 layers: 0 to 30"):
         layer_of(after, 32)
     assert layer_of(30, 32) == 30
     assert layer_of("embedding", 32) == -1

@@ -110,13 +110,13 @@ def test_I11_keeping_everything_is_dense_bit_for_bit() -> None:
 
 
 def test_I11_notices_the_last_bit() -> None:
-    real = cutting.Cutting._apply
+    real = cutting.StagePruner._apply
 
     def rounding(self: Any, *args: Any) -> Any:
         hidden, tokens = real(self, *args)
         return hidden * (1 + 2**-50), tokens
 
-    i11.notices(cutting.Cutting, "_apply", rounding)
+    i11.notices(cutting.StagePruner, "_apply", rounding)
 
 
 @prop(policies(), examples=15)

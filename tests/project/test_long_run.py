@@ -13,7 +13,7 @@ import tokenprune
 from tests.helpers.backbones import BACKBONES
 from tests.helpers.planting import REGISTRY
 from tests.helpers.tiny_oft import INSTRUCTION
-from tokenprune.engine.executor import RECORDINGS, Recorded
+from tokenprune.engine.executor import MAX_GRAPHS, GraphExecutor
 from tokenprune.pipelines.loader import load_pipeline
 from tokenprune.policy import Policy
 from tokenprune.testing.cycles import caught_in_cycles
@@ -67,12 +67,12 @@ def test_switches_and_resets_are_told_apart_from_slow_modes() -> None:
 
 def test_recordings_are_let_go() -> None:
     policy = tokenprune.load("openvla-oft", preset="tiny", pipeline="random", dtype="float32")
-    policy.executor = recorded = Recorded(policy.backbone, taped)
+    policy.executor = recorded = GraphExecutor(policy.backbone, taped)
     seen = random_observation(policy.backbone, np.random.default_rng(0))
-    for words in range(1, RECORDINGS + 5):
+    for words in range(1, MAX_GRAPHS + 5):
         policy.reset(" ".join(["put"] * words))
         policy.act(seen)
-    assert len(recorded._recordings) == RECORDINGS
+    assert len(recorded._recordings) == MAX_GRAPHS
     kept = [weakref.ref(one) for one in recorded._recordings.values()]
     gc.disable()
     try:

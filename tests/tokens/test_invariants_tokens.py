@@ -17,7 +17,7 @@ from tests.helpers.tiny_oft import INSTRUCTION, tiny_config
 from tokenprune.engine import combine as resolution
 from tokenprune.engine import cuts as cutting
 from tokenprune.engine import query as runtime
-from tokenprune.engine.rng import Chance
+from tokenprune.engine.rng import QueryRng
 from tokenprune.engine.timing import Clock
 from tokenprune.model.decoder import Decoded, Decoder
 from tokenprune.model.kv_cache import KVCache, LayerKV
@@ -61,8 +61,8 @@ def passed(layout: TokenLayout, config: PipelineConfig, batch: int, depth: int =
     clock = Clock(torch.device("cpu"))
     clock.enter("test")
     tables = LayoutTables(layout, torch.device("cpu"))
-    given = runtime.Given(
-        SimpleNamespace(images={}), slots, {}, Chance(slots, config.seed, torch.device("cpu")), tables
+    given = runtime.QueryInputs(
+        SimpleNamespace(images={}), slots, {}, QueryRng(slots, config.seed, torch.device("cpu")), tables
     )
     query = runtime.Query(bound, bound.plan(layout), given, clock)
     embeddings = torch.arange(layout.n_tokens, dtype=torch.float64)[None, :, None].expand(batch, -1, 2).clone()

@@ -109,7 +109,7 @@ def explain(
         "notes": [
             f"{name}: {note}"
             for name, stage in zip(bound.names, bound.stages, strict=True)
-            if (note := stage.notes(info))
+            if (note := stage.caveats(info))
         ],
         "modes": {mode: _mode(bound, info, layout, mode) for mode in loaded.config.modes},
         **_limits(info, layout),

@@ -49,5 +49,5 @@ def describe_layout(layout: TokenLayout) -> dict[str, Any]:
 def notes(policy: Policy) -> list[str]:
     """What each stage says of itself on this backbone."""
     bound = policy.pipeline
-    said = [(name, stage.notes(bound.info)) for name, stage in zip(bound.names, bound.stages, strict=True)]
+    said = [(name, stage.caveats(bound.info)) for name, stage in zip(bound.names, bound.stages, strict=True)]
     return [f"{name}: {text}" for name, text in said if text]

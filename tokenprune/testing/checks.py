@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
-from tokenprune.engine.executor import Recorded
+from tokenprune.engine.executor import GraphExecutor
 from tokenprune.errors import TokenPruneError
 from tokenprune.pipelines.binding import BoundPipeline, bind
 from tokenprune.pipelines.config import DENSE
@@ -144,9 +144,9 @@ def a_replay_is_the_query(subject: Subject) -> None:
     if _has_union(subject):
         raise NotApplicable("its count is known only during the query")
     eager, recorded = subject.policy(), subject.policy()
-    if not all(stage.recordable() for stage in recorded.pipeline.stages):
-        raise NotApplicable("it says that it cannot be recorded")
-    recorded.executor = Recorded(recorded.backbone, taped)
+    if not all(needs.graph_safe for needs in recorded.pipeline.needs):
+        raise NotApplicable("it says that it works on the host")
+    recorded.executor = GraphExecutor(recorded.backbone, taped)
     own, plain = (subject.queries(policy, 6) for policy in (recorded, eager))
     said = "query {} was replayed and differs; what it reads on the host belongs in `host_state`"
     _same_selection(own, plain, said)
@@ -167,9 +167,9 @@ def probes_are_declared(subject: Subject) -> None:
     """The attention it computes is the attention that `probes` declares, so that FLOPs are told right."""
     policy = subject.policy()
     trace = subject.queries(policy, 5)[-1].trace
-    (stage,) = policy.pipeline.stages
+    (stage,), (needs,) = policy.pipeline.stages, policy.pipeline.needs
     info, layout = policy.backbone.info, trace.plan.layout
-    watched = {layer for layer in stage.watches(info.decoder.depth) if "action" in layout.row_names}
+    watched = {layer for layer in needs.action_attention if "action" in layout.row_names}
     declared = {(p.layer, rows_name(p.rows), p.ahead) for p in stage.probes(info, layout, trace.mode)}
     declared -= {(layer, "action", False) for layer in watched}
     found = {(p.layer, p.rows, p.ahead) for p in trace.probes if p.stage == subject.stage}

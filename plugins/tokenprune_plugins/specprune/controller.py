@@ -90,7 +90,7 @@ class Controller(Stage[ControllerConfig]):
                 self._scale[group] = action.metric[group]
         self._groups = action.groups
 
-    def notes(self, info: BackboneInfo) -> str:
+    def caveats(self, info: BackboneInfo) -> str:
         """What the bounds are measured in."""
         return "bounds in " + ("metres and radians" if self.config.units == "metric" else "the action's own units")
 
