@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tokenprune.registry.hookspecs import hookimpl
-from tokenprune.registry.specs import PipelineSpec, Spec, StageSpec
+from tokenprune import PipelineSpec, Spec, StageSpec, hookimpl
 
 _SPECPRUNE = "SpecPrune-VLA, arXiv 2509.05614"
 _ADP = "VLA-ADP, arXiv 2509.22093 (ICLR 2026)"

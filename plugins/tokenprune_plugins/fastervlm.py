@@ -13,10 +13,7 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from tokenprune.model.info import BackboneInfo
-from tokenprune.stages.config import CutConfig, Keep
-from tokenprune.stages.needs import StageNeeds
-from tokenprune.stages.token_context import SelectContext
+from tokenprune import BackboneInfo, CutConfig, Keep, SelectContext, StageNeeds
 from tokenprune_plugins.shared.bases import Scored
 
 

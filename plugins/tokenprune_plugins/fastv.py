@@ -7,13 +7,19 @@ row. In a bidirectional decoder the last row is a stop token that means nothing,
 
 from __future__ import annotations
 
-from tokenprune.model.info import BackboneInfo
-from tokenprune.registry.hookspecs import hookimpl
-from tokenprune.stages.config import CutConfig, Cuts, Keep
-from tokenprune.stages.stage import Probe, Stage, require_rows
-from tokenprune.stages.token_context import LayerContext
-from tokenprune.tokens.layout import TokenLayout
-from tokenprune.tokens.proposal import Proposal
+from tokenprune import (
+    BackboneInfo,
+    CutConfig,
+    Cuts,
+    Keep,
+    LayerContext,
+    Probe,
+    Proposal,
+    Stage,
+    TokenLayout,
+    hookimpl,
+    require_rows,
+)
 from tokenprune_plugins.shared.attention_rows import RowsOrAuto, rows_note, rows_read
 
 

@@ -11,10 +11,7 @@ from dataclasses import replace
 
 from pydantic import Field
 
-from tokenprune.model.info import BackboneInfo
-from tokenprune.stages.config import StageConfig
-from tokenprune.stages.needs import StageNeeds
-from tokenprune.stages.stage import Stage
+from tokenprune import BackboneInfo, Stage, StageConfig, StageNeeds
 
 
 class HeadCacheConfig(StageConfig):

@@ -14,12 +14,17 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from tokenprune.model.info import BackboneInfo
-from tokenprune.registry.hookspecs import hookimpl
-from tokenprune.stages.config import Layers, StageConfig, layer_indices
-from tokenprune.stages.needs import StageNeeds
-from tokenprune.stages.stage import Stage
-from tokenprune.stages.token_context import LayerContext, SelectContext
+from tokenprune import (
+    BackboneInfo,
+    LayerContext,
+    Layers,
+    SelectContext,
+    Stage,
+    StageConfig,
+    StageNeeds,
+    hookimpl,
+    layer_indices,
+)
 
 
 class LayerSkipConfig(StageConfig):

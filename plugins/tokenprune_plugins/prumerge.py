@@ -28,13 +28,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from tokenprune.model.info import BackboneInfo
-from tokenprune.stages.config import CutConfig, Keep
-from tokenprune.stages.needs import StageNeeds
-from tokenprune.stages.token_context import SelectContext
-from tokenprune.tokens.budget import UNION
-from tokenprune.tokens.plan import Plan, Removal
-from tokenprune.tokens.proposal import Proposal
+from tokenprune import UNION, BackboneInfo, CutConfig, Keep, Plan, Proposal, Removal, SelectContext, StageNeeds
 from tokenprune_plugins.shared.bases import Anywhere
 from tokenprune_plugins.shared.ranks import rank_within
 from tokenprune_plugins.shared.similarity import likeness, likeness_flops

@@ -21,13 +21,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from tokenprune.model.info import BackboneInfo
-from tokenprune.stages.config import CutConfig, Keep
-from tokenprune.stages.memory import Slot
-from tokenprune.stages.needs import StageNeeds
-from tokenprune.stages.token_context import SelectContext
-from tokenprune.tokens.budget import UNION
-from tokenprune.tokens.proposal import Proposal
+from tokenprune import UNION, BackboneInfo, CutConfig, Keep, Proposal, SelectContext, Slot, StageNeeds
 from tokenprune_plugins.shared.bases import Anywhere
 from tokenprune_plugins.shared.canny import canny
 

@@ -13,11 +13,7 @@ from __future__ import annotations
 import numpy as np
 from pydantic import Field, model_validator
 
-from tokenprune.model.info import BackboneInfo
-from tokenprune.registry.hookspecs import hookimpl
-from tokenprune.stages.config import StageConfig
-from tokenprune.stages.control_context import ControlContext, ControlDecision
-from tokenprune.stages.stage import Stage
+from tokenprune import BackboneInfo, ControlContext, ControlDecision, Stage, StageConfig, hookimpl
 
 
 class SchedulerConfig(StageConfig):

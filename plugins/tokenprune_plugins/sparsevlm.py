@@ -19,15 +19,22 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokenprune.model.info import BackboneInfo
-from tokenprune.registry.hookspecs import hookimpl
-from tokenprune.stages.config import CutConfig, Cuts, Keep
-from tokenprune.stages.needs import StageNeeds
-from tokenprune.stages.stage import Probe, Stage
-from tokenprune.stages.token_context import LayerContext, SelectContext
-from tokenprune.tokens.layout import TokenLayout
-from tokenprune.tokens.plan import Plan, Removal
-from tokenprune.tokens.proposal import Proposal
+from tokenprune import (
+    BackboneInfo,
+    CutConfig,
+    Cuts,
+    Keep,
+    LayerContext,
+    Plan,
+    Probe,
+    Proposal,
+    Removal,
+    SelectContext,
+    Stage,
+    StageNeeds,
+    TokenLayout,
+    hookimpl,
+)
 from tokenprune_plugins.shared.merging import into
 from tokenprune_plugins.shared.recycling import fold, recycled
 from tokenprune_plugins.shared.similarity import likeness_flops

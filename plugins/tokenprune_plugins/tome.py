@@ -14,15 +14,21 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tokenprune.model.info import BackboneInfo
-from tokenprune.registry.hookspecs import hookimpl
-from tokenprune.stages.config import CutConfig, Cuts, Keep
-from tokenprune.stages.needs import StageNeeds
-from tokenprune.stages.stage import Stage
-from tokenprune.stages.token_context import LayerContext, SelectContext
-from tokenprune.tokens.plan import Plan, Removal
-from tokenprune.tokens.proposal import Proposal
-from tokenprune.tokens.selection import rows_at
+from tokenprune import (
+    BackboneInfo,
+    CutConfig,
+    Cuts,
+    Keep,
+    LayerContext,
+    Plan,
+    Proposal,
+    Removal,
+    SelectContext,
+    Stage,
+    StageNeeds,
+    hookimpl,
+    rows_at,
+)
 from tokenprune_plugins.shared.merging import into
 from tokenprune_plugins.shared.similarity import likeness, likeness_flops
 

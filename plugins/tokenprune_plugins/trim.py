@@ -26,17 +26,21 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import interpolate, one_hot
 
-from tokenprune.errors import MissingError
-from tokenprune.model.info import BackboneInfo
-from tokenprune.registry.hookspecs import hookimpl
-from tokenprune.stages.config import CutConfig, Keep
-from tokenprune.stages.memory import Slot
-from tokenprune.stages.needs import StageNeeds
-from tokenprune.stages.stage import Stage
-from tokenprune.stages.token_context import SelectContext
-from tokenprune.tokens.budget import UNION
-from tokenprune.tokens.plan import Plan, Removal
-from tokenprune.tokens.proposal import Proposal
+from tokenprune import (
+    UNION,
+    BackboneInfo,
+    CutConfig,
+    Keep,
+    MissingError,
+    Plan,
+    Proposal,
+    Removal,
+    SelectContext,
+    Slot,
+    Stage,
+    StageNeeds,
+    hookimpl,
+)
 from tokenprune_plugins.shared.clip import Clip, load
 from tokenprune_plugins.shared.ranks import rank_within
 

@@ -14,15 +14,21 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from tokenprune.model.info import BackboneInfo
-from tokenprune.registry.hookspecs import hookimpl
-from tokenprune.stages.config import Layer, StageConfig, layer_index
-from tokenprune.stages.feature_context import FeatureContext
-from tokenprune.stages.memory import Slot, flags
-from tokenprune.stages.needs import StageNeeds
-from tokenprune.stages.stage import Probe, Stage
-from tokenprune.stages.token_context import LayerContext
-from tokenprune.tokens.layout import TokenLayout
+from tokenprune import (
+    BackboneInfo,
+    FeatureContext,
+    Layer,
+    LayerContext,
+    Probe,
+    Slot,
+    Stage,
+    StageConfig,
+    StageNeeds,
+    TokenLayout,
+    flags,
+    hookimpl,
+    layer_index,
+)
 
 
 class TTFConfig(StageConfig):

@@ -17,14 +17,18 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokenprune.model.info import BackboneInfo
-from tokenprune.registry.hookspecs import hookimpl
-from tokenprune.stages.config import CutConfig, Keep
-from tokenprune.stages.needs import StageNeeds
-from tokenprune.stages.stage import Stage
-from tokenprune.stages.token_context import SelectContext
-from tokenprune.tokens.plan import Plan, Removal
-from tokenprune.tokens.proposal import Proposal
+from tokenprune import (
+    BackboneInfo,
+    CutConfig,
+    Keep,
+    Plan,
+    Proposal,
+    Removal,
+    SelectContext,
+    Stage,
+    StageNeeds,
+    hookimpl,
+)
 from tokenprune_plugins.shared.ranks import rank_within
 from tokenprune_plugins.shared.similarity import likeness, likeness_flops
 

@@ -20,15 +20,23 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokenprune.model.info import BackboneInfo
-from tokenprune.registry.hookspecs import hookimpl
-from tokenprune.stages.config import CutConfig, Cuts, Keep, Layer, layer_index
-from tokenprune.stages.needs import StageNeeds
-from tokenprune.stages.stage import Probe, Stage
-from tokenprune.stages.token_context import LayerContext, SelectContext
-from tokenprune.tokens.layout import TokenLayout
-from tokenprune.tokens.plan import Removal
-from tokenprune.tokens.proposal import Proposal
+from tokenprune import (
+    BackboneInfo,
+    CutConfig,
+    Cuts,
+    Keep,
+    Layer,
+    LayerContext,
+    Probe,
+    Proposal,
+    Removal,
+    SelectContext,
+    Stage,
+    StageNeeds,
+    TokenLayout,
+    hookimpl,
+    layer_index,
+)
 from tokenprune_plugins.shared.patch_change import patch_similarity
 from tokenprune_plugins.shared.ranks import rank_in_views, rank_within
 

@@ -15,19 +15,28 @@ from dataclasses import replace
 from pydantic import Field
 from torch import Tensor
 
-from tokenprune.model.info import BackboneInfo
-from tokenprune.registry.hookspecs import hookimpl
-from tokenprune.stages.config import CutConfig, Cuts, Keep, Layers, layer_indices
-from tokenprune.stages.control_context import ControlContext, ControlDecision
-from tokenprune.stages.memory import ExecutedAction
-from tokenprune.stages.needs import StageNeeds
-from tokenprune.stages.query_record import QueryRecord
-from tokenprune.stages.stage import Probe, Stage
-from tokenprune.stages.token_context import LayerContext, SelectContext
-from tokenprune.tokens.layout import TokenLayout
-from tokenprune.tokens.plan import Plan
-from tokenprune.tokens.proposal import Proposal
-from tokenprune.tokens.selection import rows_at
+from tokenprune import (
+    BackboneInfo,
+    ControlContext,
+    ControlDecision,
+    CutConfig,
+    Cuts,
+    ExecutedAction,
+    Keep,
+    LayerContext,
+    Layers,
+    Plan,
+    Probe,
+    Proposal,
+    QueryRecord,
+    SelectContext,
+    Stage,
+    StageNeeds,
+    TokenLayout,
+    hookimpl,
+    layer_indices,
+    rows_at,
+)
 from tokenprune_plugins.divprune import farthest_first
 from tokenprune_plugins.shared.ranks import rank_within
 from tokenprune_plugins.shared.similarity import likeness_flops

@@ -20,7 +20,7 @@ from tests.helpers.planting import REGISTRY, pipeline
 from tests.helpers.stages import TestConfig
 from tests.helpers.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
 from tokenprune.engine.executor import GraphExecutor
-from tokenprune.engine.query import Outcome
+from tokenprune.engine.query import DeviceOutcome
 from tokenprune.engine.tensor_tree import copy_tensors, tensors_in
 from tokenprune.errors import CapabilityError, ConfigError
 from tokenprune.pipelines.config import PipelineConfig
@@ -120,7 +120,7 @@ def test_a_mode_switch_and_a_reset_record_nothing_twice(monkeypatch: pytest.Monk
     config = load_pipeline("specprune", REGISTRY).config
     recorded: list[None] = []
 
-    def counting(run: Callable[[], Outcome]) -> Any:
+    def counting(run: Callable[[], DeviceOutcome]) -> Any:
         recorded.append(None)
         return taped(run)
 
@@ -157,8 +157,8 @@ def test_what_a_stage_reads_on_the_host_keeps_recordings_apart(monkeypatch: pyte
     backbone = tiny_policy_parts(tiny_config(depth=4))
     config = pipeline(TTFConfig(use="ttf", keyframe=3, threshold=0.1))
     same(both(backbone, config, EPISODE))
-    monkeypatch.setattr("tokenprune.engine.cuda_graph.recording_key", lambda pipeline, plan, given: plan.mode)
-    monkeypatch.setattr("tokenprune.engine.executor.recording_key", lambda pipeline, plan, given: plan.mode)
+    monkeypatch.setattr("tokenprune.engine.cuda_graph.graph_key", lambda pipeline, plan, given: plan.mode)
+    monkeypatch.setattr("tokenprune.engine.executor.graph_key", lambda pipeline, plan, given: plan.mode)
     with pytest.raises((AssertionError, RuntimeError, ValueError)):
         same(both(backbone, config, EPISODE))
 
@@ -220,11 +220,11 @@ def test_copies_around_a_replay_are_few_launches() -> None:
         copy_tensors(places, given["numbers"])
 
 
-def full(run: Callable[[], Outcome]) -> Any:
+def full(run: Callable[[], DeviceOutcome]) -> Any:
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-def full_and_broken(run: Callable[[], Outcome]) -> Any:
+def full_and_broken(run: Callable[[], DeviceOutcome]) -> Any:
     """The capture cannot even be ended after an allocation in it has failed."""
     try:
         full(run)
@@ -232,7 +232,7 @@ def full_and_broken(run: Callable[[], Outcome]) -> Any:
         raise RuntimeError("operation failed due to a previous error during capture")
 
 
-def broken(run: Callable[[], Outcome]) -> Any:
+def broken(run: Callable[[], DeviceOutcome]) -> Any:
     raise RuntimeError("operation not permitted when stream is capturing")
 
 

@@ -72,11 +72,11 @@ def test_recordings_are_let_go() -> None:
     for words in range(1, MAX_GRAPHS + 5):
         policy.reset(" ".join(["put"] * words))
         policy.act(seen)
-    assert len(recorded._recordings) == MAX_GRAPHS
-    kept = [weakref.ref(one) for one in recorded._recordings.values()]
+    assert len(recorded._graphs) == MAX_GRAPHS
+    kept = [weakref.ref(one) for one in recorded._graphs.values()]
     gc.disable()
     try:
-        recorded._recordings.clear()
+        recorded._graphs.clear()
         assert not any(one() for one in kept)
     finally:
         gc.enable()

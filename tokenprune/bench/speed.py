@@ -19,7 +19,7 @@ from tokenprune.compare.comparison import beside_dense
 from tokenprune.compare.episode import Episode
 from tokenprune.compare.replay import Tick, check_views, query_steps, replay
 from tokenprune.engine.adapter import Backbone
-from tokenprune.engine.executor import EXECUTIONS, check_plan
+from tokenprune.engine.executor import Execution, check_plan
 from tokenprune.errors import CapabilityError, ConfigError, LayoutError, nearest
 from tokenprune.loading import load_backbone
 from tokenprune.model.device import DTYPES
@@ -52,7 +52,7 @@ class BenchSettings:
 
     Attributes:
         dtypes: Names from `backbones.DTYPES`, or `auto`.
-        modes: Names from `EXECUTIONS`.
+        modes: Names of `Execution`.
         device: torch device.
         pairs: Queries per pipeline, each with a dense one beside it.
         warmup: Such pairs that come before them and are not counted.
@@ -64,7 +64,7 @@ class BenchSettings:
     """
 
     dtypes: tuple[str, ...] = ("auto",)
-    modes: tuple[str, ...] = EXECUTIONS[:1]
+    modes: tuple[str, ...] = (Execution.EAGER,)
     device: str = "cpu"
     pairs: int = 10
     warmup: int = 2
@@ -80,7 +80,7 @@ class BenchSettings:
         Raises:
             ConfigError: Naming the setting, what it is and what it could be.
         """
-        named = [("mode", self.modes, EXECUTIONS), ("dtype", self.dtypes, (*DTYPES, "auto"))]
+        named = [("mode", self.modes, tuple(Execution)), ("dtype", self.dtypes, (*DTYPES, "auto"))]
         named += [("reference", () if self.reference is None else (self.reference,), REFERENCES)]
         for what, given, valid in named:
             for name in given:
@@ -186,7 +186,7 @@ def _fitting(
                 try:
                     bound = bind(pipeline.config, info, registry)
                     for own in pipeline.config.modes:
-                        check_plan(mode, bound, bound.plan(layout, own))
+                        check_plan(Execution(mode), bound, bound.plan(layout, own))
                 except (CapabilityError, ConfigError, LayoutError) as error:
                     entry = {"backbone": subject.backbone, "pipeline": pipeline.label, "why": str(error)}
                     refused += [] if entry in refused else [entry]
@@ -230,7 +230,7 @@ def _measure(
     roof, said, pairs = case.measure_roof(), {}, {}
     for label, config in entrants:
         if label == UPSTREAM:
-            own = _policy(UpstreamBackbone(backbone), config, registry, EXECUTIONS[0])
+            own = _policy(UpstreamBackbone(backbone), config, registry, Execution.EAGER)
         else:
             own = _policy(backbone, config, registry, case.mode)
         pairs[label] = beside, asked = _pairs(dense, own, case, settings, tick)
@@ -250,7 +250,7 @@ def _measure(
             "mode": case.mode,
             "episode": _told(case),
             "layout": describe_layout(layout),
-            "follow_up": None if info.follow_up is None else info.follow_up.name,
+            "follow_up": None if info.follow_up is None else info.follow_up.phase,
             "roof": asdict(roof),
             "curve": curve(info, layout, roof, itemsize),
             "rows": [row.to_json() for row in rows],

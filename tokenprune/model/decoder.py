@@ -70,6 +70,7 @@ class DecoderRunner(Protocol):
         tokens: TokenSelection,
         pruner: Pruner | None = None,
         cache: Memory | None = None,
+        /,
         *,
         positions: Positions = Positions.PRESERVE,
         read: OriginalIds | None = None,

@@ -20,7 +20,7 @@ UNTRAINED = (
 
 def trace_flops(info: BackboneInfo, trace: QueryTrace) -> QueryFlops:
     """FLOPs of a query as it ran, attention probes included; none where a controller answered."""
-    if trace.replayed:
+    if trace.answered:
         return QueryFlops(other={}, layers=(0,) * trace.plan.depth, follow_up=0, probe=0)
     probes = [Probed(probe.layer, probe.count, probe.ahead, probe.behind) for probe in trace.probes]
     return query_flops(info, trace.plan, probes, trace.encoder)

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from tokenprune.engine.executor import GraphExecutor
 from tokenprune.errors import TokenPruneError
-from tokenprune.pipelines.binding import BoundPipeline, bind
+from tokenprune.pipelines.binding import BoundPipeline, HookCall, bind
 from tokenprune.pipelines.config import DENSE
 from tokenprune.policy import ActionChunk
 from tokenprune.stages.config import CutConfig
@@ -108,16 +108,16 @@ def what_it_is_shown_stays_as_it_was(subject: Subject) -> None:
     """It writes to nothing that it is shown."""
     real = BoundPipeline.call
 
-    def watched(self: BoundPipeline, index: int, hook_name: str, hook: Any, ctx: Any, where: str = "") -> Any:  # noqa: ANN401
+    def watched(self: BoundPipeline, call: HookCall, ctx: Any, where: str = "") -> Any:  # noqa: ANN401
         names = [name for name in ("hidden", "prunable", "features", "q", "k") if hasattr(ctx, name)]
         shown = {f"ctx.{name}": getattr(ctx, name) for name in names}
         if isinstance(getattr(ctx, "images", None), Mapping):
             shown |= {f"ctx.images['{view}']": pixels for view, pixels in ctx.images.items()}
         before = {name: value.clone() for name, value in shown.items()}
-        answer = real(self, index, hook_name, hook, ctx, where)
+        answer = real(self, call, ctx, where)
         for name, value in shown.items():
             if not torch.equal(value, before[name]):
-                raise CheckFailed(f"{hook_name} wrote to {name}")
+                raise CheckFailed(f"{call.hook} wrote to {name}")
         return answer
 
     with patch.object(BoundPipeline, "call", watched):

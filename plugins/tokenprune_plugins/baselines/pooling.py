@@ -12,15 +12,18 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokenprune.model.info import BackboneInfo
-from tokenprune.registry.hookspecs import hookimpl
-from tokenprune.stages.config import CutConfig, Keep
-from tokenprune.stages.needs import StageNeeds
-from tokenprune.stages.stage import Stage
-from tokenprune.stages.token_context import SelectContext
-from tokenprune.tokens.layout import TokenLayout
-from tokenprune.tokens.plan import Removal
-from tokenprune.tokens.proposal import Proposal
+from tokenprune import (
+    BackboneInfo,
+    CutConfig,
+    Keep,
+    Proposal,
+    Removal,
+    SelectContext,
+    Stage,
+    StageNeeds,
+    TokenLayout,
+    hookimpl,
+)
 from tokenprune_plugins.shared.merging import into
 
 

@@ -11,12 +11,16 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from tokenprune.model.info import BackboneInfo
-from tokenprune.registry.hookspecs import hookimpl
-from tokenprune.stages.config import StageConfig, Strict
-from tokenprune.stages.control_context import ControlContext, ControlDecision
-from tokenprune.stages.memory import ExecutedAction
-from tokenprune.stages.stage import Stage
+from tokenprune import (
+    BackboneInfo,
+    ControlContext,
+    ControlDecision,
+    ExecutedAction,
+    Stage,
+    StageConfig,
+    Strict,
+    hookimpl,
+)
 
 
 class Motion(Strict):

@@ -12,14 +12,22 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokenprune.model.info import BackboneInfo
-from tokenprune.registry.hookspecs import hookimpl
-from tokenprune.stages.config import CutConfig, Cuts, Keep, Layers, layer_indices
-from tokenprune.stages.needs import StageNeeds
-from tokenprune.stages.stage import Probe, Stage, require_rows
-from tokenprune.stages.token_context import LayerContext
-from tokenprune.tokens.layout import TokenLayout
-from tokenprune.tokens.proposal import Proposal
+from tokenprune import (
+    BackboneInfo,
+    CutConfig,
+    Cuts,
+    Keep,
+    LayerContext,
+    Layers,
+    Probe,
+    Proposal,
+    Stage,
+    StageNeeds,
+    TokenLayout,
+    hookimpl,
+    layer_indices,
+    require_rows,
+)
 from tokenprune_plugins.shared.ranks import rank_in_views, rank_within
 from tokenprune_plugins.specprune import signals
 

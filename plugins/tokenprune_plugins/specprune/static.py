@@ -16,16 +16,24 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokenprune.model.info import BackboneInfo
-from tokenprune.registry.hookspecs import hookimpl
-from tokenprune.stages.config import CutConfig, Cuts, Keep, Layers, layer_indices
-from tokenprune.stages.control_context import ControlContext
-from tokenprune.stages.needs import StageNeeds
-from tokenprune.stages.stage import Probe, Stage
-from tokenprune.stages.token_context import LayerContext, SelectContext
-from tokenprune.tokens.budget import UNION
-from tokenprune.tokens.layout import TokenLayout
-from tokenprune.tokens.proposal import Proposal
+from tokenprune import (
+    UNION,
+    BackboneInfo,
+    ControlContext,
+    CutConfig,
+    Cuts,
+    Keep,
+    LayerContext,
+    Layers,
+    Probe,
+    Proposal,
+    SelectContext,
+    Stage,
+    StageNeeds,
+    TokenLayout,
+    hookimpl,
+    layer_indices,
+)
 from tokenprune_plugins.shared.attention_rows import attention_to_patches
 from tokenprune_plugins.shared.grid import grid_scores
 from tokenprune_plugins.shared.patch_change import frame_similarity

@@ -15,15 +15,22 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokenprune.model.info import BackboneInfo
-from tokenprune.registry.hookspecs import hookimpl
-from tokenprune.stages.config import CutConfig, Cuts, Keep, Layers, layer_indices
-from tokenprune.stages.control_context import ControlContext
-from tokenprune.stages.needs import StageNeeds
-from tokenprune.stages.stage import Probe, Stage
-from tokenprune.stages.token_context import LayerContext
-from tokenprune.tokens.layout import TokenLayout
-from tokenprune.tokens.proposal import Proposal
+from tokenprune import (
+    BackboneInfo,
+    ControlContext,
+    CutConfig,
+    Cuts,
+    Keep,
+    LayerContext,
+    Layers,
+    Probe,
+    Proposal,
+    Stage,
+    StageNeeds,
+    TokenLayout,
+    hookimpl,
+    layer_indices,
+)
 from tokenprune_plugins.shared.attention_rows import attention_to_patches
 from tokenprune_plugins.shared.patch_change import frame_similarity
 from tokenprune_plugins.shared.ranks import per_view, rank_in_views
