@@ -17,9 +17,9 @@ from learner import Learner
 from samples import RawStatistics
 from tower import Labelled
 
-from tokenprune_adapters.backbones.openvla_oft.backbone import OFTModel
 from tokenprune_adapters.backbones.openvla_oft.config import MINI, TRAINED_OPTIONS
 from tokenprune_adapters.backbones.openvla_oft.export import export_oft
+from tokenprune_adapters.backbones.openvla_oft.model import OFTModel
 from tokenprune_adapters.backbones.openvla_oft.release import load_oft
 from tokenprune_adapters.inputs.tokenizer import BUNDLED
 

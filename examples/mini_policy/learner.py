@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tokenprune.tokens.selection import TokenSelection
-from tokenprune_adapters.backbones.openvla_oft.backbone import OFTModel
 from tokenprune_adapters.backbones.openvla_oft.config import MINI
+from tokenprune_adapters.backbones.openvla_oft.model import OFTModel
 from tokenprune_adapters.backbones.prismatic.prompt import PromptTokenizer
 from tokenprune_adapters.inputs.tokenizer import Prompt
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from tokenprune_adapters.backbones.openvla_oft.release import read_config
+from tokenprune_adapters.backbones.openvla_oft.release import read_oft
 
 CONFIG, PREPROCESSOR, STATISTICS = "config.json", "preprocessor_config.json", "dataset_statistics.json"
 
@@ -176,7 +176,7 @@ def fewer_rows(folder: Path) -> None:
     """The last token has no row, with one row more all have."""
     largest = max(Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab().values())
     text(vocab_size=largest + 1)(folder)
-    read_config(folder, {})
+    read_oft(folder, {})
     text(vocab_size=largest)(folder)
 
 

@@ -19,7 +19,7 @@ from tokenprune.policy import ActionChunk, Policy
 from tokenprune.registry.discovery import Registry
 from tokenprune_adapters import backbones
 from tokenprune_adapters.backbones.pi0 import config_files
-from tokenprune_adapters.backbones.pi0.backbone import PI0
+from tokenprune_adapters.backbones.pi0.backbone import PI0, PI0Setup
 from tokenprune_adapters.backbones.pi0.config import TINY, PI0Config, Variant
 from tokenprune_adapters.backbones.pi0.model import PI0Model
 from tokenprune_adapters.backbones.pi0.prompt import GemmaTokenizer
@@ -166,7 +166,8 @@ def tiny_pi0(
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(dtype))
     statistics = tiny_statistics(variant, epsilon)
-    return PI0(config, model, GemmaTokenizer.bundled(), statistics, config.info("tiny", untrained=True))
+    setup = PI0Setup(config, GemmaTokenizer.bundled(), statistics)
+    return PI0(setup, model, config.info("tiny", untrained=True))
 
 
 def tiny_statistics(variant: Variant, epsilon: float) -> Statistics:

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from tokenprune.model.info import DecoderShape
-from tokenprune_adapters.backbones.openvla_oft.backbone import OFTModel, OpenVLAOFT
+from tokenprune_adapters.backbones.openvla_oft.backbone import OFTSetup, OpenVLAOFT
 from tokenprune_adapters.backbones.openvla_oft.config import SMALL, OFTConfig, with_options
+from tokenprune_adapters.backbones.openvla_oft.model import OFTModel
 from tokenprune_adapters.backbones.prismatic.config import PrismaticConfig
 from tokenprune_adapters.backbones.prismatic.prompt import PromptTokenizer
 from tokenprune_adapters.inputs.statistics import Bounds, Statistics
@@ -74,7 +75,7 @@ def tiny_policy_parts(
         for layer in model.language_model.model.layers:
             layer.self_attn.q_proj.weight.mul_(contrast)
     info = config.info("tiny", untrained=True)
-    return OpenVLAOFT(config, model, PromptTokenizer.bundled(), tiny_statistics(config), info)
+    return OpenVLAOFT(OFTSetup(config, PromptTokenizer.bundled(), tiny_statistics(config)), model, info)
 
 
 def observation(config: OFTConfig, seed: int = 0) -> dict[str, Any]:

@@ -23,8 +23,9 @@ from tokenprune.stages.query_record import ActionAttention
 from tokenprune.stages.stage import Stage
 from tokenprune.stages.token_context import LayerContext, SelectContext
 from tokenprune.tokens.proposal import Proposal
-from tokenprune_adapters.backbones.openvla.backbone import OpenVLA, OpenVLAModel
+from tokenprune_adapters.backbones.openvla.backbone import OpenVLA, OpenVLASetup
 from tokenprune_adapters.backbones.openvla.config import TINY, OpenVLAConfig
+from tokenprune_adapters.backbones.openvla.model import OpenVLAModel
 from tokenprune_adapters.backbones.prismatic.prompt import PromptTokenizer
 from tokenprune_adapters.inputs.statistics import Bounds, Statistics
 from tokenprune_adapters.weights.untrained import fill_untrained
@@ -60,7 +61,8 @@ def tiny_openvla(
         _use_exact_norms(model.language_model.model)
     bounds = Bounds(np.linspace(-0.9, -0.3, 7), np.linspace(0.4, 1.0, 7), np.array([True] * 6 + [False]), epsilon=0.0)
     info = config.info("tiny", untrained=True)
-    return OpenVLA(config, model, PromptTokenizer.bundled(), Statistics("libero_tiny", bounds, None), info)
+    setup = OpenVLASetup(config, PromptTokenizer.bundled(), Statistics("libero_tiny", bounds, None))
+    return OpenVLA(setup, model, info)
 
 
 def _use_exact_norms(llama: Any) -> None:

@@ -15,7 +15,7 @@ from tokenprune.engine.query import Query
 from tokenprune.pipelines.config import DENSE, PipelineConfig
 from tokenprune.policy import ActionChunk, Policy
 from tokenprune.registry.discovery import Registry
-from tokenprune_adapters.backbones.pi0.backbone import PI0
+from tokenprune_adapters.backbones.pi0.backbone import PI0, PI0Setup
 from tokenprune_adapters.backbones.pi0.config import TINY, PI0Config, Variant
 from tokenprune_adapters.backbones.pi0.model import AdaptiveNorm, PI0Model
 from tokenprune_adapters.backbones.pi0.prompt import GemmaTokenizer
@@ -104,7 +104,7 @@ def tiny_backbone(config: PI0Config, seed: int = 0, dtype: torch.dtype = torch.f
     if exact:
         _make_exact(model)
     info = config.info("tiny", untrained=True)
-    return PI0(config, model, GemmaTokenizer.bundled(), tiny_statistics(config), info)
+    return PI0(PI0Setup(config, GemmaTokenizer.bundled(), tiny_statistics(config)), model, info)
 
 
 def _make_exact(model: nn.Module) -> None:

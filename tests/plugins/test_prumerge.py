@@ -24,7 +24,7 @@ from tokenprune.errors import ConfigError
 from tokenprune.model.flops import query_flops
 from tokenprune.pipelines.config import DENSE
 from tokenprune.policy import Policy
-from tokenprune_adapters.vision.attention import EncoderLook
+from tokenprune_adapters.vision.attention import AttentionCapture
 from tokenprune_adapters.vision.transformer import Attention, VisionTower
 from tokenprune_plugins.prumerge import PruMergeConfig, gathered, ranked, standing_out
 
@@ -259,12 +259,12 @@ def policy_of(backbone: Any, *stages: Any) -> Policy:
 def test_whole_keys_are_those_before_the_heads_were_split() -> None:
     config = tiny_config()
     tower = tiny_policy_parts(config).model.vision_backbone.featurizer
-    look = EncoderLook(config.body.towers, frozenset({"keys_whole"}))
+    capture = AttentionCapture(config.body.towers, frozenset({"keys_whole"}))
     with ExitStack() as stack:
         inputs = last_inputs(tower, stack)
-        tower(torch.rand(2, 3, 56, 56, dtype=torch.float64), look=look.at(0))
+        tower(torch.rand(2, 3, 56, 56, dtype=torch.float64), on_attention=capture.callback(0))
     keys = keys_of(tower.blocks[-1].attn, inputs[0])[:, tower.config.prefix_tokens :]
-    torch.testing.assert_close(look.seen["keys_whole"], keys, rtol=0, atol=1e-12)
+    torch.testing.assert_close(capture.captured["keys_whole"], keys, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["auto", "received"])

@@ -13,6 +13,9 @@ from torch.nn import functional
 from tokenprune.errors import CheckpointError
 from tokenprune_adapters.vision.film import FiLM
 
+AttentionCallback = Callable[[Tensor, Tensor], None]
+"""Called with a block's queries and keys, `[B, H, N, d]` each."""
+
 
 @dataclass(frozen=True)
 class ViTConfig:
@@ -128,12 +131,12 @@ class Attention(nn.Module):
             self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, look: Callable[[Tensor, Tensor], None] | None = None) -> Tensor:
-        """Mix tokens, `[B, N, D]` to `[B, N, D]`, and show queries and keys `[B, H, N, d]` to `look`."""
+    def forward(self, x: Tensor, on_attention: AttentionCallback | None = None) -> Tensor:
+        """Mix tokens, `[B, N, D]` to `[B, N, D]`, and show queries and keys `[B, H, N, d]` to `on_attention`."""
         parts = (self.q_proj(x), self.k_proj(x), self.v_proj(x)) if self.split else self.qkv(x).chunk(3, dim=-1)
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
-        if look is not None:
-            look(q, k)
+        if on_attention is not None:
+            on_attention(q, k)
         mixed = functional.scaled_dot_product_attention(q, k, v)
         return cast(Tensor, self.proj(mixed.transpose(1, 2).flatten(2)))
 
@@ -176,11 +179,9 @@ class Block(FiLM):
         self.mlp = Mlp(config)
         self.ls2 = LayerScale(config) if config.layer_scale else nn.Identity()
 
-    def forward(
-        self, x: Tensor, language: Tensor | None, look: Callable[[Tensor, Tensor], None] | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, language: Tensor | None, on_attention: AttentionCallback | None = None) -> Tensor:
         """Return the residual stream after the block, `[B, N, D]`, for language `[B, L]` or none."""
-        x = self.modulate(x + self.ls1(self.attn(self.norm1(x), look)), language)
+        x = self.modulate(x + self.ls1(self.attn(self.norm1(x), on_attention)), language)
         return cast(Tensor, x + self.ls2(self.mlp(self.norm2(x))))
 
 
@@ -223,14 +224,14 @@ class VisionTower(nn.Module):
         self,
         pixels: Tensor,
         language: Tensor | None = None,
-        look: Callable[[Tensor, Tensor], None] | None = None,
+        on_attention: AttentionCallback | None = None,
     ) -> Tensor:
         """Encode normalised images: the tapped block's output without the prefix (upstream OpenVLA: not normed).
 
         Args:
             pixels: `[B, 3, S, S]`, normalised for this tower.
             language: `[B, L]`, for a tower with FiLM only; a row per image, so repeated for each view of one query.
-            look: Called with the last block's queries and keys `[B, H, prefix + patches, d]`.
+            on_attention: Called with the last block's queries and keys `[B, H, prefix + patches, d]`.
 
         Returns:
             `[B, rows * cols, D]` in raster order.
@@ -245,7 +246,7 @@ class VisionTower(nn.Module):
         x = self.embed(pixels)
         for block in self.blocks[:-1]:
             x = block(x, language)
-        x = self.blocks[-1](x, language, look)
+        x = self.blocks[-1](x, language, on_attention)
         return cast(Tensor, self.norm(x))[:, self.config.prefix_tokens :]
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, set against what a model needs, before a value is read; then the values."""
+"""An inventory of a checkpoint: each stored tensor and each parameter of the model, accounted for before a read."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenprune.engine.adapter import Findings
 from tokenprune.errors import CheckpointError
@@ -169,53 +168,6 @@ def take_inventory(
             if tensor.shape != wanted[name].shape
         ),
     )
-
-
-def fill(model: nn.Module, inventory: Inventory, device: torch.device, dtype: torch.dtype) -> None:
-    """Read the weights of a model that was built on the meta device.
-
-    One tensor after the other, so that next to the weights there is never more in memory than the file's copy of one.
-
-    Args:
-        model: The model; buffers that are in no `state_dict` are the caller's.
-        inventory: Its tensors.
-        device: Where they go.
-        dtype: Their type, whatever the files hold.
-
-    Raises:
-        CheckpointError: If the inventory does not fit, before anything is read; or if a file can no longer be read.
-    """
-    inventory.check()
-    state = {name: tensor.read(device, dtype) for name, tensor in inventory.tensors.items()}
-    model.load_state_dict(state, assign=True)
-
-
-def adopt(model: nn.Module, inventory: Inventory) -> None:
-    """Let a model that was built on the meta device share the weights of one that is already loaded.
-
-    Nothing is copied and no type is changed: both models see each other's changes of the values.
-
-    Args:
-        model: The model; buffers that are in no `state_dict` are the caller's.
-        inventory: Its tensors, from `stored_module`.
-
-    Raises:
-        CheckpointError: If the inventory does not fit, or its tensors are spread over several devices or types.
-    """
-    inventory.check()
-    state = {name: tensor.fetch() for name, tensor in inventory.tensors.items()}
-    homes: dict[torch.device, StoredTensor] = {}
-    dtypes: dict[torch.dtype, StoredTensor] = {}
-    for name, values in state.items():
-        homes.setdefault(values.device, inventory.tensors[name])
-        dtypes.setdefault(values.dtype, inventory.tensors[name])
-    if len(homes) > 1:
-        (one, first), (other, second), *_ = homes.items()
-        raise CheckpointError(f"{first.file}: '{first.key}' is on {one}, '{second.key}' on {other}; valid: one device")
-    if len(dtypes) > 1:
-        found = ", ".join(f"'{tensor.key}' is {dtype}" for dtype, tensor in dtypes.items())
-        raise CheckpointError(f"{next(iter(dtypes.values())).file}: {found}; valid: one type")
-    model.load_state_dict(state, assign=True)
 
 
 def _place(tensor: StoredTensor) -> str:

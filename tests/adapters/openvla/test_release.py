@@ -30,7 +30,7 @@ from tokenprune.loading import load
 from tokenprune_adapters.backbones.openvla.backbone import OpenVLA
 from tokenprune_adapters.backbones.openvla.config import SEVEN_B
 from tokenprune_adapters.backbones.openvla.factory import OpenVLAFactory
-from tokenprune_adapters.backbones.openvla.release import load_openvla, read_config
+from tokenprune_adapters.backbones.openvla.release import load_openvla, read_openvla
 from tokenprune_adapters.backbones.prismatic.prompt import PromptTokenizer
 from tokenprune_adapters.weights.tensor_files import StoredTensor
 
@@ -89,7 +89,7 @@ def test_defaults_are_those_of_the_7b_release(single: Path) -> None:
     edit(single / CONFIG, release)
     sizes = {"input_sizes": [[3, 224, 224]] * 2, "tvf_resize_params": [{"size": [224, 224], "interpolation": 3}] * 2}
     edit(single / "preprocessor_config.json", lambda data: data.update(sizes))
-    assert read_config(single, {})[0] == SEVEN_B
+    assert read_openvla(single, {}).config == SEVEN_B
 
 
 def test_described_from_json_alone(single: Path) -> None:
@@ -157,7 +157,7 @@ def test_padding_and_bins_are_the_files(single: Path) -> None:
 def test_action_tokens_that_cannot_be(fields: dict[str, Any], words: tuple[str, ...], single: Path) -> None:
     set_config(single, **fields)
     with pytest.raises(CheckpointError) as error:
-        read_config(single, {})
+        read_openvla(single, {})
     assert says(error.value, CONFIG, *words)
 
 
@@ -214,7 +214,7 @@ def test_wrong_options(options: dict[str, Any], words: tuple[str, ...], single: 
     module = OpenVLAForActionPrediction(weights, statistics(original(), DATASET))
     for make in (
         lambda: loaded(single, **options),
-        lambda: read_config(single, options),
+        lambda: read_openvla(single, options),
         lambda: OpenVLAFactory.verify(single, options),
         lambda: adopted(module, **options),
     ):

@@ -44,7 +44,7 @@ from tokenprune.policy import Policy
 from tokenprune.registry.discovery import Registry
 from tokenprune_adapters.backbones.openvla_oft.backbone import OpenVLAOFT
 from tokenprune_adapters.backbones.openvla_oft.factory import OFTFactory
-from tokenprune_adapters.backbones.openvla_oft.release import load_oft, read_config
+from tokenprune_adapters.backbones.openvla_oft.release import load_oft, read_oft
 from tokenprune_adapters.weights import tensor_files as tensors
 from tokenprune_adapters.weights.tensor_files import StoredTensor, stored_pt
 
@@ -185,7 +185,7 @@ def test_defaults_are_those_of_the_7b_release(single: Path) -> None:
     edit(single / CONFIG, release)
     sizes = [{"size": [224, 224], "interpolation": 3}] * 2
     images(input_sizes=[[3, 224, 224]] * 2, tvf_resize_params=sizes)(single)
-    assert read_config(single, {})[0] == SEVEN_B
+    assert read_oft(single, {}).config == SEVEN_B
 
 
 def test_preprocessing_is_the_files(single: Path) -> None:
@@ -194,11 +194,11 @@ def test_preprocessing_is_the_files(single: Path) -> None:
         data["tvf_normalize_params"][1]["mean"] = [0.25, 0.5, 0.75]
 
     edit(single / PREPROCESSOR, change)
-    transform = read_config(single, {})[0].transform
+    transform = read_oft(single, {}).config.transform
     assert transform.resize == "letterbox"
     assert transform.means == ((0.484375, 0.455078125, 0.40625), (0.25, 0.5, 0.75))
     assert transform.center_crop_area == 0.9
-    assert read_config(single, {"center_crop": False})[0].transform.center_crop_area is None
+    assert read_oft(single, {"center_crop": False}).config.transform.center_crop_area is None
 
 
 def test_statistics_of_a_dataset(single: Path) -> None:
@@ -270,7 +270,7 @@ def refused(folder: Path, plant: Plant, *fragments: str) -> None:
 def test_fault_of_the_configuration(fault: str, single: Path) -> None:
     refused(single, *JSON_FAULTS[fault])
     with pytest.raises(CheckpointError):
-        read_config(single, {})
+        read_oft(single, {})
 
 
 @pytest.mark.usefixtures("unread")

@@ -25,10 +25,11 @@ from tokenprune.pipelines.config import DENSE
 from tokenprune.policy import Policy
 from tokenprune_adapters.backbones.openvla_oft import config as oft_config
 from tokenprune_adapters.backbones.openvla_oft import factory
-from tokenprune_adapters.backbones.openvla_oft.backbone import OFTModel, OpenVLAOFT
+from tokenprune_adapters.backbones.openvla_oft.backbone import OpenVLAOFT
 from tokenprune_adapters.backbones.openvla_oft.config import MINI, PRESETS, OFTConfig, with_options
 from tokenprune_adapters.backbones.openvla_oft.export import export_oft
 from tokenprune_adapters.backbones.openvla_oft.factory import OFTFactory
+from tokenprune_adapters.backbones.openvla_oft.model import OFTModel
 from tokenprune_adapters.backbones.openvla_oft.release import load_oft, verify_oft
 from tokenprune_adapters.weights.untrained import fill_untrained
 

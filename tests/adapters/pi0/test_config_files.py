@@ -39,7 +39,7 @@ from tests.helpers.pi0_format import (
 from tokenprune.errors import CheckpointError, ConfigError
 from tokenprune_adapters.backbones.pi0.config import BASE
 from tokenprune_adapters.backbones.pi0.config_files import SLOTS as OUR_SLOTS
-from tokenprune_adapters.backbones.pi0.config_files import find_format, read_stated
+from tokenprune_adapters.backbones.pi0.config_files import find_format, read_config_file
 from tokenprune_adapters.backbones.pi0.factory import PI0Factory, PI05Factory
 from tokenprune_adapters.backbones.pi0.release import read_pi0, verify_pi0
 from tokenprune_adapters.inputs.statistics import Quantiles, Standard
@@ -212,18 +212,18 @@ def test_dimensions_that_only_names_stand_for(tmp_path, monkeypatch):
     raw = {"type": "pi0", "input_features": {"observation.images.a": {"type": "VISUAL", "shape": [3, 9, 9]}}}
     (tmp_path / CONFIG).write_text(json.dumps({**raw, "output_features": {}}))
     for kind, folder in (("lerobot", tmp_path), ("openpi", tmp_path / "none")):
-        config = read_stated("pi0", folder, kind).config
+        config = read_config_file("pi0", folder, kind).config
         assert (config.tower, config.decoder, config.expert) == (BASE.tower, BASE.decoder, BASE.expert)
         assert (config.vocab, config.width, config.eps, config.rope_theta) == (257152, 32, 1e-6, 10000.0)
     (tmp_path / CONFIG).write_text(json.dumps({**raw, "output_features": {}, "action_expert_variant": "gemma_2b"}))
-    assert read_stated("pi0", tmp_path, "lerobot").config.expert == BASE.decoder
+    assert read_config_file("pi0", tmp_path, "lerobot").config.expert == BASE.decoder
     tiny = tiny_config("pi0")
     (tmp_path / CONFIG).write_text(json.dumps(transformers_config(tiny)))
-    config = read_stated("pi0", tmp_path, "transformers").config
+    config = read_config_file("pi0", tmp_path, "transformers").config
     assert (config.tower, config.decoder, config.expert) == (tiny.tower, tiny.decoder, tiny.expert)
     assert config.vocab == tiny.vocab != BASE.vocab
     (tmp_path / CONFIG).write_text(json.dumps(HFConfig().to_dict()))
-    config = read_stated("pi0", tmp_path, "transformers").config
+    config = read_config_file("pi0", tmp_path, "transformers").config
     assert (config.tower, config.decoder, config.expert) == (BASE.tower, BASE.decoder, BASE.expert)
     assert (config.vocab, config.width, config.eps, config.rope_theta) == (257152, 32, 1e-6, 10000.0)
 

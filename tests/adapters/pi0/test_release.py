@@ -50,7 +50,8 @@ from tokenprune.engine.query import Query
 from tokenprune.errors import CheckpointError, ConfigError
 from tokenprune.loading import from_module, load
 from tokenprune_adapters.backbones.pi0.factory import PI0Factory, PI05Factory
-from tokenprune_adapters.backbones.pi0.release import adopt_pi0, verify_pi0
+from tokenprune_adapters.backbones.pi0.live_model import adopt_pi0
+from tokenprune_adapters.backbones.pi0.release import verify_pi0
 from tokenprune_adapters.backbones.pi0.tensor_names import model_name
 from tokenprune_adapters.weights import tensor_files as tensors_module
 

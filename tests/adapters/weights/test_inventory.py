@@ -18,7 +18,8 @@ from tests.helpers.tiny_oft import tiny_config
 from tokenprune.errors import CheckpointError
 from tokenprune_adapters.backbones.prismatic.release import parse_config, prismatic_body
 from tokenprune_adapters.weights.folder import config_mapping
-from tokenprune_adapters.weights.inventory import Inventory, adopt, fill, take_inventory
+from tokenprune_adapters.weights.inventory import Inventory, take_inventory
+from tokenprune_adapters.weights.loading import load_weights, share_weights
 from tokenprune_adapters.weights.tensor_files import StoredTensor, stored_module, stored_safetensors
 
 CPU = torch.device("cpu")
@@ -153,7 +154,7 @@ def test_parts_are_joined_under_their_prefix():
         take_inventory(model["b"].state_dict(), module({"weight": state["b.weight"]}), FOLDER).under("b."),
     ]
     joined = parts[0] + parts[1]
-    fill(model, joined, CPU, torch.float32)
+    load_weights(model, joined, CPU, torch.float32)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     with pytest.raises(CheckpointError, match=r"one\.pt: 'weight' and 'weight' of one\.pt are both the model's 'a\."):
         joined + take_inventory({"weight": torch.empty(2, 3)}, module(one, "one.pt"), FOLDER).under("a.")
@@ -201,7 +202,7 @@ def test_filled_from_files(stored, dtype, tmp_path):
     held = stored_safetensors(tmp_path)
     assert {key: tensor.dtype for key, tensor in held.items()} == dict.fromkeys(state, stored)
     model = small_model()
-    fill(model, take_inventory(model.state_dict(), held, tmp_path), CPU, dtype)
+    load_weights(model, take_inventory(model.state_dict(), held, tmp_path), CPU, dtype)
     for name, value in model.named_parameters():
         assert value.dtype == dtype
         assert torch.equal(value, state[name].to(dtype))
@@ -210,7 +211,7 @@ def test_filled_from_files(stored, dtype, tmp_path):
 def test_nothing_is_read_or_assigned_where_something_is_wrong():
     model = small_model()
     found = take_inventory(model.state_dict(), {"a.bias": untouchable(key="a.bias", shape=(2,))}, FOLDER)
-    for use in (lambda: fill(model, found, CPU, torch.float32), lambda: adopt(model, found)):
+    for use in (lambda: load_weights(model, found, CPU, torch.float32), lambda: share_weights(model, found)):
         with pytest.raises(CheckpointError, match=r"needs 'a\.weight', 'b\.weight'"):
             use()
     assert all(value.is_meta for value in model.parameters())
@@ -219,7 +220,7 @@ def test_nothing_is_read_or_assigned_where_something_is_wrong():
 def test_adopted_weights_are_the_loaded_models_own():
     source = small_model("cpu").half()
     model = small_model()
-    adopt(model, take_inventory(model.state_dict(), module(source.state_dict()), FOLDER))
+    share_weights(model, take_inventory(model.state_dict(), module(source.state_dict()), FOLDER))
     model.requires_grad_(False)
     for name, value in model.named_parameters():
         theirs = source.get_parameter(name)
@@ -234,7 +235,7 @@ def test_adopted_weights_are_the_loaded_models_own():
 
 def test_parameters_may_be_given_in_place_of_a_state_dict():
     source, model = small_model("cpu"), small_model()
-    adopt(model, take_inventory(model.state_dict(), module(dict(source.named_parameters())), FOLDER))
+    share_weights(model, take_inventory(model.state_dict(), module(dict(source.named_parameters())), FOLDER))
     model.requires_grad_(False)
     assert all(value.requires_grad for value in source.parameters())
 
@@ -245,7 +246,7 @@ def test_a_model_of_several_types_is_refused():
     with pytest.raises(
         CheckpointError, match=r"'a\.weight' is torch.float32, 'b\.weight' is torch.float16; valid: one"
     ):
-        adopt(model, take_inventory(model.state_dict(), module(source.state_dict()), FOLDER))
+        share_weights(model, take_inventory(model.state_dict(), module(source.state_dict()), FOLDER))
     assert model["a"].weight.is_meta
 
 
@@ -256,7 +257,7 @@ def test_a_model_spread_over_devices_is_refused():
     )
     model = small_model()
     with pytest.raises(CheckpointError, match=r"'a\.weight' is on cpu, 'b\.weight' on meta"):
-        adopt(model, take_inventory(model.state_dict(), stored, FOLDER))
+        share_weights(model, take_inventory(model.state_dict(), stored, FOLDER))
     assert model["a"].weight.is_meta
 
 

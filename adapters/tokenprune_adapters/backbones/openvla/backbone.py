@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenprune.engine.adapter import Observation
 from tokenprune.engine.query import Query
@@ -15,27 +14,14 @@ from tokenprune.model.device import upload
 from tokenprune.model.info import BackboneInfo
 from tokenprune.model.kv_cache import KVCache
 from tokenprune.model.phase import Phase
-from tokenprune.tokens.layout import TokenLayout
+from tokenprune_adapters.backbones.common.backbone import BackboneBase, PolicySetup
 from tokenprune_adapters.backbones.openvla.config import OpenVLAConfig
+from tokenprune_adapters.backbones.openvla.model import OpenVLAModel
 from tokenprune_adapters.backbones.prismatic.action_bins import ActionBins
-from tokenprune_adapters.backbones.prismatic.model import LanguageModel, Projector, VisionBackbone
 from tokenprune_adapters.backbones.prismatic.prompt import PromptTokenizer
-from tokenprune_adapters.inputs.observations import check_observation, upload_frames
-from tokenprune_adapters.inputs.statistics import Statistics
-from tokenprune_adapters.inputs.tokenizer import Prompt
-from tokenprune_adapters.vision.attention import EncoderLook
+from tokenprune_adapters.vision.attention import AttentionCapture
 
-
-class OpenVLAModel(nn.Module):
-    """The weights, under the names of the released files."""
-
-    def __init__(self, config: OpenVLAConfig) -> None:
-        """Build the modules; build on the meta device to take no memory."""
-        super().__init__()
-        body = config.body
-        self.vision_backbone = VisionBackbone(body.towers)
-        self.projector = Projector(body.projector_widths)
-        self.language_model = LanguageModel(body, lm_head=True)
+OpenVLASetup = PolicySetup[OpenVLAConfig, PromptTokenizer]
 
 
 @dataclass(frozen=True)
@@ -51,43 +37,14 @@ class OpenVLAInputs:
     text: Tensor
 
 
-class OpenVLA:
+class OpenVLA(BackboneBase[OpenVLAConfig, PromptTokenizer, OpenVLAModel]):
     """A policy of the OpenVLA family; implements `tokenprune.engine.adapter.Backbone`."""
 
-    def __init__(
-        self,
-        config: OpenVLAConfig,
-        model: OpenVLAModel,
-        tokenizer: PromptTokenizer,
-        statistics: Statistics,
-        info: BackboneInfo,
-    ) -> None:
-        """Keep the parts; the model's device and dtype are the policy's."""
-        self.config = config
-        self.model = model.eval().requires_grad_(False)
-        self.tokenizer = tokenizer
-        self.statistics = statistics
-        self.info = info
-        weight = model.projector.fc1.weight
-        self.device, self.dtype = weight.device, weight.dtype
-        self.decoder = model.language_model.decoder(config.body)
-        self.bins = ActionBins(config.vocab, config.n_bins, self.device)
-
-    def prompt(self, instruction: str) -> Prompt:
-        """The instruction as tokens."""
-        return self.tokenizer.encode(instruction, self.config.max_text, self.config.prompt)
-
-    def layout(self, instruction: str, state: object = None) -> TokenLayout:
-        """Tokens of a query with this instruction; the policy reads no state."""
-        return self.config.layout(self.prompt(instruction))
-
-    def check(self, observation: Observation) -> None:
-        """Refuse an observation with wrong views or images."""
-        check_observation(observation, self.config.views, None)
-
-    def pixels(self, images: Sequence[Mapping[str, np.ndarray]]) -> Mapping[str, Tensor]:
-        """Resize and crop the frames, and upload them, uint8 `[B, 3, S, S]`."""
-        return upload_frames(images, self.config.views, self.config.transform, self.device)
+    def __init__(self, setup: OpenVLASetup, model: OpenVLAModel, info: BackboneInfo) -> None:
+        """Make the decoder loop and the action bins; for the arguments see `BackboneBase`."""
+        super().__init__(setup, model, info)
+        self.decoder = model.language_model.decoder(self.config.body)
+        self.bins = ActionBins(self.config.vocab, self.config.n_bins, self.device)
 
     def prepare(self, observations: Sequence[Observation], instructions: Sequence[str]) -> OpenVLAInputs:
         """Resize and crop images, tokenise, and upload."""
@@ -109,9 +66,9 @@ class OpenVLA:
         """All tokens `[B, N, D]` in the layout's order."""
         (view,) = self.config.views
         language = self.model.language_model
-        look = EncoderLook(self.config.body.towers, query.encoder_kinds)
-        features = self.model.vision_backbone(inputs.images[view], self.config.transform, self.dtype, look=look)
-        query.note_encoder(self.config.views, look.seen)
+        capture = AttentionCapture(self.config.body.towers, query.encoder_kinds)
+        features = self.model.vision_backbone(inputs.images[view], self.config.transform, self.dtype, capture=capture)
+        query.note_encoder(self.config.views, capture.captured)
         patches = self.model.projector(query.transform(view, features))
         bos = language.embed(torch.full((len(inputs.text), 1), self.tokenizer.bos_id, device=self.device))
         return torch.cat([bos, patches, language.embed(inputs.text)], dim=1)
@@ -130,7 +87,3 @@ class OpenVLA:
         logits = self.model.language_model.logits(hidden[:, -1])
         # Of logits that are not finite one is still the largest, and its token would pass for an action.
         return self.bins.choose(logits, self.config.restrict), logits.amax(-1).isfinite()
-
-    def unnormalise(self, actions: np.ndarray, observations: Sequence[Observation]) -> np.ndarray:
-        """Actions `[B, 1, D]` in the environment's units."""
-        return self.statistics.action.unnormalise(actions)

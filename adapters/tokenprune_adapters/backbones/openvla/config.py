@@ -1,8 +1,8 @@
-"""OpenVLA's configuration and token layout; no weights, no model code."""
+"""OpenVLA's configuration, token layout, presets and options; no weights, no model code."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -10,15 +10,12 @@ from tokenprune.errors import ConfigError, nearest
 from tokenprune.model.info import ActionSpec, BackboneInfo, FollowUp
 from tokenprune.model.phase import Phase
 from tokenprune.tokens.layout import Role, Segment, TokenLayout
+from tokenprune_adapters.backbones.common.options import apply_options, check_unnorm_key, flag, preset_config
 from tokenprune_adapters.backbones.prismatic.config import LIBERO_ACTION, PrismaticConfig, body_of, lm_head_flops
-from tokenprune_adapters.backbones.prismatic.image_transform import ImageTransform
-from tokenprune_adapters.backbones.prismatic.prompt import PromptStyle
+from tokenprune_adapters.backbones.prismatic.image_transform import CENTER_CROP_AREA, ImageTransform
+from tokenprune_adapters.backbones.prismatic.prompt import PromptStyle, PromptTokenizer
 from tokenprune_adapters.inputs.tokenizer import Prompt
-from tokenprune_adapters.vision.attention import answers
-
-OPTIONS = ("views", "center_crop", "unnorm_key", "prompt", "restrict")
-CROP = 0.9
-"""Share of an image's area that fine-tunes keep which were trained with random crops, such as LIBERO's."""
+from tokenprune_adapters.vision.attention import encoder_attention
 
 
 @dataclass(frozen=True)
@@ -57,6 +54,10 @@ class OpenVLAConfig:
         rows, cols = self.body.towers[0].grid
         return self.body.max_positions - 1 - rows * cols - (self.action.dims - 1)
 
+    def encode(self, tokenizer: PromptTokenizer, instruction: str) -> Prompt:
+        """The prompt of an instruction."""
+        return tokenizer.encode(instruction, self.max_text, self.prompt)
+
     def layout(self, prompt: Prompt) -> TokenLayout:
         """Tokens of a query (upstream OpenVLA).
 
@@ -90,7 +91,7 @@ class OpenVLAConfig:
             views=self.views,
             action=self.action,
             capabilities=frozenset({"batch", "encoder_attention", "kv_reuse", "layer_skip", "merge"}),
-            encoder_attention=answers(self.body.towers, len(self.views)),
+            encoder_attention=encoder_attention(self.body.towers, len(self.views)),
             other_flops={**self.body.vision_flops(1), "lm_head": lm_head},
             other_weights={**self.body.vision_weights(), "lm_head": dims * shape.hidden * self.body.vocab},
             unread_logits=self.body.vocab,
@@ -102,63 +103,70 @@ SEVEN_B = OpenVLAConfig(
     body=body_of("7b", causal=True),
     action=LIBERO_ACTION,
     views=("primary",),
-    transform=ImageTransform(center_crop_area=CROP),
+    transform=ImageTransform(center_crop_area=CENTER_CROP_AREA),
 )
 
 SMALL = replace(SEVEN_B, body=body_of("small", causal=True))
 TINY = replace(
     SEVEN_B,
     body=body_of("tiny", causal=True),
-    transform=ImageTransform(size=56, center_crop_area=CROP),
+    transform=ImageTransform(size=56, center_crop_area=CENTER_CROP_AREA),
 )
 
 PRESETS: Mapping[str, OpenVLAConfig] = {"7b": SEVEN_B, "small": SMALL, "tiny": TINY}
 
 
 def preset(name: str) -> OpenVLAConfig:
-    """A preset by name.
+    """A preset by name; it chooses among the ids that are actions.
 
-    It chooses among the ids that are actions: untrained weights would choose others nearly always, and whatever the
-    image, the action would be the extreme one.
+    Untrained weights would nearly always choose another id, and every action would be the same extreme one.
 
     Raises:
-        ConfigError: If there is none.
+        ConfigError: If there is no such preset.
     """
-    if name not in PRESETS:
-        raise ConfigError(f"backbone 'openvla' has no preset '{name}'{nearest(name, PRESETS)}")
-    return replace(PRESETS[name], restrict=True)
+    return replace(preset_config("openvla", name, PRESETS), restrict=True)
 
 
 def with_options(config: OpenVLAConfig, options: Mapping[str, Any]) -> OpenVLAConfig:
     """Apply a user's options.
 
     `views` (one name), `center_crop` (bool), `prompt` (`pure`, or `vicuna` for the v0.1 releases) and `restrict` (bool)
-    are attributes of the configuration. `unnorm_key`, the dataset whose statistics a checkpoint uses, is checked only.
+    are attributes of the configuration. `unnorm_key`, the dataset whose statistics a checkpoint uses, is only checked.
 
     Raises:
-        ConfigError: If an option is unknown or has a value it cannot have.
+        ConfigError: If an option is unknown or its value is not valid.
     """
-    for key, value in options.items():
-        if key == "views":
-            names = (value,) if isinstance(value, str) else value
-            if not isinstance(names, list | tuple) or len(names) != 1 or not (isinstance(names[0], str) and names[0]):
-                raise ConfigError(f"views must be one camera name, got {value!r}; this policy looks at one image")
-            config = replace(config, views=(names[0],))
-        elif key in ("center_crop", "restrict"):
-            if not isinstance(value, bool):
-                raise ConfigError(f"{key} must be true or false, got {value!r}")
-            if key == "restrict":
-                config = replace(config, restrict=value)
-            else:
-                config = replace(config, transform=replace(config.transform, center_crop_area=CROP if value else None))
-        elif key == "unnorm_key":
-            if not isinstance(value, str):
-                raise ConfigError(f"unnorm_key must be the name of a dataset, got {value!r}")
-        elif key == "prompt":
-            styles = get_args(PromptStyle)
-            if value not in styles:
-                raise ConfigError(f"there is no prompt {value!r}{nearest(str(value), styles)}")
-            config = replace(config, prompt=value)
-        else:
-            raise ConfigError(f"backbone 'openvla' has no option '{key}'{nearest(key, OPTIONS)}")
-    return config
+    return apply_options("openvla", config, options, OPTIONS)
+
+
+def _with_views(config: OpenVLAConfig, value: object) -> OpenVLAConfig:
+    names = (value,) if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or len(names) != 1 or not (isinstance(names[0], str) and names[0]):
+        raise ConfigError(f"views must be one camera name, got {value!r}; this policy looks at one image")
+    return replace(config, views=(names[0],))
+
+
+def _with_center_crop(config: OpenVLAConfig, value: object) -> OpenVLAConfig:
+    area = CENTER_CROP_AREA if flag("center_crop", value) else None
+    return replace(config, transform=replace(config.transform, center_crop_area=area))
+
+
+def _with_prompt(config: OpenVLAConfig, value: object) -> OpenVLAConfig:
+    for style in get_args(PromptStyle):
+        if value == style:
+            return replace(config, prompt=style)
+    raise ConfigError(f"there is no prompt {value!r}{nearest(str(value), get_args(PromptStyle))}")
+
+
+def _with_restrict(config: OpenVLAConfig, value: object) -> OpenVLAConfig:
+    return replace(config, restrict=flag("restrict", value))
+
+
+OPTIONS: Mapping[str, Callable[[OpenVLAConfig, object], OpenVLAConfig]] = {
+    "views": _with_views,
+    "center_crop": _with_center_crop,
+    "unnorm_key": check_unnorm_key,
+    "prompt": _with_prompt,
+    "restrict": _with_restrict,
+}
+"""What `with_options` accepts."""

@@ -1,4 +1,4 @@
-"""OpenVLA checkpoints in the format of the release, and upstream's own model where it is already loaded."""
+"""OpenVLA checkpoints in the format of the release."""
 
 from __future__ import annotations
 
@@ -8,80 +8,71 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from tokenprune.engine.adapter import Findings
-from tokenprune.errors import CheckpointError, ConfigError, nearest
-from tokenprune_adapters.backbones.openvla.backbone import OpenVLA, OpenVLAModel
-from tokenprune_adapters.backbones.openvla.config import CROP, OPTIONS, SEVEN_B, OpenVLAConfig, with_options
+from tokenprune.errors import CheckpointError
+from tokenprune_adapters.backbones.openvla.backbone import OpenVLA, OpenVLASetup
+from tokenprune_adapters.backbones.openvla.config import SEVEN_B, with_options
+from tokenprune_adapters.backbones.openvla.model import OpenVLAModel
 from tokenprune_adapters.backbones.prismatic.config import PrismaticConfig
-from tokenprune_adapters.backbones.prismatic.live_model import read_module
-from tokenprune_adapters.backbones.prismatic.prompt import PromptTokenizer
+from tokenprune_adapters.backbones.prismatic.image_transform import CENTER_CROP_AREA
 from tokenprune_adapters.backbones.prismatic.release import PrismaticRelease, read_bins, read_release, unused_keys
-from tokenprune_adapters.inputs.statistics import Statistics
-from tokenprune_adapters.weights.folder import JSON_FILES, config_mapping, local_folder
-from tokenprune_adapters.weights.inventory import Inventory, adopt, fill, take_inventory
-from tokenprune_adapters.weights.tensor_files import StoredTensor, read_json, stored_module, stored_safetensors
+from tokenprune_adapters.weights.folder import JSON_FILES, local_folder
+from tokenprune_adapters.weights.inventory import Inventory, take_inventory
+from tokenprune_adapters.weights.loading import empty_model, load_weights
+from tokenprune_adapters.weights.tensor_files import StoredTensor, read_json, stored_safetensors
 
-# An action head is fetched only to be noticed: with it, the decoder was trained to see in both directions.
+# An action head is fetched only to be noticed: a decoder with one was trained with bidirectional attention.
 _FILES = (*JSON_FILES, "*.safetensors", "action_head--*")
 _LIBERO = "libero"
 
 
-def read_config(folder: Path, options: Mapping[str, Any]) -> tuple[OpenVLAConfig, PromptTokenizer]:
-    """Read a release's configuration and tokenizer; no weights are read or downloaded.
+def read_openvla(folder: Path, options: Mapping[str, Any]) -> OpenVLASetup:
+    """Read a release's configuration, tokenizer and statistics; no weights are read or downloaded.
 
-    Two things no file states follow from the dataset. Where its name begins with `libero`, images are cropped at the
-    centre, since LIBERO's fine-tunes are trained with random crops, and actions are in LIBERO's units. Otherwise
-    images are not cropped, as upstream's `openvla-7b` wants it, and the actions' units are not known.
+    Two things are in no file and follow from the name of the dataset. If it begins with `libero`, images are cropped
+    at the centre, since LIBERO's fine-tunes are trained with random crops, and actions are in LIBERO's units.
+    Otherwise images are not cropped, which upstream's `openvla-7b` needs, and the units of actions are not known.
 
     Args:
         folder: A folder in the release's format, or a hub id `owner/name`; see `read_release`.
-        options: See `with_options`. `unnorm_key`, the dataset whose statistics are used, may be left out where the
-            checkpoint has one only; `prompt: vicuna` must be given for the v0.1 releases, which no file says they are.
-
-    Returns:
-        The configuration and the tokenizer.
+        options: See `with_options`. `unnorm_key`, the dataset whose statistics are used, may be left out if the
+            checkpoint has only one. `prompt: vicuna` must be given for the v0.1 releases, since no file states it.
 
     Raises:
         CheckpointError: If a file is missing, malformed, or asks for something that is not supported.
         ConfigError: If an option is wrong.
     """
-    local = local_folder(folder, JSON_FILES)
-    release = _release(local, options)
-    return _of_folder(local, release, options)[0], release.tokenizer
+    return _read(local_folder(folder, JSON_FILES), options)
 
 
 def load_openvla(folder: Path, options: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> OpenVLA:
     """Load a release.
 
-    Every tensor of every file is accounted for before the first is read. Left out by name are only those that no
-    query needs: the towers' blocks after the tap, their final norms and their pooling heads. Tensors are read one by
-    one into a model that holds no memory until then.
+    Every tensor of every file is accounted for before the first is read. Only tensors that no query needs are left
+    out, by name: the towers' blocks after the tap, their final norms and their pooling heads. Tensors are read one by
+    one into a model on the meta device.
 
     Args:
-        folder: See `read_config`.
-        options: See `read_config`.
+        folder: See `read_openvla`.
+        options: See `read_openvla`.
         device: Where the weights go.
         dtype: Their type, whatever the files hold.
-
-    Returns:
-        The policy's backbone.
 
     Raises:
         CheckpointError: If a file is missing, damaged or unsafe, or does not fit the configuration.
         ConfigError: If an option is wrong.
     """
     local = local_folder(folder, _FILES)
-    release = _release(local, options)
-    config, statistics = _of_folder(local, release, options)
-    model = _model(config)
-    fill(model, _inventory(config.body, model, stored_safetensors(local), local), device, dtype)
-    return OpenVLA(config, model, release.tokenizer, statistics, config.info(str(folder), untrained=False))
+    setup = _read(local, options)
+    model = empty_model(OpenVLAModel, setup.config)
+    inventory = take_openvla_inventory(setup.config.body, model, stored_safetensors(local), local)
+    load_weights(model, inventory, device, dtype)
+    return OpenVLA(setup, model, setup.config.info(str(folder), untrained=False))
 
 
 def verify_openvla(folder: Path, options: Mapping[str, Any]) -> Findings:
-    """Say what a release holds and what of it does not fit; no weights are read.
+    """List what a release holds and what of it does not fit the model; no weights are read.
 
     Raises:
         CheckpointError: If a file is missing, damaged or unsafe.
@@ -89,39 +80,54 @@ def verify_openvla(folder: Path, options: Mapping[str, Any]) -> Findings:
     """
     local = local_folder(folder, _FILES)
     release = _release(local, options)
-    model = _model(replace(SEVEN_B, body=release.body))
-    return _inventory(release.body, model, stored_safetensors(local), local).findings(release.statistics, None)
+    model = empty_model(OpenVLAModel, replace(SEVEN_B, body=release.body))
+    inventory = take_openvla_inventory(release.body, model, stored_safetensors(local), local)
+    return inventory.findings(release.statistics, None)
 
 
-def adopt_openvla(module: nn.Module, options: Mapping[str, Any]) -> OpenVLA:
-    """Share the weights of upstream's own model, which is already loaded; none is copied, and it stays as it is.
-
-    Its image preprocessing is the release's; upstream keeps it in the processor, not in the model.
+def configure(
+    release: PrismaticRelease, raw: Mapping[str, Any], options: Mapping[str, Any], where: str
+) -> OpenVLASetup:
+    """Apply options to a release.
 
     Args:
-        module: Upstream's `OpenVLAForActionPrediction`, with its `config`; `norm_stats`, where it has any, stands
-            before those of the config.
-        options: See `read_config`; and `tokenizer`, which the model does not hold either: a `PromptTokenizer`, or the
-            path of a `tokenizer.json`.
-
-    Returns:
-        The policy's backbone, on the model's device and in its type.
+        release: The release.
+        raw: The fields of its `config.json`, which describe the action tokens.
+        options: See `read_openvla`.
+        where: The file, or what to call the model, for errors.
 
     Raises:
-        CheckpointError: If the model is another one, or has tensors over several devices or of several types.
-        ConfigError: If an option is wrong, or the tokenizer is not given.
+        CheckpointError: If the statistics do not fit, or the vocabulary has no room for the actions.
+        ConfigError: If an option is wrong.
     """
-    for key in options:
-        if key not in (*OPTIONS, "tokenizer"):
-            raise ConfigError(f"cannot adopt with '{key}'{nearest(key, (*OPTIONS, 'tokenizer'))}")
-    own = {key: value for key, value in options.items() if key in OPTIONS}
-    with_options(SEVEN_B, own)
-    where = type(module).__name__
-    release = read_module(module, options.get("tokenizer"), causal=True)
-    config, statistics = _configured(release, config_mapping(module.config), where, own)
-    model = _model(config)
-    adopt(model, _inventory(config.body, model, stored_module(module.state_dict(), where), Path(where)))
-    return OpenVLA(config, model, release.tokenizer, statistics, config.info(where, untrained=False))
+    action, transform = SEVEN_B.action, release.transform
+    statistics = release.read_statistics(options.get("unnorm_key"), action.dims, None, ("q01", "q99"), epsilon=0.0)
+    padding, n_bins = read_bins(raw, release.body.vocab, where)
+    if statistics.key.startswith(_LIBERO):
+        transform = replace(transform, center_crop_area=CENTER_CROP_AREA)
+    else:
+        action = replace(action, metric={})
+    config = replace(SEVEN_B, body=release.body, action=action, transform=transform, padding=padding, n_bins=n_bins)
+    return OpenVLASetup(with_options(config, options), release.tokenizer, statistics)
+
+
+def take_openvla_inventory(
+    body: PrismaticConfig, model: OpenVLAModel, stored: Mapping[str, StoredTensor], where: Path
+) -> Inventory:
+    """Compare stored tensors with the model's parameters.
+
+    Args:
+        body: Sizes of the model.
+        model: The model.
+        stored: The tensors by their keys.
+        where: The checkpoint, for errors.
+    """
+    return take_inventory(model.state_dict(), stored, where, unused=unused_keys(body.towers))
+
+
+def _read(folder: Path, options: Mapping[str, Any]) -> OpenVLASetup:
+    path = folder / "config.json"
+    return configure(_release(folder, options), read_json(path), options, str(path))
 
 
 def _release(folder: Path, options: Mapping[str, Any]) -> PrismaticRelease:
@@ -130,36 +136,3 @@ def _release(folder: Path, options: Mapping[str, Any]) -> PrismaticRelease:
     if heads:
         raise CheckpointError(f"{folder / heads[0]}: the checkpoint has an action head; its backbone is openvla-oft")
     return read_release(folder, causal=True)
-
-
-def _of_folder(folder: Path, release: PrismaticRelease, options: Mapping[str, Any]) -> tuple[OpenVLAConfig, Statistics]:
-    path = folder / "config.json"
-    return _configured(release, read_json(path), str(path), options)
-
-
-def _configured(
-    release: PrismaticRelease, raw: Mapping[str, Any], where: str, options: Mapping[str, Any]
-) -> tuple[OpenVLAConfig, Statistics]:
-    """The configuration and the statistics of a release with these options; `raw` are the fields of `config.json`."""
-    action, transform = SEVEN_B.action, release.transform
-    statistics = release.read_statistics(options.get("unnorm_key"), action.dims, None, ("q01", "q99"), epsilon=0.0)
-    padding, n_bins = read_bins(raw, release.body.vocab, where)
-    if statistics.key.startswith(_LIBERO):
-        transform = replace(transform, center_crop_area=CROP)
-    else:
-        action = replace(action, metric={})
-    config = replace(SEVEN_B, body=release.body, action=action, transform=transform, padding=padding, n_bins=n_bins)
-    return with_options(config, options), statistics
-
-
-def _model(config: OpenVLAConfig) -> OpenVLAModel:
-    """The model without memory for its weights."""
-    with torch.device("meta"):
-        model = OpenVLAModel(config)
-    return model
-
-
-def _inventory(
-    body: PrismaticConfig, model: OpenVLAModel, stored: Mapping[str, StoredTensor], where: Path
-) -> Inventory:
-    return take_inventory(model.state_dict(), stored, where, unused=unused_keys(body.towers))

@@ -7,49 +7,22 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenprune.engine.adapter import Observation
 from tokenprune.engine.query import Query
 from tokenprune.model.device import upload
 from tokenprune.model.info import BackboneInfo
 from tokenprune.model.phase import Phase
-from tokenprune.tokens.layout import TokenLayout
+from tokenprune_adapters.backbones.common.backbone import BackboneBase, PolicySetup
 from tokenprune_adapters.backbones.openvla_oft.config import TRAIN_STEPS, OFTConfig
 from tokenprune_adapters.backbones.openvla_oft.diffusion import DDIM, timestep_encodings
-from tokenprune_adapters.backbones.openvla_oft.heads import (
-    DiffusionActionHead,
-    L1ActionHead,
-    NoisyActionProjector,
-    ProprioProjector,
-)
+from tokenprune_adapters.backbones.openvla_oft.model import OFTModel
 from tokenprune_adapters.backbones.prismatic.action_bins import ActionBins
-from tokenprune_adapters.backbones.prismatic.model import LanguageModel, Projector, VisionBackbone
 from tokenprune_adapters.backbones.prismatic.prompt import PromptTokenizer
-from tokenprune_adapters.inputs.observations import check_observation, upload_frames
-from tokenprune_adapters.inputs.statistics import Statistics
-from tokenprune_adapters.inputs.tokenizer import Prompt
-from tokenprune_adapters.vision.attention import EncoderLook
+from tokenprune_adapters.vision.attention import AttentionCapture
 
-
-class OFTModel(nn.Module):
-    """The weights, under the names of the released files."""
-
-    def __init__(self, config: OFTConfig) -> None:
-        """Build the modules; build on the meta device to take no memory."""
-        super().__init__()
-        body, width = config.body, config.body.decoder.hidden
-        horizon, dims = config.action.horizon, config.action.dims
-        self.vision_backbone = VisionBackbone(body.towers)
-        self.projector = Projector(body.projector_widths)
-        self.language_model = LanguageModel(body, lm_head=config.head == "discrete")
-        if config.head == "l1":
-            self.action_head: nn.Module = L1ActionHead(horizon, dims, width)
-        elif config.head == "diffusion":
-            self.action_head = DiffusionActionHead(horizon, dims, width)
-            self.noisy_action_projector = NoisyActionProjector(width)
-        if config.state_size is not None:
-            self.proprio_projector = ProprioProjector(config.state_size, width)
+OFTSetup = PolicySetup[OFTConfig, PromptTokenizer]
 
 
 @dataclass(frozen=True)
@@ -86,20 +59,13 @@ class OFTTokens:
         return torch.cat([self.context, *timestep, self.text, chunk, self.stop], dim=1)
 
 
-class OpenVLAOFT:
+class OpenVLAOFT(BackboneBase[OFTConfig, PromptTokenizer, OFTModel]):
     """A policy of the OpenVLA-OFT family; implements `tokenprune.engine.adapter.Backbone`."""
 
-    def __init__(
-        self, config: OFTConfig, model: OFTModel, tokenizer: PromptTokenizer, statistics: Statistics, info: BackboneInfo
-    ) -> None:
-        """Keep the parts; the model's device and dtype are the policy's."""
-        self.config = config
-        self.model = model.eval().requires_grad_(False)
-        self.tokenizer = tokenizer
-        self.statistics = statistics
-        self.info = info
-        weight = model.projector.fc1.weight
-        self.device, self.dtype = weight.device, weight.dtype
+    def __init__(self, setup: OFTSetup, model: OFTModel, info: BackboneInfo) -> None:
+        """Make the decoder loop and what the head needs; for the arguments see `BackboneBase`."""
+        super().__init__(setup, model, info)
+        config = self.config
         self.decoder = model.language_model.decoder(config.body)
         if config.head == "discrete":
             self.bins = ActionBins(config.vocab, config.n_bins, self.device)
@@ -107,22 +73,6 @@ class OpenVLAOFT:
             self.sampler = DDIM(TRAIN_STEPS, config.steps)
             encodings = timestep_encodings(self.sampler.timesteps, config.body.decoder.hidden)
             self.encodings = encodings.to(self.device, self.dtype)
-
-    def prompt(self, instruction: str) -> Prompt:
-        """The instruction as tokens."""
-        return self.tokenizer.encode(instruction, self.config.max_text)
-
-    def layout(self, instruction: str, state: object = None) -> TokenLayout:
-        """Tokens of a query with this instruction; the state has a token of its own."""
-        return self.config.layout(self.prompt(instruction))
-
-    def check(self, observation: Observation) -> None:
-        """Refuse an observation with wrong views, images or state."""
-        check_observation(observation, self.config.views, self.config.state_size)
-
-    def pixels(self, images: Sequence[Mapping[str, np.ndarray]]) -> Mapping[str, Tensor]:
-        """Resize and crop the frames of each view, and upload them, uint8 `[B, 3, S, S]`."""
-        return upload_frames(images, self.config.views, self.config.transform, self.device)
 
     def prepare(self, observations: Sequence[Observation], instructions: Sequence[str]) -> OFTInputs:
         """Resize and crop images, tokenise, normalise the state, and upload."""
@@ -166,9 +116,11 @@ class OpenVLAOFT:
         pixels = torch.cat([inputs.images[view] for view in views])
         if heard is not None:
             heard = heard.repeat(len(views), 1)
-        look = EncoderLook(self.config.body.towers, query.encoder_kinds)
-        features = self.model.vision_backbone(pixels, self.config.transform, self.dtype, heard, look).chunk(len(views))
-        query.note_encoder(views, look.seen)
+        capture = AttentionCapture(self.config.body.towers, query.encoder_kinds)
+        features = self.model.vision_backbone(pixels, self.config.transform, self.dtype, heard, capture).chunk(
+            len(views)
+        )
+        query.note_encoder(views, capture.captured)
         changed = [query.transform(view, part) for view, part in zip(views, features, strict=True)]
         projected: Tensor = self.model.projector(torch.cat(changed))
         return list(projected.chunk(len(views)))
@@ -199,7 +151,3 @@ class OpenVLAOFT:
         # Of logits that are not finite one is still the largest, and its token would pass for an action.
         sound = actions.where(logits.amax(-1).isfinite(), torch.nan)
         return sound.view(len(states), self.config.action.horizon, -1)
-
-    def unnormalise(self, actions: np.ndarray, observations: Sequence[Observation]) -> np.ndarray:
-        """Actions `[B, T, D]` in the environment's units."""
-        return self.statistics.action.unnormalise(actions)

@@ -1,4 +1,4 @@
-"""OpenVLA-OFT's configuration and token layout; no weights, no model code."""
+"""OpenVLA-OFT's configuration, token layout, presets and options; no weights, no model code."""
 
 from __future__ import annotations
 
@@ -10,19 +10,31 @@ from tokenprune.errors import ConfigError, nearest
 from tokenprune.model.info import ActionSpec, BackboneInfo, DecoderShape
 from tokenprune.tokens.layout import Role, Segment, TokenLayout
 from tokenprune_adapters import OFT_TRAINED
+from tokenprune_adapters.backbones.common.options import (
+    apply_options,
+    check_unnorm_key,
+    flag,
+    preset_config,
+    view_names,
+    whole_number,
+)
 from tokenprune_adapters.backbones.openvla_oft.heads import head_flops, noisy_action_flops, proprio_flops
 from tokenprune_adapters.backbones.prismatic.config import LIBERO_ACTION, PrismaticConfig, body_of, lm_head_flops
-from tokenprune_adapters.backbones.prismatic.image_transform import SIGLIP_MEAN, SIGLIP_STD, ImageTransform
+from tokenprune_adapters.backbones.prismatic.image_transform import (
+    CENTER_CROP_AREA,
+    SIGLIP_MEAN,
+    SIGLIP_STD,
+    ImageTransform,
+)
+from tokenprune_adapters.backbones.prismatic.prompt import PromptTokenizer
 from tokenprune_adapters.inputs.tokenizer import Prompt
-from tokenprune_adapters.vision.attention import answers
+from tokenprune_adapters.vision.attention import encoder_attention
 from tokenprune_adapters.vision.transformer import ViTConfig
 
 Head = Literal["l1", "diffusion", "discrete"]
 
 TRAIN_STEPS = 50
 """Timesteps a diffusion head was trained with, and by default the steps it samples in (upstream OpenVLA-OFT)."""
-
-_CROP = 0.9
 
 
 @dataclass(frozen=True)
@@ -96,6 +108,10 @@ class OFTConfig:
     def vocab(self) -> int:
         """Tokens of the vocabulary, without the padding rows."""
         return self.body.vocab - self.padding
+
+    def encode(self, tokenizer: PromptTokenizer, instruction: str) -> Prompt:
+        """The prompt of an instruction."""
+        return tokenizer.encode(instruction, self.max_text)
 
     def layout(self, prompt: Prompt) -> TokenLayout:
         """Tokens of a query (upstream OpenVLA-OFT).
@@ -174,7 +190,7 @@ class OFTConfig:
             action=self.action,
             state_size=self.state_size,
             capabilities=frozenset(offered),
-            encoder_attention=answers(self.body.towers, len(self.views)),
+            encoder_attention=encoder_attention(self.body.towers, len(self.views)),
             other_flops=other,
             other_weights=weights,
             # Whatever the head, upstream runs the output layer too.
@@ -191,7 +207,7 @@ SEVEN_B = OFTConfig(
     views=_LIBERO.views,
     state_size=_LIBERO.state_size,
     # Upstream trains all these policies with random crops, hence the centre crop.
-    transform=ImageTransform(center_crop_area=_CROP),
+    transform=ImageTransform(center_crop_area=CENTER_CROP_AREA),
 )
 
 SMALL = replace(SEVEN_B, body=body_of("small", causal=False))
@@ -224,35 +240,30 @@ PRESETS: Mapping[str, OFTConfig] = {"7b": SEVEN_B, "small": SMALL, "tiny": TINY}
 
 
 def preset(name: str) -> OFTConfig:
-    """An untrained preset by name.
+    """An untrained preset by name; discrete tokens are chosen among the ids that are actions.
 
-    Discrete tokens are chosen among the ids that are actions: untrained weights would choose others nearly always, and
-    whatever the image, the action would be the extreme one.
+    Untrained weights would nearly always choose another id, and every action would be the same extreme one.
 
     Raises:
-        ConfigError: If there is none.
+        ConfigError: If there is no such preset.
     """
-    if name not in PRESETS:
-        raise ConfigError(f"backbone 'openvla-oft' has no preset '{name}'{nearest(name, (*OFT_TRAINED, *PRESETS))}")
-    return replace(PRESETS[name], restrict=True)
+    return replace(preset_config("openvla-oft", name, PRESETS, OFT_TRAINED), restrict=True)
 
 
 def with_options(config: OFTConfig, options: Mapping[str, Any]) -> OFTConfig:
-    """Apply a user's options; none of what they say is in a checkpoint's files.
+    """Apply a user's options; a checkpoint's files state none of them.
 
-    `constants`: `libero`, `aloha` or `bridge`; sets chunk, cameras, state and bounds, and the options below go on from
-    there. `horizon`: actions per chunk. `views`: one to three camera names in sequence order. `proprio` (bool): whether
-    the robot state is read. `center_crop` (bool). `film` (bool): whether the towers hear the instruction. `head`: `l1`,
-    `diffusion` or `discrete`. `steps`, with a diffusion head only: denoising steps. `restrict` (bool), with discrete
-    tokens only. `unnorm_key`, the dataset whose statistics a checkpoint uses, is checked only.
+    `constants`: `libero`, `aloha` or `bridge`; sets chunk, cameras, state and bounds, before the other options are
+    applied. `horizon`: actions per chunk. `views`: one to three camera names in sequence order. `proprio` (bool):
+    whether the robot state is read. `center_crop` (bool). `film` (bool): whether the instruction modulates the towers.
+    `head`: `l1`, `diffusion` or `discrete`. `steps`, only with a diffusion head: denoising steps. `restrict` (bool),
+    only with discrete tokens. `unnorm_key`, the dataset whose statistics a checkpoint uses, is only checked.
 
     Raises:
-        ConfigError: If an option is unknown, has a value it cannot have, or has no use with the head.
+        ConfigError: If an option is unknown, its value is not valid, or it has no use with the head.
     """
-    for key in sorted(options, key=lambda key: key != "constants"):
-        if key not in OPTIONS:
-            raise ConfigError(f"backbone 'openvla-oft' has no option '{key}'{nearest(key, OPTIONS)}")
-        config = OPTIONS[key](config, options[key])
+    ordered = {key: options[key] for key in sorted(options, key=lambda key: key != "constants")}
+    config = apply_options("openvla-oft", config, ordered, OPTIONS)
     for key, head in (("steps", "diffusion"), ("restrict", "discrete")):
         if key in options and config.head != head:
             raise ConfigError(f"{key} belongs to head={head}; the head is '{config.head}'")
@@ -273,28 +284,24 @@ def _with_constants(config: OFTConfig, value: object) -> OFTConfig:
 
 
 def _with_horizon(config: OFTConfig, value: object) -> OFTConfig:
-    return replace(config, action=replace(config.action, horizon=_count("horizon", value)))
+    return replace(config, action=replace(config.action, horizon=whole_number("horizon", value)))
 
 
 def _with_views(config: OFTConfig, value: object) -> OFTConfig:
-    names = tuple(value) if isinstance(value, list | tuple) else ()
-    named = all(isinstance(name, str) and name for name in names)
-    if not 1 <= len(names) <= 3 or not named or len(set(names)) != len(names):
-        raise ConfigError(f"views must be one to three distinct camera names in sequence order, got {value!r}")
-    return replace(config, views=names)
+    return replace(config, views=view_names(value, "sequence"))
 
 
 def _with_proprio(config: OFTConfig, value: object) -> OFTConfig:
-    return config if _flag("proprio", value) else replace(config, state_size=None)
+    return config if flag("proprio", value) else replace(config, state_size=None)
 
 
 def _with_center_crop(config: OFTConfig, value: object) -> OFTConfig:
-    area = _CROP if _flag("center_crop", value) else None
+    area = CENTER_CROP_AREA if flag("center_crop", value) else None
     return replace(config, transform=replace(config.transform, center_crop_area=area))
 
 
 def _with_film(config: OFTConfig, value: object) -> OFTConfig:
-    width = config.body.decoder.hidden if _flag("film", value) else None
+    width = config.body.decoder.hidden if flag("film", value) else None
     towers = tuple(replace(tower, film=width) for tower in config.body.towers)
     return replace(config, body=replace(config.body, towers=towers))
 
@@ -307,17 +314,11 @@ def _with_head(config: OFTConfig, value: object) -> OFTConfig:
 
 
 def _with_steps(config: OFTConfig, value: object) -> OFTConfig:
-    return replace(config, steps=_count("steps", value, TRAIN_STEPS))
+    return replace(config, steps=whole_number("steps", value, most=TRAIN_STEPS))
 
 
 def _with_restrict(config: OFTConfig, value: object) -> OFTConfig:
-    return replace(config, restrict=_flag("restrict", value))
-
-
-def _checked_unnorm_key(config: OFTConfig, value: object) -> OFTConfig:
-    if not isinstance(value, str):
-        raise ConfigError(f"unnorm_key must be the name of a dataset, got {value!r}")
-    return config
+    return replace(config, restrict=flag("restrict", value))
 
 
 OPTIONS: Mapping[str, Callable[[OFTConfig, object], OFTConfig]] = {
@@ -330,19 +331,6 @@ OPTIONS: Mapping[str, Callable[[OFTConfig, object], OFTConfig]] = {
     "head": _with_head,
     "steps": _with_steps,
     "restrict": _with_restrict,
-    "unnorm_key": _checked_unnorm_key,
+    "unnorm_key": check_unnorm_key,
 }
 """What `with_options` accepts."""
-
-
-def _flag(key: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise ConfigError(f"{key} must be true or false, got {value!r}")
-    return value
-
-
-def _count(key: str, value: object, most: int | None = None) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most is not None and value > most):
-        valid = "1 or more" if most is None else f"1 to {most}"
-        raise ConfigError(f"{key} must be a whole number, {valid}, got {value!r}")
-    return value

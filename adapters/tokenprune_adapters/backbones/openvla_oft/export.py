@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save
 
 from tokenprune.errors import CheckpointError, ConfigError
-from tokenprune_adapters.backbones.openvla_oft.backbone import OFTModel
 from tokenprune_adapters.backbones.openvla_oft.config import OFTConfig
-from tokenprune_adapters.backbones.openvla_oft.release import Parts, account, empty_model, small_parts
+from tokenprune_adapters.backbones.openvla_oft.model import OFTModel
+from tokenprune_adapters.backbones.openvla_oft.tensors import OFTTensors, separate_modules, take_oft_inventory
 from tokenprune_adapters.backbones.prismatic.config import PrismaticConfig
 from tokenprune_adapters.backbones.prismatic.release import (
     TIMM_TOWERS,
@@ -28,6 +28,7 @@ from tokenprune_adapters.backbones.prismatic.release import (
 )
 from tokenprune_adapters.inputs.statistics import Statistics
 from tokenprune_adapters.vision.transformer import ViTConfig
+from tokenprune_adapters.weights.loading import empty_model
 from tokenprune_adapters.weights.tensor_files import SINGLE, stored_module
 
 _CPU = torch.device("cpu")
@@ -72,13 +73,13 @@ def export_oft(
         for key in statistics or [None]:
             Statistics.read(statistics, key, config.action.dims, config.state_size, "statistics", config.bounds)
         bounds = json.dumps(statistics, indent=2, allow_nan=False)
-    body, small = _weights(config, model, dtype)
+    body, separate = _weights(config, model, dtype)
 
     folder.mkdir(parents=True, exist_ok=True)
     # Not `save_file`, whose file only its owner can read.
     (folder / SINGLE).write_bytes(save(body, metadata={"format": "pt"}))
-    for part, tensors in small.items():
-        torch.save(tensors, folder / f"{part}--checkpoint.pt")
+    for module, tensors in separate.items():
+        torch.save(tensors, folder / f"{module}--checkpoint.pt")
     shutil.copyfile(tokenizer_path, folder / "tokenizer.json")
     if card:
         (folder / "README.md").write_text(card, encoding="utf-8")
@@ -90,20 +91,21 @@ def export_oft(
 def _weights(
     config: OFTConfig, model: OFTModel, dtype: torch.dtype
 ) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, torch.Tensor]]]:
-    """The body's tensors, and by module those that have a file of their own."""
+    """The body's tensors, and by module those of modules with a file of their own."""
     where = Path(type(model).__name__)
     values = {name: stored.read(_CPU, dtype) for name, stored in stored_module(model.state_dict(), where).items()}
-    small = {
-        part: {name.removeprefix(f"{part}."): value for name, value in values.items() if name.startswith(f"{part}.")}
-        for part in small_parts(config)
+    separate = {
+        module: {name.removeprefix(f"{module}."): v for name, v in values.items() if name.startswith(f"{module}.")}
+        for module in separate_modules(config)
     }
-    body = {name: value for name, value in values.items() if name.partition(".")[0] not in small}
-    parts = Parts(where, stored_module(body, where), {p: (where, stored_module(v, where)) for p, v in small.items()})
-    account(config, empty_model(config), parts).check()
+    body = {name: value for name, value in values.items() if name.partition(".")[0] not in separate}
+    files = {module: (where, stored_module(tensors, where)) for module, tensors in separate.items()}
+    stored = OFTTensors(where, stored_module(body, where), files)
+    take_oft_inventory(config, empty_model(OFTModel, config), stored).check()
     for name, value in values.items():
         if not value.isfinite().all():
             raise CheckpointError(f"{where}: '{name}' has values that are not finite in {dtype}")
-    return body, small
+    return body, separate
 
 
 def _check_described(config: OFTConfig, raw: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> None:

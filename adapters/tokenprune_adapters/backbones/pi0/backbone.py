@@ -15,14 +15,14 @@ from tokenprune.model.device import upload
 from tokenprune.model.info import BackboneInfo
 from tokenprune.model.kv_cache import FrozenKV, KVCache
 from tokenprune.model.phase import Phase
-from tokenprune.tokens.layout import TokenLayout
+from tokenprune_adapters.backbones.common.backbone import BackboneBase, PolicySetup
 from tokenprune_adapters.backbones.pi0.config import PI0Config
 from tokenprune_adapters.backbones.pi0.model import PI0Model, time_embeddings
 from tokenprune_adapters.backbones.pi0.prompt import GemmaTokenizer
-from tokenprune_adapters.inputs.observations import check_observation, upload_frames
-from tokenprune_adapters.inputs.statistics import Statistics
 from tokenprune_adapters.inputs.tokenizer import Prompt
-from tokenprune_adapters.vision.attention import EncoderLook
+from tokenprune_adapters.vision.attention import AttentionCapture
+
+PI0Setup = PolicySetup[PI0Config, GemmaTokenizer]
 
 
 @dataclass(frozen=True)
@@ -40,44 +40,19 @@ class PI0Inputs:
     state: Tensor | None
 
 
-class PI0:
+class PI0(BackboneBase[PI0Config, GemmaTokenizer, PI0Model]):
     """A policy of pi0's family; implements `tokenprune.engine.adapter.Backbone`."""
 
-    def __init__(
-        self,
-        config: PI0Config,
-        model: PI0Model,
-        tokenizer: GemmaTokenizer,
-        statistics: Statistics,
-        info: BackboneInfo,
-    ) -> None:
-        """Keep the parts; the model's device and dtype are the policy's."""
-        self.config = config
-        self.model = model.eval().requires_grad_(False)
-        self.tokenizer = tokenizer
-        self.statistics = statistics
-        self.info = info
-        weight = model.projector.weight
-        self.device, self.dtype = weight.device, weight.dtype
+    def __init__(self, setup: PI0Setup, model: PI0Model, info: BackboneInfo) -> None:
+        """Make the decoder loops and the time embeddings; for the arguments see `BackboneBase`."""
+        super().__init__(setup, model, info)
         self.prefix, self.expert = model.language.decoder(), model.expert.decoder()
-        times = time_embeddings(config.steps, config.expert.hidden)
+        times = time_embeddings(self.config.steps, self.config.expert.hidden)
         self._times = times.to(self.device, self.dtype)
 
     def prompt(self, instruction: str, state: object = None) -> Prompt:
-        """The instruction as tokens, and the robot state where the prompt spells it."""
-        return self.tokenizer.encode(instruction, self.config.max_text, self.config.spelled(self._normalised(state)))
-
-    def layout(self, instruction: str, state: object = None) -> TokenLayout:
-        """Tokens of a query with this instruction and, for pi0.5, this state."""
-        return self.config.layout(self.prompt(instruction, state))
-
-    def check(self, observation: Observation) -> None:
-        """Refuse an observation with wrong views, images or state."""
-        check_observation(observation, self.config.views, self.config.state_size)
-
-    def pixels(self, images: Sequence[Mapping[str, np.ndarray]]) -> Mapping[str, Tensor]:
-        """Scale and pad the frames of each view, and upload them, uint8 `[B, 3, S, S]`."""
-        return upload_frames(images, self.config.views, self.config.transform, self.device)
+        """The prompt of an instruction and, if the prompt spells it, of a robot state."""
+        return self.config.encode(self.tokenizer, instruction, self._normalised(state))
 
     def prepare(self, observations: Sequence[Observation], instructions: Sequence[str]) -> PI0Inputs:
         """Scale and pad images, tokenise, normalise the state, and upload."""
@@ -130,10 +105,10 @@ class PI0:
     def _patches(self, inputs: PI0Inputs, query: Query) -> list[Tensor]:
         views = self.config.views
         pixels = torch.cat([inputs.images[view] for view in views])
-        look = EncoderLook((self.config.tower,), query.encoder_kinds)
+        capture = AttentionCapture((self.config.tower,), query.encoder_kinds)
         normalised = self.config.transform.normalise(pixels, 0, self.dtype)
-        features = self.model.vision(normalised, look=look.at(0)).chunk(len(views))
-        query.note_encoder(views, look.seen)
+        features = self.model.vision(normalised, on_attention=capture.callback(0)).chunk(len(views))
+        query.note_encoder(views, capture.captured)
         changed = [query.transform(view, part) for view, part in zip(views, features, strict=True)]
         projected: Tensor = self.model.projector(torch.cat(changed))
         return list(projected.chunk(len(views)))
@@ -144,7 +119,7 @@ class PI0:
 
     def unnormalise(self, actions: np.ndarray, observations: Sequence[Observation]) -> np.ndarray:
         """Actions `[B, T, D]` in the environment's units, the relative ones added to the state of the observation."""
-        values, relative = self.statistics.action.unnormalise(actions), self.config.relative
+        values, relative = super().unnormalise(actions, observations), self.config.relative
         if relative:
             states = np.stack([np.asarray(o["state"], dtype=np.float64)[:relative] for o in observations])
             values[..., :relative] += states[:, None]

@@ -1,4 +1,4 @@
-"""Configuration and token layout of pi0 and pi0.5; no weights, no model code."""
+"""Configuration, token layout, presets and options of pi0 and pi0.5; no weights, no model code."""
 
 from __future__ import annotations
 
@@ -8,14 +8,21 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tokenprune.errors import ConfigError, nearest
+from tokenprune.errors import ConfigError
 from tokenprune.model.info import ActionSpec, BackboneInfo, DecoderShape, FollowUp
 from tokenprune.model.phase import Phase
 from tokenprune.tokens.layout import Role, Segment, TokenLayout
+from tokenprune_adapters.backbones.common.options import (
+    apply_options,
+    check_unnorm_key,
+    preset_config,
+    view_names,
+    whole_number,
+)
 from tokenprune_adapters.backbones.pi0.image_transform import ResizePad
-from tokenprune_adapters.backbones.pi0.prompt import PI0_MAX_TOKENS, PI05_MAX_TOKENS
+from tokenprune_adapters.backbones.pi0.prompt import PI0_MAX_TOKENS, PI05_MAX_TOKENS, GemmaTokenizer
 from tokenprune_adapters.inputs.tokenizer import Prompt
-from tokenprune_adapters.vision.attention import answers
+from tokenprune_adapters.vision.attention import encoder_attention
 from tokenprune_adapters.vision.transformer import SIGLIP_SO400M_224_PALIGEMMA, ViTConfig
 from tokenprune_adapters.vision.transformer import flops as tower_flops
 from tokenprune_adapters.vision.transformer import weights as tower_weights
@@ -88,14 +95,14 @@ class PI0Config:
         """Most prompt tokens the release was trained with."""
         return PI0_MAX_TOKENS if self.variant == "pi0" else PI05_MAX_TOKENS
 
-    def spelled(self, state: np.ndarray | None) -> np.ndarray | None:
-        """Numbers for the prompt, of a normalised state `[S]` or a neutral one; None where it spells no state."""
+    def encode(self, tokenizer: GemmaTokenizer, instruction: str, state: np.ndarray | None = None) -> Prompt:
+        """The prompt of an instruction and, if the prompt spells it, of a normalised state `[S]`; zeros by default."""
         if not self.prompt_state:
-            return None
+            return tokenizer.encode(instruction, self.max_text)
         numbers = np.zeros(self.prompt_state)
         if state is not None:
             numbers[: len(state)] = state
-        return numbers
+        return tokenizer.encode(instruction, self.max_text, numbers)
 
     def layout(self, prompt: Prompt) -> TokenLayout:
         """Tokens of the prefix (upstream openpi): the patches of each view, then the prompt.
@@ -155,7 +162,7 @@ class PI0Config:
             action=self.action,
             state_size=self.state_size,
             capabilities=frozenset({"batch", "encoder_attention", "head_cache", "kv_reuse", "layer_skip", "merge"}),
-            encoder_attention=answers((self.tower,), views),
+            encoder_attention=encoder_attention((self.tower,), views),
             other_flops=other,
             other_weights=weights,
             follow_up=FollowUp(Phase.FLOW, self.expert, passes, self.steps, 2 * norm),
@@ -203,9 +210,7 @@ def preset(variant: Variant, name: str) -> PI0Config:
     Raises:
         ConfigError: If there is none.
     """
-    if name not in PRESETS:
-        raise ConfigError(f"backbone '{variant}' has no preset '{name}'{nearest(name, PRESETS)}")
-    config = PRESETS[name]
+    config = preset_config(variant, name, PRESETS)
     return config if variant == "pi0" else replace(config, variant=variant, prompt_state=8)
 
 
@@ -220,10 +225,7 @@ def with_options(config: PI0Config, options: Mapping[str, Any]) -> PI0Config:
     Raises:
         ConfigError: If an option is unknown or has a value it cannot have.
     """
-    for key, value in options.items():
-        if key not in _OPTIONS:
-            raise ConfigError(f"backbone '{config.variant}' has no option '{key}'{nearest(key, _OPTIONS)}")
-        config = _OPTIONS[key](config, value)
+    config = apply_options(config.variant, config, options, OPTIONS)
     most = min(config.action.dims, config.state_size or 0)
     if config.relative > most:
         raise ConfigError(f"relative is {config.relative}; this policy's actions and state share {most} numbers")
@@ -231,30 +233,26 @@ def with_options(config: PI0Config, options: Mapping[str, Any]) -> PI0Config:
 
 
 def _with_views(config: PI0Config, value: object) -> PI0Config:
-    names = tuple(value) if isinstance(value, list | tuple) else ()
-    distinct = len(set(names)) == len(names) and all(isinstance(name, str) and name for name in names)
-    if not 1 <= len(names) <= 3 or not distinct:
-        raise ConfigError(f"views must be one to three distinct camera names in slot order, got {value!r}")
-    return replace(config, views=names)
+    return replace(config, views=view_names(value, "slot"))
 
 
 def _with_horizon(config: PI0Config, value: object) -> PI0Config:
-    return replace(config, action=replace(config.action, horizon=_count("horizon", value)))
+    return replace(config, action=replace(config.action, horizon=whole_number("horizon", value)))
 
 
 def _with_steps(config: PI0Config, value: object) -> PI0Config:
-    return replace(config, steps=_count("steps", value))
+    return replace(config, steps=whole_number("steps", value))
 
 
 def _with_state_size(config: PI0Config, value: object) -> PI0Config:
     if value is None and config.variant == "pi05":
         return replace(config, state_size=None, prompt_state=0)
-    size = _count("state_size", value, config.width)
+    size = whole_number("state_size", value, most=config.width)
     return replace(config, state_size=size, prompt_state=0 if config.variant == "pi0" else size)
 
 
 def _with_dims(config: PI0Config, value: object) -> PI0Config:
-    dims = _count("dims", value, config.width)
+    dims = whole_number("dims", value, most=config.width)
     if dims == config.action.dims:
         return config
     if dims == _LIBERO.dims:
@@ -264,30 +262,16 @@ def _with_dims(config: PI0Config, value: object) -> PI0Config:
 
 
 def _with_relative(config: PI0Config, value: object) -> PI0Config:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ConfigError(f"relative must be a whole number, 0 or more, got {value!r}")
-    return replace(config, relative=value)
+    return replace(config, relative=whole_number("relative", value, least=0))
 
 
-def _checked_unnorm_key(config: PI0Config, value: object) -> PI0Config:
-    if not isinstance(value, str):
-        raise ConfigError(f"unnorm_key must be the name of a dataset, got {value!r}")
-    return config
-
-
-_OPTIONS: Mapping[str, Callable[[PI0Config, object], PI0Config]] = {
+OPTIONS: Mapping[str, Callable[[PI0Config, object], PI0Config]] = {
     "views": _with_views,
     "horizon": _with_horizon,
     "steps": _with_steps,
     "state_size": _with_state_size,
     "dims": _with_dims,
     "relative": _with_relative,
-    "unnorm_key": _checked_unnorm_key,
+    "unnorm_key": check_unnorm_key,
 }
-
-
-def _count(key: str, value: object, most: int | None = None) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most is not None and value > most):
-        valid = "1 or more" if most is None else f"1 to {most}"
-        raise ConfigError(f"{key} must be a whole number, {valid}, got {value!r}")
-    return value
+"""What `with_options` accepts."""

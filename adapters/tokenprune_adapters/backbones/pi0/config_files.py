@@ -6,107 +6,91 @@ import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
+from pydantic import Field, PositiveFloat
 
 from tokenprune.errors import CheckpointError, ConfigError, nearest
 from tokenprune.model.info import DecoderShape
+from tokenprune_adapters.backbones.common.config_fields import Depth, Fields, Side, Size, parse_fields
 from tokenprune_adapters.backbones.pi0.config import BASE, PI0Config, Variant
-from tokenprune_adapters.inputs.frames import MAX_SIDE
 from tokenprune_adapters.vision.transformer import ViTConfig
 from tokenprune_adapters.weights.tensor_files import SINGLE, read_json
 
 Format = Literal["openpi", "lerobot", "transformers"]
 
-
 SLOTS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 """openpi's camera slots; transformers names none."""
-
 
 # By openpi's names, which lerobot keeps.
 _GEMMA: Mapping[str, DecoderShape] = {"gemma_2b": BASE.decoder, "gemma_300m": BASE.expert}
 
-
 _CAMERAS, _EMPTY = "observation.images.", "empty_camera_"
-
-
-# Beyond what any such model has, so that a wrong number is an error and not a model too large to be described.
-_Size = Annotated[int, Field(ge=1, le=2**20)]
-
-
-_Depth = Annotated[int, Field(ge=1, le=1024)]
-
-
-_Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
-
 
 # Periods of the time embedding; no release has others.
 _Shortest = Annotated[float, Field(ge=4e-3, le=4e-3)]
 
-
 _Longest = Annotated[float, Field(ge=4.0, le=4.0)]
 
 
-class _Fields(BaseModel):
-    """JSON fields of exactly the type named; what is not named does not matter here."""
-
-    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
-
-
-class _OpenPI(_Fields):
+class _OpenPI(Fields):
     """What openpi's conversion from JAX writes; its training writes no such file."""
 
-    action_dim: _Size = BASE.width
-    action_horizon: _Size | None = None
+    action_dim: Size = BASE.width
+    action_horizon: Size | None = None
     paligemma_variant: str = "gemma_2b"
     action_expert_variant: str = "gemma_300m"
 
 
-class _Feature(_Fields):
+class _Feature(Fields):
     """An input or output of a lerobot policy."""
 
     type: str
-    shape: list[_Size]
+    shape: list[Size]
 
 
-class _LeRobot(_Fields):
+class _Flow(Fields):
+    """What lerobot and transformers name alike, with the same defaults."""
+
+    chunk_size: Size = 50
+    max_state_dim: Size = 32
+    max_action_dim: Size = 32
+    num_inference_steps: Size = 10
+    min_period: _Shortest = 4e-3
+    max_period: _Longest = 4.0
+
+
+class _LeRobot(_Flow):
     """A lerobot policy's configuration; the defaults are lerobot's."""
 
     paligemma_variant: str = "gemma_2b"
     action_expert_variant: str = "gemma_300m"
     n_obs_steps: Literal[1] = 1
-    chunk_size: _Size = 50
-    max_state_dim: _Size = 32
-    max_action_dim: _Size = 32
-    num_inference_steps: _Size = 10
-    min_period: _Shortest = 4e-3
-    max_period: _Longest = 4.0
-    image_resolution: Annotated[list[_Side], Field(min_length=2, max_length=2)] = [224, 224]
+    image_resolution: list[Side] = Field([224, 224], min_length=2, max_length=2)
     input_features: dict[str, _Feature]
     output_features: dict[str, _Feature]
     use_relative_actions: Literal[False] = False
     use_peft: Literal[False] | None = None
 
 
-class _Rope(_Fields):
+class _Rope(Fields):
     """Rotary embeddings; only unscaled ones are supported."""
 
     rope_type: Literal["default"] = "default"
     rope_theta: PositiveFloat = 10000.0
 
 
-class _Gemma(_Fields):
+class _Gemma(Fields):
     """A decoder of transformers' model."""
 
     model_type: Literal["gemma"]
-    hidden_size: _Size
-    num_hidden_layers: _Depth
-    intermediate_size: _Size
-    num_attention_heads: _Size
-    num_key_value_heads: _Size
-    head_dim: Annotated[_Size, Field(multiple_of=2)]
-    vocab_size: _Size
+    hidden_size: Size
+    num_hidden_layers: Depth
+    intermediate_size: Size
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    head_dim: Annotated[Size, Field(multiple_of=2)]
+    vocab_size: Size
     rms_norm_eps: PositiveFloat = 1e-6
     rope_parameters: _Rope = _Rope()
     hidden_act: Literal["gelu_pytorch_tanh"] = "gelu_pytorch_tanh"
@@ -126,45 +110,36 @@ class _Gemma(_Fields):
         )
 
 
-class _Siglip(_Fields):
+class _Siglip(Fields):
     """The tower of transformers' model."""
 
-    hidden_size: _Size
-    intermediate_size: _Size
-    num_hidden_layers: _Depth
-    num_attention_heads: _Size
-    image_size: _Side
-    patch_size: _Side
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Depth
+    num_attention_heads: Size
+    image_size: Side
+    patch_size: Side
     num_channels: Literal[3] = 3
     layer_norm_eps: PositiveFloat = 1e-6
     hidden_act: Literal["gelu_pytorch_tanh"] = "gelu_pytorch_tanh"
 
 
-class _PaliGemma(_Fields):
+class _PaliGemma(Fields):
     """Tower and prefix decoder of transformers' model."""
 
     text_config: _Gemma
     vision_config: _Siglip
 
 
-class _Transformers(_Fields):
-    """transformers' configuration; the defaults outside the parts are its own."""
+class _Transformers(_Flow):
+    """transformers' configuration; the defaults outside its two parts are transformers'."""
 
     vlm_config: _PaliGemma
     dit_config: _Gemma
-    chunk_size: _Size = 50
-    max_state_dim: _Size = 32
-    max_action_dim: _Size = 32
-    num_inference_steps: _Size = 10
-    min_period: _Shortest = 4e-3
-    max_period: _Longest = 4.0
-
-
-_Read = TypeVar("_Read", bound=_Fields)
 
 
 @dataclass(frozen=True)
-class Stated:
+class FileConfig:
     """What a checkpoint's `config.json` states.
 
     Attributes:
@@ -212,7 +187,7 @@ def find_format(folder: Path, chosen: object) -> Format:
     return found
 
 
-def read_stated(variant: Variant, folder: Path, found: Format) -> Stated:
+def read_config_file(variant: Variant, folder: Path, found: Format) -> FileConfig:
     """Read `config.json`; what an openpi checkpoint leaves out is the release's.
 
     Raises:
@@ -222,10 +197,12 @@ def read_stated(variant: Variant, folder: Path, found: Format) -> Stated:
     if found == "openpi":
         return _openpi(variant, read_json(path) if path.exists() else {}, str(path))
     raw = read_json(path)
-    return _lerobot(variant, raw, str(path)) if found == "lerobot" else read_transformers(variant, raw, str(path))
+    return (
+        _lerobot(variant, raw, str(path)) if found == "lerobot" else read_transformers_config(variant, raw, str(path))
+    )
 
 
-def read_transformers(variant: Variant, raw: Mapping[str, Any], where: str) -> Stated:
+def read_transformers_config(variant: Variant, raw: Mapping[str, Any], where: str) -> FileConfig:
     """Read the configuration of a transformers model.
 
     Args:
@@ -237,7 +214,7 @@ def read_transformers(variant: Variant, raw: Mapping[str, Any], where: str) -> S
         CheckpointError: If it is malformed, of another model, or asks for what is not supported.
     """
     _check_kind("model_type", raw, variant if variant == "pi0" else None, where)
-    fields = _parsed(_Transformers, raw, where)
+    fields = parse_fields(_Transformers, raw, where)
     text, vision, expert = fields.vlm_config.text_config, fields.vlm_config.vision_config, fields.dit_config
     shared = ("rms_norm_eps", "rope_parameters")
     if any(getattr(text, name) != getattr(expert, name) for name in shared):
@@ -260,19 +237,19 @@ def read_transformers(variant: Variant, raw: Mapping[str, Any], where: str) -> S
         rope_theta=text.rope_parameters.rope_theta,
     )
     _check_width(config, fields.max_state_dim, where)
-    return Stated(config, {"horizon": fields.chunk_size, "steps": fields.num_inference_steps}, SLOTS)
+    return FileConfig(config, {"horizon": fields.chunk_size, "steps": fields.num_inference_steps}, SLOTS)
 
 
-def _openpi(variant: Variant, raw: Mapping[str, Any], where: str) -> Stated:
-    fields = _parsed(_OpenPI, raw, where)
+def _openpi(variant: Variant, raw: Mapping[str, Any], where: str) -> FileConfig:
+    fields = parse_fields(_OpenPI, raw, where)
     decoder, expert = (_gemma(fields, name, where) for name in ("paligemma_variant", "action_expert_variant"))
     horizon = {} if fields.action_horizon is None else {"horizon": fields.action_horizon}
-    return Stated(_based(variant, decoder, expert, fields.action_dim, where), horizon, SLOTS)
+    return FileConfig(_based(variant, decoder, expert, fields.action_dim, where), horizon, SLOTS)
 
 
-def _lerobot(variant: Variant, raw: Mapping[str, Any], where: str) -> Stated:
+def _lerobot(variant: Variant, raw: Mapping[str, Any], where: str) -> FileConfig:
     _check_kind("type", raw, variant, where)
-    fields = _parsed(_LeRobot, raw, where)
+    fields = parse_fields(_LeRobot, raw, where)
     decoder, expert = (_gemma(fields, name, where) for name in ("paligemma_variant", "action_expert_variant"))
     config = _based(variant, decoder, expert, fields.max_action_dim, where)
     _check_width(config, fields.max_state_dim, where)
@@ -289,18 +266,7 @@ def _lerobot(variant: Variant, raw: Mapping[str, Any], where: str) -> Stated:
         "dims": _numbers(fields.output_features, "action", config, where),
         "state_size": _numbers(fields.input_features, "observation.state", config, where),
     }
-    return Stated(replace(config, tower=_tower(where, image_size=side)), options, tuple(slots))
-
-
-def _parsed(kind: type[_Read], raw: Mapping[str, Any], where: str) -> _Read:
-    try:
-        return kind.model_validate(dict(raw))
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "missing":
-            raise CheckpointError(f"{where}: '{field}' is missing") from error
-        raise CheckpointError(f"{where}: '{field}' is {reprlib.repr(first['input'])}; {first['msg']}") from error
+    return FileConfig(replace(config, tower=_tower(where, image_size=side)), options, tuple(slots))
 
 
 def _check_kind(field: str, raw: Mapping[str, Any], wanted: str | None, where: str) -> None:

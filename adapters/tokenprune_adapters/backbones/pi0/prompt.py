@@ -22,12 +22,9 @@ from tokenprune_adapters.inputs.tokenizer import (
 # Tokens the releases are trained with (upstream openpi); longer prompts are cut there, and refused here.
 PI0_MAX_TOKENS, PI05_MAX_TOKENS = 48, 200
 
-
 _BEFORE, _BETWEEN, _AFTER = "Task: ", ", State: ", ";\nAction: "
 
-
 _EDGES = np.linspace(-1, 1, 257)[:-1]
-
 
 _SOURCE = "google/paligemma-3b-pt-224"
 

@@ -1,30 +1,30 @@
-"""Checkpoints of pi0 and pi0.5 as openpi, lerobot and transformers write them, and transformers' own loaded model."""
+"""Checkpoints of pi0 and pi0.5 in the formats of openpi, lerobot and transformers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from tokenprune.engine.adapter import Findings
 from tokenprune.errors import CheckpointError, ConfigError
-from tokenprune_adapters.backbones.pi0.backbone import PI0
+from tokenprune_adapters.backbones.common.options import whole_number
+from tokenprune_adapters.backbones.pi0.backbone import PI0, PI0Setup
 from tokenprune_adapters.backbones.pi0.config import PI0Config, Variant, with_options
-from tokenprune_adapters.backbones.pi0.config_files import Format, Stated, find_format, read_stated, read_transformers
+from tokenprune_adapters.backbones.pi0.config_files import FileConfig, Format, find_format, read_config_file
 from tokenprune_adapters.backbones.pi0.model import PI0Model
 from tokenprune_adapters.backbones.pi0.prompt import GemmaTokenizer
 from tokenprune_adapters.backbones.pi0.statistics import read_lerobot, read_openpi
-from tokenprune_adapters.backbones.pi0.tensor_names import inventory
+from tokenprune_adapters.backbones.pi0.tensor_names import take_pi0_inventory
 from tokenprune_adapters.inputs.statistics import Standard, Statistics
 from tokenprune_adapters.inputs.tokenizer import read_tokenizer
-from tokenprune_adapters.weights.folder import JSON_FILES, config_mapping, local_folder
-from tokenprune_adapters.weights.inventory import adopt, fill
-from tokenprune_adapters.weights.tensor_files import stored_module, stored_safetensors
+from tokenprune_adapters.weights.folder import JSON_FILES, local_folder
+from tokenprune_adapters.weights.loading import empty_model, load_weights
+from tokenprune_adapters.weights.tensor_files import stored_safetensors
 
 # lerobot keeps its statistics in safetensors files.
 _DESCRIBING = (*JSON_FILES, "policy_*.safetensors")
@@ -33,16 +33,7 @@ _PREPROCESSOR = "policy_preprocessor.json"
 _OWN_OPTIONS = ("format", "statistics", "tokenizer", "prompt_state")
 
 
-@dataclass(frozen=True)
-class PI0Release:
-    """A checkpoint without its weights."""
-
-    config: PI0Config
-    tokenizer: GemmaTokenizer
-    statistics: Statistics
-
-
-def read_pi0(variant: Variant, folder: Path, options: Mapping[str, Any]) -> PI0Release:
+def read_pi0(variant: Variant, folder: Path, options: Mapping[str, Any]) -> PI0Setup:
     """Read a checkpoint's configuration, tokenizer and statistics; no weights are read or downloaded.
 
     Images are prepared as by openpi, whatever the format. What openpi's configurations do beyond the model, such as
@@ -95,10 +86,11 @@ def load_pi0(
         ConfigError: If an option is wrong or missing.
     """
     local = local_folder(folder, _FILES)
-    release = _read(variant, local, options)
-    model = _model(release.config)
-    fill(model, inventory(variant, model.state_dict(), stored_safetensors(local), local), device, dtype)
-    return _policy(release, model, str(folder))
+    setup = _read(variant, local, options)
+    model = empty_model(PI0Model, setup.config)
+    inventory = take_pi0_inventory(variant, model.state_dict(), stored_safetensors(local), local)
+    load_weights(model, inventory, device, dtype)
+    return PI0(setup, model, setup.config.info(str(folder), untrained=False))
 
 
 def verify_pi0(variant: Variant, folder: Path, options: Mapping[str, Any]) -> Findings:
@@ -109,41 +101,27 @@ def verify_pi0(variant: Variant, folder: Path, options: Mapping[str, Any]) -> Fi
         ConfigError: If an option is wrong or missing.
     """
     local = local_folder(folder, _FILES)
-    release = _read(variant, local, options)
-    found = inventory(variant, _model(release.config).state_dict(), stored_safetensors(local), local)
-    return found.findings((release.statistics.key,), release.config.state_size)
+    setup = _read(variant, local, options)
+    model = empty_model(PI0Model, setup.config)
+    inventory = take_pi0_inventory(variant, model.state_dict(), stored_safetensors(local), local)
+    return inventory.findings((setup.statistics.key,), setup.config.state_size)
 
 
-def adopt_pi0(variant: Variant, module: nn.Module, options: Mapping[str, Any]) -> PI0:
-    """Take the weights of a loaded `PI0ForConditionalGeneration` of transformers by reference; none is copied.
+def configure(stated: FileConfig, file_format: Format, folder: Path | None, options: Mapping[str, Any]) -> PI0Setup:
+    """Complete what `config.json` states with the user's options, the statistics and the tokenizer.
 
     Args:
-        variant: `pi0`; transformers has no pi0.5.
-        module: The model, on its device and in its dtype.
-        options: Those of `read_pi0`; `tokenizer`, `statistics`, `dims`, `state_size` and `relative` must be given.
+        stated: What the file states.
+        file_format: The checkpoint's format.
+        folder: The checkpoint; None for a loaded model.
+        options: See `read_pi0`.
 
     Raises:
-        CheckpointError: If it is another model, or its weights are of several types or on several devices.
+        CheckpointError: If statistics or tokenizer are missing or malformed.
         ConfigError: If an option is wrong or missing.
     """
-    where = type(module).__name__
-    stated = read_transformers(variant, config_mapping(getattr(module, "config", None)), where)
-    release = _completed(stated, "transformers", None, options)
-    model = _model(release.config)
-    stored = stored_module(module.state_dict(), where)
-    adopt(model, inventory(variant, model.state_dict(), stored, Path(where)))
-    return _policy(release, model, where)
-
-
-def _read(variant: Variant, folder: Path, options: Mapping[str, Any]) -> PI0Release:
-    found = find_format(folder, options.get("format"))
-    return _completed(read_stated(variant, folder, found), found, folder, options)
-
-
-def _completed(stated: Stated, found: Format, folder: Path | None, options: Mapping[str, Any]) -> PI0Release:
-    """What the files state, with the user's options, the statistics and the tokenizer."""
-    config = _configured(stated, found, options)
-    statistics = _statistics(config, found, folder, options)
+    config = _with_options(stated, file_format, options)
+    statistics = _statistics(config, file_format, folder, options)
     if "libero" not in statistics.key:
         config = replace(config, action=replace(config.action, metric={}))
     path = options.get("tokenizer")
@@ -153,33 +131,36 @@ def _completed(stated: Stated, found: Format, folder: Path | None, options: Mapp
         path = folder / "tokenizer.json"
     if not isinstance(path, str | Path):
         raise ConfigError(f"tokenizer must be the path of a tokenizer.json, got {path!r}")
-    return PI0Release(config, _tokenizer(Path(path), config.vocab), statistics)
+    return PI0Setup(config, _tokenizer(Path(path), config.vocab), statistics)
 
 
-def _configured(stated: Stated, found: Format, options: Mapping[str, Any]) -> PI0Config:
+def _read(variant: Variant, folder: Path, options: Mapping[str, Any]) -> PI0Setup:
+    file_format = find_format(folder, options.get("format"))
+    return configure(read_config_file(variant, folder, file_format), file_format, folder, options)
+
+
+def _with_options(stated: FileConfig, file_format: Format, options: Mapping[str, Any]) -> PI0Config:
     given = {key: value for key, value in options.items() if key not in _OWN_OPTIONS}
     chosen = {"views": stated.slots, **stated.options, **given}
     config = with_options(stated.config, chosen)
-    needed = ("horizon", "dims", "state_size", *(() if found == "lerobot" else ("relative",)))
+    needed = ("horizon", "dims", "state_size", *(() if file_format == "lerobot" else ("relative",)))
     lacking = [name for name in needed if name not in chosen]
     if lacking:
         raise ConfigError(
-            f"no file of this checkpoint in {found}'s format states {', '.join(lacking)}; give each as an option"
+            f"no file of this checkpoint in {file_format}'s format states {', '.join(lacking)}; give each as an option"
         )
     if len(config.views) > len(stated.slots):
         raise ConfigError(f"views has {len(config.views)} cameras; the checkpoint has {', '.join(stated.slots)}")
-    filled = options.get("prompt_state")
-    if filled is None:
+    spelled = options.get("prompt_state")
+    if spelled is None:
         return config
-    least, most = config.prompt_state, config.width
-    if not least:
+    if not config.prompt_state:
         raise ConfigError("prompt_state is for a pi0.5 whose prompt spells the state; this policy's does not")
-    if isinstance(filled, bool) or not isinstance(filled, int) or not least <= filled <= most:
-        raise ConfigError(f"prompt_state must be a whole number, {least} to {most}, got {filled!r}")
-    return replace(config, prompt_state=filled)
+    count = whole_number("prompt_state", spelled, least=config.prompt_state, most=config.width)
+    return replace(config, prompt_state=count)
 
 
-def _statistics(config: PI0Config, found: Format, folder: Path | None, options: Mapping[str, Any]) -> Statistics:
+def _statistics(config: PI0Config, file_format: Format, folder: Path | None, options: Mapping[str, Any]) -> Statistics:
     source, key = options.get("statistics"), options.get("unnorm_key")
     dims, size = config.action.dims, config.state_size
     if source == "none":
@@ -190,12 +171,12 @@ def _statistics(config: PI0Config, found: Format, folder: Path | None, options: 
     quantiles = config.variant == "pi05"
     if source is not None:
         return read_openpi(Path(source), key, dims, size, quantiles=quantiles)
-    if folder is None or found == "transformers":
+    if folder is None or file_format == "transformers":
         raise ConfigError(
             "transformers' models carry no statistics; give the option statistics, a folder with openpi's "
             "norm_stats.json, or none for states and actions in the policy's own units"
         )
-    if found == "openpi":
+    if file_format == "openpi":
         return read_openpi(folder / "assets", key, dims, size, quantiles=quantiles)
     if key is not None:
         raise ConfigError(f"unnorm_key is '{key}'; lerobot's statistics are of one dataset, which no file names")
@@ -221,14 +202,3 @@ def _tokenizer(path: Path, vocab: int) -> GemmaTokenizer:
     if largest >= vocab:
         raise CheckpointError(f"{path}: has token {largest}; the embedding table has {vocab} rows")
     return tokenizer
-
-
-def _model(config: PI0Config) -> PI0Model:
-    """The model without memory for its weights."""
-    with torch.device("meta"):
-        return PI0Model(config)
-
-
-def _policy(release: PI0Release, model: PI0Model, source: str) -> PI0:
-    info = release.config.info(source, untrained=False)
-    return PI0(release.config, model, release.tokenizer, release.statistics, info)

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from tokenprune.errors import CheckpointError, nearest
+from tokenprune_adapters.backbones.pi0.config import PI0Config
 from tokenprune_adapters.inputs.statistics import (
     Normaliser,
     Quantiles,
@@ -25,15 +26,11 @@ from tokenprune_adapters.weights.tensor_files import read_json
 
 _OPENPI = "norm_stats.json"
 
-
 _PREPROCESSOR, _POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
-
 
 _QUANTILES = ("q01", "q99")
 
-
 _MODES = ("MEAN_STD", "QUANTILES", "IDENTITY")
-
 
 # Steps of lerobot's pi0 and pi0.5 that change no number, or do what an adapter does.
 _STEPS = (
@@ -47,9 +44,20 @@ _STEPS = (
     "unnormalizer_processor",
 )
 
-
 # Steps that change actions unless they are disabled.
 _RELATIVE = ("relative_actions_processor", "absolute_actions_processor")
+
+
+def identity_statistics(config: PI0Config) -> Statistics:
+    """Statistics of no dataset, of the release's kind: everything is already normalised."""
+
+    def unit(size: int) -> Normaliser:
+        if config.variant == "pi0":
+            return Standard(np.zeros(size), np.ones(size), 0.0)
+        return Quantiles(-np.ones(size), np.ones(size), 0.0)
+
+    state = None if config.state_size is None else unit(config.state_size)
+    return Statistics("(none)", unit(config.action.dims), state)
 
 
 def read_openpi(

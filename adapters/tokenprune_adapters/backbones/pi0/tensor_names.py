@@ -20,22 +20,16 @@ from tokenprune_adapters.weights.tensor_files import StoredTensor
 
 _FILE = r"(?:model\.)?paligemma_with_expert\."
 
-
 # In files, and in transformers' loaded model.
 _VLM = rf"(?:{_FILE}paligemma\.model|model\.vlm)\."
 
-
 _EXPERT = rf"(?:{_FILE}gemma_expert\.model|model\.dit)\."
-
 
 _TOWER = _VLM + r"vision_tower\.(?:vision_model\.)?"
 
-
 _BLOCK = _TOWER + r"encoder\.layers\.(\d+)\."
 
-
 _POSITIONS = "vision.pos_embed"
-
 
 _RENAMES = tuple(
     (re.compile(pattern), name)
@@ -54,14 +48,11 @@ _RENAMES = tuple(
     )
 )
 
-
 # The table of word embeddings is tied to the output layer, and a file may hold either.
 _EMBEDDINGS, _OUTPUT = "language.embed_tokens.weight", re.compile(_FILE + r"paligemma\.lm_head\.weight")
 
-
 # The expert reads no words and writes none.
 _UNUSED = re.compile(rf"{_FILE}gemma_expert\.lm_head\.weight|{_EXPERT}embed_tokens\.weight")
-
 
 _ONLY: Mapping[Variant, re.Pattern[str]] = {
     "pi0": re.compile(r"(state_proj|action_time_mlp_(in|out))\.\w+"),
@@ -78,7 +69,7 @@ def model_name(key: str) -> str | None:
     return None
 
 
-def inventory(
+def take_pi0_inventory(
     variant: Variant, wanted: Mapping[str, Tensor], stored: Mapping[str, StoredTensor], where: Path
 ) -> Inventory:
     """Set the tensors of a checkpoint, or of a loaded model, against those of the model here.

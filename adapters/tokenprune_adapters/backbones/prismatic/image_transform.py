@@ -26,6 +26,9 @@ DINO_MEAN: Triple = (0.484375, 0.455078125, 0.40625)
 DINO_STD: Triple = (0.228515625, 0.2236328125, 0.224609375)
 SIGLIP_MEAN: Triple = (0.5, 0.5, 0.5)
 SIGLIP_STD: Triple = (0.5, 0.5, 0.5)
+CENTER_CROP_AREA = 0.9
+"""Share of the area kept by fine-tunes that were trained with random crops, such as LIBERO's."""
+
 _BICUBIC = (int(Image.Resampling.BICUBIC), "bicubic")
 _FILE = "preprocessor_config.json"
 

@@ -15,7 +15,7 @@ from tokenprune.compat import mend_torchvision
 from tokenprune.model.decoder import Decoder
 from tokenprune_adapters.backbones.prismatic.config import TOWERS, PrismaticConfig
 from tokenprune_adapters.backbones.prismatic.image_transform import ImageTransform
-from tokenprune_adapters.vision.attention import EncoderLook
+from tokenprune_adapters.vision.attention import AttentionCapture
 from tokenprune_adapters.vision.transformer import VisionTower, ViTConfig
 
 
@@ -34,16 +34,16 @@ class VisionBackbone(nn.Module):
         transform: ImageTransform,
         dtype: torch.dtype,
         language: Tensor | None = None,
-        look: EncoderLook | None = None,
+        capture: AttentionCapture | None = None,
     ) -> Tensor:
         """Features `[B, N, sum of widths]` of uint8 pixels `[B, 3, S, S]`, normalised for each tower by itself.
 
         Towers with FiLM also take `language`, `[B, L]`; see `VisionTower.forward`.
         """
-        features = [
-            module(transform.normalise(pixels, tower, dtype), language, None if look is None else look.at(tower))
-            for tower, module in enumerate(self.children())
-        ]
+        features = []
+        for index, tower in enumerate(self.children()):
+            on_attention = None if capture is None else capture.callback(index)
+            features.append(tower(transform.normalise(pixels, index, dtype), language, on_attention))
         return torch.cat(features, dim=-1)
 
 

@@ -13,15 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
+from pydantic import AliasChoices, ConfigDict, Field, PositiveFloat
 from tokenizers import Tokenizer
 
-from tokenprune.errors import CheckpointError, nearest
+from tokenprune.errors import CheckpointError
 from tokenprune.model.info import DecoderShape
+from tokenprune_adapters.backbones.common.config_fields import Depth, Fields, Side, Size, parse_fields
 from tokenprune_adapters.backbones.prismatic.config import TOWERS, PrismaticConfig
 from tokenprune_adapters.backbones.prismatic.image_transform import ImageTransform
 from tokenprune_adapters.backbones.prismatic.prompt import PromptTokenizer
-from tokenprune_adapters.inputs.frames import MAX_SIDE
 from tokenprune_adapters.inputs.statistics import Statistics
 from tokenprune_adapters.vision.transformer import DINOV2_L_REG4_224, SIGLIP_SO400M_224, ViTConfig
 from tokenprune_adapters.weights.tensor_files import read_json
@@ -34,19 +34,8 @@ TIMM_TOWERS: Mapping[str, ViTConfig] = {
 
 _MODEL_TYPE = "openvla"
 
-# Beyond what any such model has, so that a wrong number is an error and not a model too large to be described.
-_Size = Annotated[int, Field(ge=1, le=2**20)]
-_Depth = Annotated[int, Field(ge=1, le=1024)]
-_Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
 
-
-class _Fields(BaseModel):
-    """JSON fields of exactly the type named; what is not named does not matter here."""
-
-    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
-
-
-class _Rope(_Fields):
+class _Rope(Fields):
     """Rotary embeddings; only unscaled ones are supported."""
 
     model_config = ConfigDict(extra="forbid")
@@ -55,18 +44,18 @@ class _Rope(_Fields):
     rope_theta: PositiveFloat | None = None
 
 
-class _TextConfig(_Fields):
+class _TextConfig(Fields):
     """The decoder's fields. The defaults are those of Llama-2-7B in transformers, on which the releases rely."""
 
     model_type: Literal["llama"] = "llama"
-    hidden_size: _Size = 4096
-    num_hidden_layers: _Depth = 32
-    num_attention_heads: _Size = 32
-    num_key_value_heads: _Size | None = None
-    head_dim: _Size | None = None
-    intermediate_size: _Size = 11008
-    vocab_size: _Size = 32064
-    max_position_embeddings: _Size = 2048
+    hidden_size: Size = 4096
+    num_hidden_layers: Depth = 32
+    num_attention_heads: Size = 32
+    num_key_value_heads: Size | None = None
+    head_dim: Size | None = None
+    intermediate_size: Size = 11008
+    vocab_size: Size = 32064
+    max_position_embeddings: Size = 2048
     rms_norm_eps: PositiveFloat = 1e-6
     rope_theta: PositiveFloat = 10000.0
     rope_scaling: _Rope | None = None
@@ -76,25 +65,25 @@ class _TextConfig(_Fields):
     mlp_bias: Literal[False] = False
 
 
-class _TowerArgs(_Fields):
+class _TowerArgs(Fields):
     """timm's arguments for one tower that differ from those of its id."""
 
     model_config = ConfigDict(extra="forbid")
 
-    embed_dim: _Size | None = None
-    depth: Annotated[_Depth, Field(ge=2)] | None = None
-    num_heads: _Size | None = None
+    embed_dim: Size | None = None
+    depth: Annotated[Depth, Field(ge=2)] | None = None
+    num_heads: Size | None = None
     mlp_ratio: Annotated[float, Field(gt=0, le=1024)] | None = None
-    patch_size: _Side | None = None
+    patch_size: Side | None = None
     reg_tokens: Annotated[int, Field(ge=0, le=1024)] | None = None
-    img_size: _Side | None = None
+    img_size: Side | None = None
 
 
-class PrismaticFields(_Fields):
+class PrismaticFields(Fields):
     """The fields of `config.json` that matter here; `parse_config` reads them."""
 
     timm_model_ids: list[str]
-    image_sizes: list[_Side]
+    image_sizes: list[Side]
     use_fused_vision_backbone: bool
     timm_override_act_layers: list[None] | None = None
     timm_override_args: list[_TowerArgs | None] | None = None
@@ -198,19 +187,8 @@ def parse_config(raw: Mapping[str, Any], where: str) -> PrismaticFields:
         if name in raw and raw[name] != _MODEL_TYPE:
             looks = f"this looks like a checkpoint of {reprlib.repr(raw[name])}"
             raise CheckpointError(f"{where}: '{name}' is {reprlib.repr(raw[name])}; valid: '{_MODEL_TYPE}'; {looks}")
-    try:
-        fields = PrismaticFields.model_validate(dict(raw))
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "missing":
-            raise CheckpointError(f"{where}: '{field}' is missing") from error
-        if first["type"] == "extra_forbidden":
-            known = _TowerArgs if first["loc"][0] == "timm_override_args" else _Rope
-            raise CheckpointError(
-                f"{where}: '{field}' is not supported{nearest(str(first['loc'][-1]), known.model_fields)}"
-            ) from error
-        raise CheckpointError(f"{where}: '{field}' is {reprlib.repr(first['input'])}; {first['msg']}") from error
+    closed = {"timm_override_args": _TowerArgs.model_fields, "text_config": _Rope.model_fields}
+    fields = parse_fields(PrismaticFields, raw, where, closed)
     fused, ids = fields.use_fused_vision_backbone, fields.timm_model_ids
     valid = [list(TIMM_TOWERS)] if fused else [[name] for name in TIMM_TOWERS]
     if ids not in valid:

@@ -16,15 +16,11 @@ from tokenprune_adapters.weights.tensor_files import StoredTensor
 
 _BASE, _A, _B = "base_layer.weight", "lora_A.default.weight", "lora_B.default.weight"
 
-
 _PARTS = (_BASE, "base_layer.bias", _A, _B)
-
 
 _LAYER = re.compile(r"(.+)\.((?:base_layer|lora_\w+)\..+)")
 
-
 _TOWER = re.compile(rf"(?:(?:base_model\.model|module|vision_backbone)\.)*((?:{'|'.join(TOWERS)})\..+)")
-
 
 _LARGEST_ALPHA = 16
 
