@@ -8,7 +8,7 @@ from tokenprune.registry.hookspecs import hookimpl
 from tokenprune.registry.specs import BackboneSpec, EnvironmentSpec, Spec
 
 OFT_TRAINED: Mapping[str, str] = {"mini": "trained for ten LIBERO tasks, 7.7 M parameters, comes with its weights"}
-"""Presets of OpenVLA-OFT that come with their weights, in folders of `checkpoints`, name to one line each."""
+"""Presets of OpenVLA-OFT that ship with their weights, in folders of `checkpoints`: name to summary."""
 
 _LIBERO = {
     "libero_spatial": "LIBERO-Spatial: ten tasks, one bowl of two told by where it stands",

@@ -1,10 +1,10 @@
-"""Draw what the cameras saw along recorded demonstrations, and what is where in the pictures.
+"""Render the camera images of recorded demonstrations, and labels of the objects in them.
 
     python examples/mini_policy/draw.py --demos data/demos --out data/frames --worker 0/2
 
-Per demonstration one file of pictures, uint8 `[n, views, 224, 224, 3]` as the policy sees them, and one of labels,
-uint8 `[n / 3, views, 112, 112]`: what is at every second pixel of every third picture, an index into `KINDS`. A file
-that exists stays.
+Each demonstration gets one file of images, uint8 `[n, views, 224, 224, 3]`, which are the policy's inputs, and one of
+labels, uint8 `[n / 3, views, 112, 112]`: an index into `KINDS` for every second pixel of every third image. Existing
+files are kept.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from tokenprune_adapters.environments.libero.suites import LiberoSuite
 
 
 def kind_of(body: str) -> int:
-    """Kind of the thing a body of the scene belongs to."""
-    # From the last, because the stove has a burner plate.
+    """Index of the kind of a body of the scene."""
+    # The last kind first, because the stove has a burner plate, which is no plate.
     for kind in reversed(KINDS[3:]):
         if kind in body:
             return KINDS.index(kind)
@@ -37,14 +37,14 @@ def kind_of(body: str) -> int:
 
 
 def kinds_of(simulator: Simulator) -> npt.NDArray[np.uint8]:
-    """Kind of each geometry, and of nothing at the end, where -1 finds it."""
+    """Kind of each geometry; the last entry, which index -1 reads, is the background."""
     model = simulator.model
     bodies = [model.body(model.geom_bodyid[geom]).name for geom in range(model.ngeom)]
     return np.array([kind_of(body) for body in bodies] + [0], dtype=np.uint8)
 
 
 def main() -> None:
-    """Draw what is missing."""
+    """Render the missing files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--demos", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
@@ -67,7 +67,7 @@ def main() -> None:
             with np.load(path) as demonstration:
                 configurations = demonstration["configuration"]
             number = int(path.stem.rsplit("-", 1)[1])
-            # What is fixed has its place drawn from the seed too.
+            # The seed also determines the positions of fixed objects.
             simulator.begin(first, FIRST_SEED + number)
             steps = steps_of(len(configurations), number)
             frames, labels = [], []

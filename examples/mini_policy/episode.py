@@ -1,14 +1,14 @@
-r"""Record one episode of the scripted expert, with its pictures, as a file that `tokenprune` can read.
+r"""Record one episode of the scripted expert, with its images, as a file that `tokenprune` can read.
 
-The episode that comes with the package was made, from the root of the checkout, with
+The episode that ships with the package was made, from the root of the checkout, with
 
     python examples/mini_policy/episode.py --suite libero_spatial --task 0 --init-state 25 \
         --out adapters/tokenprune_adapters/episodes/libero_spatial.npz
 
 and `examples/three_cameras.npz` with the same and `--side`.
 
-The simulator, its pictures and the conventions are those the mini policy is trained in. The expert knows where
-everything truly is: what it records is not the behaviour of a learned policy. An episode that fails is not written.
+Simulator, images and conventions are those of the mini policy's training. The expert knows the true poses, so the
+episode is not the behaviour of a learned policy. A failed episode is not written.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ from tokenprune_adapters.environments.libero.environment import LiberoFactory, p
 JPEG_QUALITY = 95
 
 AFTER = 24
-"""Control steps after success, which is the bowl's first touch of the plate: it is let go in them."""
+"""Control steps after success, which is when the bowl first touches the plate; the hand releases it in them."""
 
 
 def jpeg(picture: npt.NDArray[np.uint8]) -> bytes:
-    """Encode a picture without chroma subsampling."""
+    """Encode an image as JPEG without chroma subsampling."""
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0, optimize=True)
     return buffer.getvalue()
 
 
 def drawn_by() -> str:
-    """Name the OpenGL implementation that drew the pictures; a renderer is open."""
+    """Name the OpenGL implementation that rendered the images; needs an open renderer."""
     from OpenGL import GL  # type: ignore[import-not-found, unused-ignore]
 
     return ", ".join(GL.glGetString(name).decode() for name in (GL.GL_RENDERER, GL.GL_VERSION))
 
 
 def main() -> None:
-    """Record, draw, and write the file."""
+    """Record, render, and write the file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--suite", choices=tuple(TASKS), default="libero_spatial")
     parser.add_argument("--task", type=int, default=0)

@@ -1,7 +1,7 @@
-"""A scripted expert for LIBERO's pick-and-place tasks; it reads the true poses, which a policy never sees.
+"""A scripted expert for LIBERO's pick-and-place tasks; it reads the true poses, which a policy cannot.
 
-It is closed-loop: what it does follows from where things are now, so it goes on from wherever noise, or a policy, has
-taken the arm. Actions are a policy's: shares of the controller's largest step, gripper 1 open and 0 closed.
+It is closed-loop: each action follows from the current poses, so it recovers from wherever noise or a policy has moved
+the arm. Actions are in a policy's units: shares of the controller's largest step, gripper 1 open and 0 closed.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ _CLOSING_STEPS = 9
 
 @dataclass(frozen=True)
 class Job:
-    """What is picked, how, and where it goes.
+    """One pick-and-place job.
 
     Attributes:
         item: The object.
-        target: Object or site it is put on.
-        grasp: Where the fingers go, from the object's origin, m `[3]`.
-        release: Height of the object over the target's origin at which it is let go, m: where it has come to rest.
-        hover: Height of the hand over the grasp before it goes down, m.
-        carry: Height of the object over the target's origin, and at least over its own start, on its way, m.
+        target: The object or site to place it on.
+        grasp: Position of the fingers relative to the object's origin, m `[3]`.
+        release: Height of the object over the target's origin at which it is released, m: its height at rest.
+        hover: Height of the hand over the grasp before it descends, m.
+        carry: Height of the object while it is carried, over the target's origin and over its own start, m.
     """
 
     item: str
@@ -71,14 +71,14 @@ JOBS: Mapping[tuple[str, int], Job] = {
 
 
 class Expert:
-    """One episode's expert.
+    """The expert of one episode.
 
     Attributes:
-        phase: What it is at: approach, descend, close, lift, carry, lower or release.
+        phase: The current phase: approach, descend, close, lift, carry, lower or release.
     """
 
     def __init__(self, job: Job) -> None:
-        """Nothing is held yet."""
+        """Begin with the approach."""
         self.job = job
         self.phase = "approach"
         self._closing = 0
@@ -86,11 +86,11 @@ class Expert:
 
     @property
     def delicate(self) -> bool:
-        """Whether the hand is at something."""
+        """Whether the hand is close to an object."""
         return self.phase in ("descend", "close", "lower", "release")
 
     def act(self, simulator: Simulator) -> Vector:
-        """The action `[7]` for what the simulator holds now."""
+        """The action `[7]` for the simulator's current state."""
         hand, item = simulator.position, simulator.place_of(self.job.item)
         held = bool(np.linalg.norm(hand - item - self.job.grasp) < _HELD)
         target = simulator.place_of(self.job.target)
@@ -105,7 +105,7 @@ class Expert:
         return self._place(hand, item, target)
 
     def _grasp(self, hand: Vector, item: Vector, held: bool) -> Vector | None:
-        """Take hold of the item; None when it is held."""
+        """The action towards a grasp; None once the item is held."""
         grasp = item + self.job.grasp
         over = np.add(grasp, [0.0, 0.0, self.job.hover])
         aside, above = float(np.hypot(*(hand - grasp)[:2])), float((hand - grasp)[2])
@@ -130,12 +130,12 @@ class Expert:
         return None
 
     def _place(self, hand: Vector, item: Vector, target: Vector) -> Vector:
-        """Bring what is held to the target."""
+        """The action that brings the held item to the target."""
         grip = hand - item
         height = max(target[2], self._base) + self.job.carry + grip[2]
         if self.phase == "lift":
             if hand[2] <= height - _NEARLY:
-                # Slowly at first: a rim slips out of fingers that jerk.
+                # Slowly at first, because a rim slips out of the fingers when they jerk.
                 slow = item[2] < self._base + _NEARLY
                 return _towards(hand, np.array([*hand[:2], height]), CLOSED, _SLOW if slow else FASTEST)
             self.phase = "carry"

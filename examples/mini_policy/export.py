@@ -1,4 +1,4 @@
-"""Put tower and policy together and write them as a checkpoint in OpenVLA-OFT's release format.
+"""Write tower and policy as one checkpoint in OpenVLA-OFT's release format.
 
     python examples/mini_policy/export.py --tower data/tower/checkpoint.pt --policy data/policy/checkpoint.pt \
         --statistics data/policy/statistics.json --out adapters/tokenprune_adapters/checkpoints/mini
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from learner import Learner
 from samples import RawStatistics
-from tower import Labelled
+from tower import LabelledTower
 
 from tokenprune_adapters.backbones.openvla_oft.config import MINI, TRAINED_OPTIONS
 from tokenprune_adapters.backbones.openvla_oft.export import export_oft
@@ -28,8 +28,8 @@ DATASET = "libero_mini_scripted"
 
 
 def assemble(tower: Path, policy: Path) -> OFTModel:
-    """The whole model from the two checkpoints."""
-    labelled, learner, model = Labelled(), Learner(), OFTModel(MINI)
+    """Assemble the model from the two checkpoints."""
+    labelled, learner, model = LabelledTower(), Learner(), OFTModel(MINI)
     labelled.load_state_dict(torch.load(tower, weights_only=True)["model"])
     learner.load_state_dict(torch.load(policy, weights_only=True)["average"])
     model.vision_backbone.featurizer.load_state_dict(labelled.tower.state_dict())
@@ -40,7 +40,7 @@ def assemble(tower: Path, policy: Path) -> OFTModel:
 
 
 def read_back(folder: Path) -> tuple[OFTModel, RawStatistics]:
-    """The weights of an exported policy, in float32, and its statistics, to go on from."""
+    """The weights of an exported policy, in float32, and its statistics."""
     model = load_oft(folder, TRAINED_OPTIONS["mini"], torch.device("cpu"), torch.float32).model
     return model, json.loads((folder / "dataset_statistics.json").read_text())[DATASET]
 

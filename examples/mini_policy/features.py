@@ -1,9 +1,9 @@
-"""Run the trained tower over all pictures once; the decoder is then trained on what it says.
+"""Compute the trained tower's features of all images, on which the decoder is trained.
 
     python examples/mini_policy/features.py --frames data/frames --tower data/tower/checkpoint.pt --out data/features
 
-One file per demonstration, float16 `[n, views, patches, width]`, and `black.npy` for a picture without light, which
-stands for a camera that is dropped. A file that exists stays.
+One file per demonstration, float16 `[n, views, patches, width]`, and `black.npy` with the features of a black image,
+which replace those of a dropped camera. Existing files are kept.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from export import read_back
-from tower import Labelled
+from tower import LabelledTower
 
 from tokenprune_adapters.backbones.openvla_oft.config import MINI
 from tokenprune_adapters.vision.transformer import VisionTower
@@ -29,7 +29,7 @@ def encode(tower: VisionTower, frames: np.ndarray) -> np.ndarray:
 
 
 def main() -> None:
-    """Encode what is missing."""
+    """Compute the missing features."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--frames", type=Path, required=True)
     parser.add_argument("--tower", type=Path, required=True, help="checkpoint of tower.py, or an exported policy")
@@ -39,7 +39,7 @@ def main() -> None:
     if arguments.tower.is_dir():
         tower = read_back(arguments.tower)[0].vision_backbone.featurizer
     else:
-        labelled = Labelled()
+        labelled = LabelledTower()
         labelled.load_state_dict(torch.load(arguments.tower, weights_only=True)["model"])
         tower = labelled.tower
     np.save(arguments.out / "black.npy", encode(tower, np.zeros((1, 224, 224, 3), np.uint8))[0])

@@ -1,4 +1,4 @@
-"""The mini policy while it is trained: everything behind the tower, and a head that is thrown away."""
+"""The mini policy during training: everything after the tower, and an auxiliary head."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from tokenprune_adapters.inputs.tokenizer import Prompt
 
 
 class Learner(nn.Module):
-    """The policy without its tower, and the head that names places."""
+    """The policy without its tower, with the auxiliary head that predicts the positions of item and target."""
 
     def __init__(self) -> None:
-        """Untrained; seed torch first."""
+        """Initialise at random; the caller seeds torch."""
         super().__init__()
         self.model = OFTModel(MINI)
         del self.model.vision_backbone
         for name, parameter in self.model.named_parameters():
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02 if "embed" in name else parameter.shape[1] ** -0.5)
-        # Residual branches begin small.
+        # Residual branches are initialised small.
         for layer in self.model.language_model.model.layers:
             for branch in (layer.self_attn.o_proj, layer.mlp.down_proj):
                 branch.weight.data /= (2 * MINI.body.decoder.depth) ** 0.5
@@ -35,7 +35,7 @@ class Learner(nn.Module):
         self.ends = torch.tensor([tokenizer.bos_id, tokenizer.eos_id])
 
     def forward(self, batch: Batch, pool: int) -> tuple[Tensor, Tensor]:
-        """Normalised actions `[B, 8, 7]` and places `[B, 6]`."""
+        """Normalised actions `[B, 8, 7]` and places `[B, 6]`; `pool` is the side of the patches that share a token."""
         model, size = self.model, len(batch.text)
         layout = MINI.layout(Prompt(tuple(batch.text[0].tolist()), range(1)))
         rows, cols = MINI.body.towers[0].grid

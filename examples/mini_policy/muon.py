@@ -1,6 +1,6 @@
-"""Muon: momentum whose update of a matrix is made orthogonal (Jordan et al. 2024), in float32.
+"""Muon (Jordan et al. 2024), momentum with orthogonalised updates of matrices, in float32.
 
-torch has it too, but orthogonalises in bfloat16, which a CPU without such instructions takes seconds for.
+torch's own orthogonalises in bfloat16, which takes seconds on a CPU without native bfloat16.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def orthogonal(matrix: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """For matrices only; an update is as large as AdamW's, so learning rates carry over (arXiv 2502.16982)."""
+    """The optimiser, for matrices only; updates are as large as AdamW's and take its rates (arXiv 2502.16982)."""
 
     def __init__(
         self, parameters: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.05

@@ -1,12 +1,12 @@
-"""Which moments of a demonstration are drawn, and what can be seen in them."""
+"""Which steps of a demonstration are rendered, and the kinds of objects in the labels."""
 
 from __future__ import annotations
 
 EVERY = 4
-"""Control steps between pictures; a policy is asked every eighth, from any of them."""
+"""Control steps between images; a policy is queried every eighth step, starting at any of them."""
 
 LABELLED = 3
-"""Every so many-th picture has labels: enough for the tower, and they cost as much as pictures."""
+"""One image in this many has labels, since they take as long to render as images."""
 
 KINDS = (
     "background", "robot", "gripper", "bowl", "plate", "ramekin", "cookies", "cream_cheese", "wine_bottle", "wine_rack",
@@ -15,5 +15,5 @@ KINDS = (
 
 
 def steps_of(length: int, number: int) -> list[int]:
-    """Steps that are drawn: the first, and every fourth from another start in each demonstration."""
+    """Steps to render: the first, and every fourth with an offset that depends on the demonstration's number."""
     return sorted({0, *range(number % EVERY, length - 8, EVERY)})

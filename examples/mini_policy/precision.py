@@ -1,4 +1,4 @@
-"""Arithmetic of training: bfloat16 where this processor has it, twice as fast there; weights stay float32."""
+"""Mixed precision for training on a CPU; weights stay float32."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ _NATIVE = native_dtype(torch.device("cpu")) == torch.bfloat16
 
 
 def mixed_precision() -> torch.autocast:
-    """Matrix products and attention in bfloat16 where that is native."""
+    """Autocast to bfloat16 if the processor has it natively, which is twice as fast there."""
     return torch.autocast("cpu", torch.bfloat16, enabled=_NATIVE)

@@ -1,12 +1,12 @@
-"""Record demonstrations of the scripted expert in LIBERO: states and actions, small; `draw.py` makes pictures of them.
+"""Record demonstrations of the scripted expert in LIBERO: states and actions; `draw.py` renders their images.
 
     python examples/mini_policy/record.py --out data/demos --each 60 --worker 0/2
     python examples/mini_policy/record.py --out data/demos --each 30 --first 1000 --policy mini --worker 0/2
 
-What is executed is the expert's action with noise; what is recorded is the one without it, so the data show how to come
-back. With `--policy`, the policy trained so far acts in half of the chunks instead, and the expert says what
-it would do where that leads (DAgger, arXiv 1011.0686). Initial states 0 to 24 of each task, positions widened; 25 to 49
-are kept for evaluation. A demonstration that exists is not made again.
+The expert's actions are executed with noise and recorded without it, so the data show how to recover. With `--policy`,
+the policy trained so far acts in half of the chunks, and the expert's actions are recorded for the states it reaches
+(DAgger, arXiv 1011.0686). Initial states are 0 to 24 of each task with widened positions; 25 to 49 are kept for
+evaluation. Existing demonstrations are skipped.
 """
 
 from __future__ import annotations
@@ -27,49 +27,50 @@ from tokenprune_adapters.environments.libero.environment import LiberoEnvironmen
 CHUNK = 8
 FIRST_SEED = 10_000
 POLICY_SHARE = 0.5
-"""Of the chunks, where a policy takes part."""
+"""Share of the chunks in which the policy acts."""
 
 BATCH = 10
-"""Demonstrations of a task before the next task's scene is opened."""
+"""Demonstrations of one task before the next task's scene is opened."""
 
 Vector = npt.NDArray[np.float64]
-Answer = Callable[[int], list[Vector]]
+ChunkSource = Callable[[int], list[Vector]]
 
 
 class Noise:
-    """Disturbance of the arm's translation: a slow wander and now and then a push."""
+    """Noise on the arm's translation: a slow drift, and an occasional push."""
 
     def __init__(self, seed: int) -> None:
-        """Start undisturbed."""
+        """Begin without a push."""
         self._draw = np.random.default_rng(seed)
-        self._wander = np.zeros(3)
+        self._drift = np.zeros(3)
         self._push, self._left = np.zeros(3), 0
 
     def __call__(self, near: bool) -> Vector:
-        """The next disturbance `[3]`; weaker near a contact, where the expert itself would fail."""
-        self._wander = 0.9 * self._wander + 0.15 * np.sqrt(1 - 0.9**2) * self._draw.normal(size=3)
+        """The next noise `[3]`; weaker near a contact, where the expert itself would fail."""
+        self._drift = 0.9 * self._drift + 0.15 * np.sqrt(1 - 0.9**2) * self._draw.normal(size=3)
         if self._left == 0 and self._draw.random() < 1 / 30:
             self._push, self._left = self._draw.uniform(-0.9, 0.9, 3), int(self._draw.integers(3, 8))
         pushed = self._push if self._left else np.zeros(3)
         self._left = max(self._left - 1, 0)
-        return (self._wander + pushed) * (0.25 if near else 1.0)
+        return (self._drift + pushed) * (0.25 if near else 1.0)
 
 
 def record(
     environment: LiberoEnvironment,
     task: int,
     noise: Noise | None = None,
-    answer: Answer = lambda step: [],
+    policy_chunk: ChunkSource = lambda step: [],
     after: int = CHUNK,
 ) -> dict[str, npt.NDArray[np.float32]] | None:
-    """The expert's episode from where the environment stands, or None where it failed.
+    """The expert's episode from the environment's current state, or None if it failed.
 
     Args:
         environment: After its reset.
-        task: Which task of the suite it was reset to.
-        noise: Disturbs what is executed, not what is recorded.
-        answer: Asked at each chunk's first step what to execute instead; nothing where the expert goes on.
-        after: Control steps recorded after success; a chunk, so that the last query has one.
+        task: The task of the suite it was reset to.
+        noise: Is added to the executed actions, not to the recorded ones.
+        policy_chunk: Called at the first step of each chunk; returns the actions to execute instead of the expert's, or
+            none to let the expert act.
+        after: Control steps recorded after success; one chunk, so that the last query has a whole one.
     """
     simulator = environment.simulator
     expert = Expert(JOBS[environment.suite.name, task])
@@ -78,7 +79,7 @@ def record(
     left = -1
     for step in range(environment.suite.horizon):
         if step % CHUNK == 0:
-            chunk = answer(step)
+            chunk = policy_chunk(step)
         action = expert.act(simulator)
         rows["configuration"].append(simulator.configuration)
         rows["state"].append(environment.state)
@@ -102,7 +103,7 @@ def record(
 def demonstrate(
     environment: LiberoEnvironment, task: int, number: int, policy: Policy | None
 ) -> dict[str, npt.NDArray[np.float32]] | None:
-    """One demonstration for training, or None where the expert failed."""
+    """One demonstration for training, or None if the expert failed."""
     seed = FIRST_SEED + number
     environment.reset(task, TRAIN_STATES[number % len(TRAIN_STATES)], seed)
     if policy is None:
@@ -110,14 +111,14 @@ def demonstrate(
     turns = np.random.default_rng(seed)
     policy.reset(environment.suite.tasks[task].instruction)
 
-    def answer(step: int) -> list[Vector]:
+    def policy_chunk(step: int) -> list[Vector]:
         return list(policy.act(environment.observe()).actions) if turns.random() < POLICY_SHARE else []
 
-    return record(environment, task, Noise(seed), answer)
+    return record(environment, task, Noise(seed), policy_chunk)
 
 
 def main() -> None:
-    """Record until every task has its demonstrations."""
+    """Record the missing demonstrations of every task."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--each", type=int, default=60, help="demonstrations per task")

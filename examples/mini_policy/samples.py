@@ -1,4 +1,4 @@
-"""Training samples: what the cameras' features and the state were, and what the expert did in the next steps."""
+"""Training samples: features of the cameras, robot state, and the expert's next actions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tokenprune_adapters.inputs.statistics import Statistics
 CHUNK = 8
 HELD_OUT = 20
 REACH = 0.2
-"""Metres that are 1 for the places a policy is asked to name while it is trained."""
+"""Scale of the positions that the auxiliary head predicts, in metres."""
 
 Array = npt.NDArray[np.float32]
 RawStatistics = dict[str, dict[str, list[float] | list[bool]]]
@@ -26,14 +26,14 @@ RawStatistics = dict[str, dict[str, list[float] | list[bool]]]
 
 @dataclass
 class Batch:
-    """One batch, of samples whose prompts are equally long.
+    """One batch of samples with prompts of equal length.
 
     Attributes:
         features: Of both views `[B, views, patches, width]`.
         state: Normalised robot state `[B, 8]`.
         text: Prompt ids `[B, T]`.
-        chunk: Normalised actions `[B, 8, 7]`; rotations, which no demonstration has, are 0.
-        places: Where item and target are from the hand `[B, 6]`.
+        chunk: Normalised actions `[B, 8, 7]`; rotations are 0, since no demonstration has any.
+        places: Positions of item and target relative to the hand, scaled by `REACH`, `[B, 6]`.
     """
 
     features: Tensor
@@ -44,7 +44,7 @@ class Batch:
 
 
 def statistics_of(demos: list[dict[str, Array]]) -> RawStatistics:
-    """What `dataset_statistics.json` says: quantiles per number; the gripper, 0 or 1, is passed through."""
+    """The content of `dataset_statistics.json`: quantiles per number; the gripper, 0 or 1, is passed through."""
     found = {}
     for name, key in (("action", "actions"), ("proprio", "state")):
         values = np.concatenate([demo[key] for demo in demos]).astype(np.float64)
@@ -58,7 +58,7 @@ def statistics_of(demos: list[dict[str, Array]]) -> RawStatistics:
 
 
 class Samples:
-    """All demonstrations whose features exist."""
+    """Samples of all demonstrations whose features exist."""
 
     def __init__(self, demos: Path, features: Path, held_out: bool, statistics: RawStatistics | None = None) -> None:
         """Read the demonstrations for training, or those held out.
@@ -66,8 +66,8 @@ class Samples:
         Args:
             demos: Folder of `record.py`.
             features: Folder of `features.py`.
-            held_out: Which part.
-            statistics: Those that training began with; this part's own when left out.
+            held_out: Whether to read the held-out demonstrations.
+            statistics: The statistics that training began with; by default those of these demonstrations.
         """
         paths = [
             path
@@ -111,13 +111,13 @@ class Samples:
         return len(self.rows)
 
     def draw(self, generator: np.random.Generator, size: int) -> Batch:
-        """A batch of one prompt length, each as likely as it is common."""
+        """A random batch of one prompt length, which is drawn in proportion to its samples."""
         sizes = np.array([len(rows) for rows in self.groups.values()])
         group = list(self.groups.values())[generator.choice(len(sizes), p=sizes / sizes.sum())]
         return self.batch(generator.choice(group, size))
 
     def batch(self, indices: npt.NDArray[np.int64]) -> Batch:
-        """The named samples."""
+        """The samples with these indices."""
         features = np.stack([self._features[number][row] for number, row in (self.rows[i] for i in indices)])
         at = torch.from_numpy(indices)
         text = torch.tensor([self.texts[i] for i in indices])

@@ -3,9 +3,9 @@
     python examples/mini_policy/starts.py --out examples/mini_policy/starts-widened.json --each 50 --workers 2
     python examples/mini_policy/starts.py --out examples/mini_policy/starts-stock.json --each 50 --workers 2 --stock
 
-A start that no expert solves says nothing about a policy. Widened: the first 50 solved ones of each task, from initial
-states 25 to 49 with as many seeds as it takes. Stock: those of the 25 states that are solved. How many had to be tried
-is printed. With a larger number, a file that is there is added to.
+Policies are only evaluated from starts that the expert solves. Widened: the first 50 solved starts of each task, from
+initial states 25 to 49 with up to 20 seeds each. Stock: the solved ones of the 25 states. The number of tries is
+printed. With a larger `--each`, starts are added to an existing file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SEEDS = 20
 
 @dataclass(frozen=True)
 class Search:
-    """What to look for: starts of one task, after those that are known."""
+    """A search for starts of one task, which continues after the known ones."""
 
     suite: str
     task: int
@@ -35,7 +35,7 @@ class Search:
     each: int
 
     def run(self) -> tuple[tuple[Start, ...], int]:
-        """All starts found so far, and how many were tried for the new ones."""
+        """All starts found so far, and the number of tries for the new ones."""
         options = ENVIRONMENT_OPTIONS | ({} if self.stock else {"spread": SPREAD})
         environment = LiberoFactory.build(self.suite, options)
         seeds = range(1 if self.stock else SEEDS)
@@ -53,7 +53,7 @@ class Search:
 
 
 def solved(environment: LiberoEnvironment, start: Start) -> bool:
-    """Whether the expert, without noise, does the task from here."""
+    """Whether the expert, without noise, succeeds from this start."""
     environment.reset(start.task, start.init_state, start.seed)
     expert = Expert(JOBS[start.environment, start.task])
     return any(environment.step(expert.act(environment.simulator)).success for _ in range(environment.suite.horizon))

@@ -1,10 +1,10 @@
-"""Train the mini policy's vision tower: every patch says what is where inside it.
+"""Train the mini policy's vision tower: each patch classifies the objects inside it.
 
     python examples/mini_policy/tower.py --frames data/frames --out data/tower --steps 2500
 
-The labels come from the simulator, so no foreign weights are needed. A patch of 14 pixels spans several centimetres
-of table, and a grasp needs one; that is why each patch answers for a grid of 7 x 7 places inside it. The head that
-answers is thrown away. Stopped at any moment and started again, training goes on.
+The labels come from the simulator, so no pretrained weights are needed. A patch of 14 pixels covers several
+centimetres of the table, and a grasp needs a precision of one; hence each patch predicts a grid of 7 x 7 cells inside
+it. The classification head is discarded. An interrupted training continues when started again.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from tokenprune_adapters.backbones.openvla_oft.config import MINI
 from tokenprune_adapters.vision.transformer import VisionTower
 
 CELLS = 7
-"""Places along each side of a patch."""
+"""Cells along each side of a patch."""
 
 HELD_OUT = 20
-"""Every so many-th demonstration of a task is for validation."""
+"""One demonstration in this many of a task is for validation."""
 
-# What a robot has to find is small beside what it may ignore.
+# Weights of the kinds in the loss: objects to grasp are small beside the background.
 WEIGHTS = (0.3, 0.5, 1.0, 2.0, 1.5, 1.5, 1.0, 2.0, 1.0, 0.7, 0.7, 0.5)
 
 
-class Labelled(nn.Module):
-    """The tower with its training head."""
+class LabelledTower(nn.Module):
+    """The tower with its classification head."""
 
     def __init__(self) -> None:
-        """Untrained; seed torch first."""
+        """Initialise at random; the caller seeds torch."""
         super().__init__()
         config = MINI.body.towers[0]
         self.tower = VisionTower(config)
@@ -54,14 +54,14 @@ class Labelled(nn.Module):
 
 
 def by_patch(labels: Tensor) -> Tensor:
-    """Labels `[B, 112, 112]` as `[B, patches, cells]`."""
+    """Reshape labels `[B, 112, 112]` to `[B, patches, cells]`."""
     side = labels.shape[-1] // CELLS
     cells = labels.view(-1, side, CELLS, side, CELLS).transpose(2, 3)
     return cells.reshape(len(labels), side * side, CELLS * CELLS).long()
 
 
 class Pictures:
-    """Frames and labels of many demonstrations, left on disk until they are drawn from."""
+    """Frames and labels of many demonstrations, memory-mapped."""
 
     def __init__(self, folder: Path, held_out: bool) -> None:
         """Open the demonstrations for training, or those held out."""
@@ -82,8 +82,8 @@ class Pictures:
 
 
 @torch.no_grad()
-def validate(model: Labelled, pictures: Pictures, count: int = 128) -> str:
-    """Share of cells that are right, per kind."""
+def validate(model: LabelledTower, pictures: Pictures, count: int = 128) -> str:
+    """Intersection over union of the predicted cells, per kind."""
     rows = np.linspace(0, len(pictures.index) - 1, count).astype(int)
     hits, cells = np.zeros(len(KINDS)), np.zeros(len(KINDS))
     for part in np.array_split(rows, max(count // 16, 1)):
@@ -96,7 +96,7 @@ def validate(model: Labelled, pictures: Pictures, count: int = 128) -> str:
 
 
 def main() -> None:
-    """Train, going on from the last checkpoint."""
+    """Train from the last checkpoint on."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--frames", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
@@ -106,7 +106,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    model = Labelled()
+    model = LabelledTower()
     optimiser = torch.optim.AdamW(model.parameters(), lr=arguments.lr, weight_decay=0.05, betas=(0.9, 0.98))
     checkpoint, step = arguments.out / "checkpoint.pt", 0
     if checkpoint.exists():

@@ -3,12 +3,12 @@
     python train.py --demos data/demos --features data/features --out data/policy --hours 2 --pool 2
     python train.py --demos data/demos --features data/features --out data/policy --hours 1 --decay
 
-With `--pool 2` four patches become one token in most batches, at the position of the first of them: three times as
-fast, and the other batches make a policy that can act at any moment. No token is ever left out. Now and then the wrist
-camera is black, so that it is not relied on alone. Beside the actions the policy names where the item and the target
-are; that head is thrown away.
+With `--pool 2`, four patches are pooled to one token in most batches, at the position of the first patch, which is
+three times as fast; the other batches keep the policy usable without pooling. No token is pruned. In a quarter of the
+samples the wrist camera is black, so that the policy does not rely on it alone. An auxiliary head predicts the
+positions of item and target; it is discarded.
 
-Stopped at any moment and started again, training goes on. Each validation is a line of `curve.jsonl`.
+An interrupted training continues when started again. Each validation is a line of `curve.jsonl`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ VALIDATED = 96
 
 
 def losses(learner: Learner, batch: Batch, pool: int) -> tuple[Tensor, Tensor]:
-    """Mean absolute error of the actions that have demonstrations, and of the places."""
+    """Mean absolute error of the actions, without rotations, and of the places."""
     with mixed_precision():
         actions, places = learner(batch, pool)
     moving = [0, 1, 2, 6]
@@ -48,7 +48,7 @@ def losses(learner: Learner, batch: Batch, pool: int) -> tuple[Tensor, Tensor]:
     )
 
 
-def dropped(batch: Batch, black: Tensor, generator: np.random.Generator) -> Batch:
+def drop_wrist(batch: Batch, black: Tensor, generator: np.random.Generator) -> Batch:
     """Make the wrist camera black in some samples."""
     batch.features[torch.from_numpy(generator.random(len(batch.text)) < NO_WRIST), 1] = black
     return batch
@@ -56,31 +56,31 @@ def dropped(batch: Batch, black: Tensor, generator: np.random.Generator) -> Batc
 
 @torch.no_grad()
 def validate(learner: Learner, samples: Samples) -> dict[str, float]:
-    """Errors on held-out demonstrations: as they are, without each camera, and with another instruction."""
-    told: dict[str, list[tuple[float, int]]] = {}
+    """Errors on held-out demonstrations: unchanged, without each camera, and with another instruction."""
+    errors: dict[str, list[tuple[float, int]]] = {}
 
-    def tell(name: str, batch: Batch) -> None:
+    def evaluate(name: str, batch: Batch) -> None:
         action, places = losses(learner, batch, 1)
-        told.setdefault(name, []).append((action.item(), len(batch.text)))
+        errors.setdefault(name, []).append((action.item(), len(batch.text)))
         if name == "l1":
-            told.setdefault("places", []).append((places.item(), len(batch.text)))
+            errors.setdefault("places", []).append((places.item(), len(batch.text)))
 
     for rows in samples.groups.values():
         chosen = rows[:: max(1, len(rows) // VALIDATED)]
         for part in np.array_split(chosen, max(1, len(chosen) // 32)):
             batch = samples.batch(part)
-            tell("l1", batch)
+            evaluate("l1", batch)
             for view, name in enumerate(("no_primary", "no_wrist")):
-                seen = batch.features[:, view].clone()
+                features = batch.features[:, view].clone()
                 batch.features[:, view] = samples.black
-                tell(name, batch)
-                batch.features[:, view] = seen
+                evaluate(name, batch)
+                batch.features[:, view] = features
             batch.text = batch.text.roll(len(part) // 2, 0)
-            tell("other_words", batch)
-    return {key: sum(v * n for v, n in values) / sum(n for _, n in values) for key, values in told.items()}
+            evaluate("other_words", batch)
+    return {key: sum(v * n for v, n in values) / sum(n for _, n in values) for key, values in errors.items()}
 
 
-def optimisers(learner: Learner) -> list[torch.optim.Optimizer]:
+def make_optimisers(learner: Learner) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the network, AdamW for everything else."""
     inner, other = [], []
     for name, parameter in learner.named_parameters():
@@ -93,15 +93,15 @@ def optimisers(learner: Learner) -> list[torch.optim.Optimizer]:
 
 
 @torch.no_grad()
-def follow(average: dict[str, Tensor], learner: Learner, step: int) -> None:
-    """Let the averaged weights follow the live ones, quickly at first."""
+def update_average(average: dict[str, Tensor], learner: Learner, step: int) -> None:
+    """Update the moving average of the weights, with less inertia in the first steps."""
     weight = 1 - min(AVERAGED, step / (step + 20))
     for name, value in learner.state_dict().items():
         average[name].lerp_(value, weight)
 
 
 def main() -> None:
-    """Train for some hours, going on from the last checkpoint."""
+    """Train for some hours from the last checkpoint on."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     for name in ("--demos", "--features", "--out"):
         parser.add_argument(name, type=Path, required=True)
@@ -117,23 +117,23 @@ def main() -> None:
     learner = Learner()
     statistics = arguments.out / "statistics.json"
     if arguments.begin and not statistics.exists():
-        exported, meant = read_back(arguments.begin)
+        exported, exported_statistics = read_back(arguments.begin)
         del exported.vision_backbone
         learner.model.load_state_dict(exported.state_dict())
-        statistics.write_text(json.dumps(meant))
+        statistics.write_text(json.dumps(exported_statistics))
     average = {name: value.detach().clone() for name, value in learner.state_dict().items()}
-    steppers = optimisers(learner)
+    optimisers = make_optimisers(learner)
     checkpoint, step, seen = arguments.out / "checkpoint.pt", 0, 0
     if checkpoint.exists():
         saved: dict[str, Any] = torch.load(checkpoint, weights_only=True)
         learner.load_state_dict(saved["learner"])
         average = saved["average"]
-        for stepper, state in zip(steppers, saved["optimisers"], strict=True):
-            stepper.load_state_dict(state)
+        for optimiser, state in zip(optimisers, saved["optimisers"], strict=True):
+            optimiser.load_state_dict(state)
         step, seen = saved["step"], saved["seen"]
-    # Demonstrations added later must not change what the numbers mean.
-    begun = json.loads(statistics.read_text()) if statistics.exists() else None
-    training = Samples(arguments.demos, arguments.features, False, begun)
+    # Demonstrations that are added later must not change the normalisation.
+    initial_statistics = json.loads(statistics.read_text()) if statistics.exists() else None
+    training = Samples(arguments.demos, arguments.features, False, initial_statistics)
     held_out = Samples(arguments.demos, arguments.features, True, training.raw_statistics)
     statistics.write_text(json.dumps(training.raw_statistics))
     print(f"{len(training)} samples, {len(held_out)} held out, from step {step}", flush=True)
@@ -143,21 +143,21 @@ def main() -> None:
     while (spent := time.time() - started) < budget:
         generator = np.random.default_rng((1, step))
         rate = LR * min(1.0, (step + 1) / WARMUP) * ((1 - spent / budget) if arguments.decay else 1.0)
-        for stepper in steppers:
-            for group in stepper.param_groups:
+        for optimiser in optimisers:
+            for group in optimiser.param_groups:
                 group["lr"] = rate
-            stepper.zero_grad()
+            optimiser.zero_grad()
         for _ in range(ACCUMULATED):
-            batch = dropped(training.draw(generator, BATCH), training.black, generator)
+            batch = drop_wrist(training.draw(generator, BATCH), training.black, generator)
             pool = 1 if generator.random() < arguments.whole else arguments.pool
             action, places = losses(learner, batch, pool)
             ((action + PLACES_WEIGHT * places) / ACCUMULATED).backward()
             recent.append((action.item(), places.item()))
         nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
-        for stepper in steppers:
-            stepper.step()
+        for optimiser in optimisers:
+            optimiser.step()
         step, seen = step + 1, seen + ACCUMULATED * BATCH
-        follow(average, learner, step)
+        update_average(average, learner, step)
         if step % 50 == 0:
             action_l1, places_l1 = np.mean(recent, axis=0)
             speed = len(recent) * BATCH / (time.time() - since)
@@ -172,7 +172,7 @@ def main() -> None:
             print(json.dumps(point), flush=True)
             with (arguments.out / "curve.jsonl").open("a") as file:
                 file.write(json.dumps(point) + "\n")
-            states = [stepper.state_dict() for stepper in steppers]
+            states = [optimiser.state_dict() for optimiser in optimisers]
             partial = checkpoint.with_suffix(".partial")
             torch.save({"learner": live, "average": average, "optimisers": states, "step": step, "seen": seen}, partial)
             partial.rename(checkpoint)

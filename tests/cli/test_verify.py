@@ -258,6 +258,6 @@ def test_a_backbone_that_cannot_verify(folder, call, monkeypatch):
 
 
 def test_no_weight_is_read_to_verify(folder, monkeypatch):
-    monkeypatch.setattr(release, "fill", lambda *_: pytest.fail("was read"))
+    monkeypatch.setattr(release, "load_weights", lambda *_: pytest.fail("was read"))
     monkeypatch.setattr("tokenprune_adapters.weights.tensor_files._fetch", lambda *_: pytest.fail("was read"))
     assert OFTFactory.verify(folder, {}).clean

@@ -112,7 +112,7 @@ def test_a_spared_flow_step_adds_what_the_layers_added_before(variant: Any, inte
     for step, time in enumerate(backbone._times):
         tokens, condition = model.action_in_proj(actions), None
         if variant == "pi0":
-            tokens = model.timed(tokens, time)
+            tokens = model.action_time_tokens(tokens, time)
         else:
             condition = model.condition(time)[None]
         entered, left = ran[step // interval]

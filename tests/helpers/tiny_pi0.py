@@ -94,7 +94,7 @@ def tiny_backbone(config: PI0Config, seed: int = 0, dtype: torch.dtype = torch.f
     with torch.device("meta"):
         model = PI0Model(config)
     fill_untrained(model, seed, torch.device("cpu"), dtype)
-    model.neutralise()
+    model.rescale_untrained()
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -8,7 +8,7 @@ import torch
 from export import DATASET, assemble, read_back
 from learner import Learner
 from samples import Batch, statistics_of
-from tower import CELLS, Labelled, by_patch
+from tower import CELLS, LabelledTower, by_patch
 
 import tokenprune
 from tokenprune_adapters.backbones.openvla_oft.config import MINI
@@ -32,7 +32,7 @@ def trained(tmp_path_factory):
     """An untrained policy as training leaves it, and the folder it is exported to."""
     folder = tmp_path_factory.mktemp("mini")
     torch.manual_seed(0)
-    labelled, learner = Labelled(), Learner()
+    labelled, learner = LabelledTower(), Learner()
     torch.save({"model": labelled.state_dict()}, folder / "tower.pt")
     torch.save({"average": learner.state_dict()}, folder / "policy.pt")
     (folder / "statistics.json").write_text(json.dumps(statistics_of(demonstrations())))

@@ -1,1 +1,1 @@
-"""Simulators that policies act in."""
+"""Simulated environments."""

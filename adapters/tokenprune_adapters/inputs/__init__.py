@@ -1,1 +1,1 @@
-"""Observations on their way in and actions on their way out: frames, tokenizers, statistics."""
+"""Pre- and postprocessing: camera frames, tokenizers, dataset statistics."""

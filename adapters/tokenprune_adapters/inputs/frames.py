@@ -1,4 +1,4 @@
-"""Camera frames, checked before anything reads them."""
+"""The check of camera frames."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def check_image(view: str, image: object) -> npt.NDArray[np.uint8]:
 
     Args:
         view: Name of the camera, for the message.
-        image: What the observation holds.
+        image: The value in the observation.
 
     Returns:
         The same array, `[H, W, 3]` uint8.

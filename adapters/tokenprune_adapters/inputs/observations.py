@@ -1,4 +1,4 @@
-"""Observations, checked before anything runs, and their frames on the device."""
+"""The check of observations, and the upload of their frames."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from tokenprune.model.device import upload
 from tokenprune_adapters.inputs.frames import check_image
 
 
-class Cropping(Protocol):
-    """An image transform."""
+class FrameTransform(Protocol):
+    """How a policy prepares a camera frame."""
 
     def cropped(self, image: np.ndarray) -> Tensor:
         """A camera frame `[H, W, 3]` as the policy crops it, uint8 `[3, S, S]`."""
         ...
 
     def cropped_on_device(self, frames: Tensor) -> Tensor:
-        """The same, bit for bit, of frames uint8 `[B, H, W, 3]` on a device; uint8 `[B, 3, S, S]`."""
+        """What `cropped` returns, bit for bit, for a batch `[B, H, W, 3]` on a device; uint8 `[B, 3, S, S]`."""
         ...
 
 
@@ -33,12 +33,12 @@ def check_observation(observation: object, views: Sequence[str], state_size: int
     """Refuse an observation with wrong views, images or state.
 
     Args:
-        observation: What the caller gave: `{"images": {view: uint8 [H, W, 3]}, "state": [S]}`.
-        views: Cameras the policy looks at.
-        state_size: Numbers of robot state it reads; None where it reads none, and then a state may be given or not.
+        observation: `{"images": {view: uint8 [H, W, 3]}, "state": [S]}`.
+        views: The policy's cameras.
+        state_size: Numbers of robot state that the policy reads; None if it reads none, and then a state is optional.
 
     Raises:
-        ObservationError: Saying what was found and what is valid.
+        ObservationError: Naming the view or field, what was found and what is valid.
     """
     if not isinstance(observation, Mapping) or not isinstance(observation.get("images"), Mapping):
         raise ObservationError("an observation is {'images': {view: uint8 [H, W, 3]}, 'state': [S]}")
@@ -73,27 +73,27 @@ def _check_state(state: object, size: int) -> None:
 
 
 def crops_on_device(device: torch.device) -> bool:
-    """Whether frames are uploaded as they are and cropped there; a CPU is faster with Pillow."""
+    """Whether frames are uploaded first and cropped on the device; on a CPU, Pillow is faster."""
     return device.type == "cuda"
 
 
 def upload_frames(
-    frames: Sequence[Mapping[str, np.ndarray]], views: Sequence[str], transform: Cropping, device: torch.device
+    frames: Sequence[Mapping[str, np.ndarray]], views: Sequence[str], transform: FrameTransform, device: torch.device
 ) -> dict[str, Tensor]:
-    """Crop frames `{view: uint8 [H, W, 3]}` of several environments; per view uint8 `[B, 3, S, S]` on the device."""
+    """Crop and upload frames `{view: uint8 [H, W, 3]}` of several environments; per view uint8 `[B, 3, S, S]`."""
     if not crops_on_device(device):
         return {
             view: upload(torch.stack([transform.cropped(frame[view]) for frame in frames]), device) for view in views
         }
     images = [frame[view] for view in views for frame in frames]
-    # Cameras may differ in size; what is of one size goes up together and is cropped together.
+    # Cameras may differ in size; frames of one size are uploaded and cropped as one batch.
     sizes: dict[tuple[int, ...], list[int]] = {}
     for number, image in enumerate(images):
         sizes.setdefault(image.shape, []).append(number)
     cropped: dict[int, Tensor] = {}
-    for alike in sizes.values():
-        together = upload(torch.from_numpy(np.stack([images[number] for number in alike])), device)
-        cropped.update(zip(alike, transform.cropped_on_device(together), strict=True))
+    for same_size in sizes.values():
+        uploaded = upload(torch.from_numpy(np.stack([images[number] for number in same_size])), device)
+        cropped.update(zip(same_size, transform.cropped_on_device(uploaded), strict=True))
     batch = len(frames)
     return {
         view: torch.stack([cropped[place * batch + row] for row in range(batch)]) for place, view in enumerate(views)

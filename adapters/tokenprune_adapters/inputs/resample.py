@@ -1,8 +1,8 @@
 """Pillow's resizing in torch, bit for bit, for frames that are already on a device.
 
 Pillow resizes bytes in integers (its Resample.c): weights with 22 binary places, along the width and then the height,
-rounded to bytes after each. All its sums stay below 2**53, so float64 holds them exactly, and a matrix product adds
-them in whatever order the device likes.
+rounded to bytes after each. All sums stay below 2**53, so float64 holds them exactly, and a matrix product is exact in
+any order of summation.
 """
 
 from __future__ import annotations
@@ -19,11 +19,9 @@ from torch import Tensor
 
 Floats = npt.NDArray[np.float64]
 
-
 _ONE = 1 << 22
 
-
-# Since 13, Pillow begins with the height where many more rows than columns go; the bytes between round otherwise then.
+# From 13 on, Pillow resizes the height first if many more rows than columns are removed; the bytes in between differ.
 _ROWS_MAY_GO_FIRST = int(PIL.__version__.split(".")[0]) >= 13
 
 
@@ -32,7 +30,7 @@ def _triangle(x: Floats) -> Floats:
 
 
 def _cubic(x: Floats) -> Floats:
-    """Keys' kernel with a = -0.5; the operations in Pillow's order, so that every weight rounds as there."""
+    """Keys' kernel with a = -0.5; the operations in Pillow's order, so that every weight rounds as Pillow's."""
     x = abs(x)
     near, far = (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5
     return np.where(x < 1, near, np.where(x < 2, far, 0))
@@ -63,16 +61,16 @@ def resample(pixels: Tensor, width: int, height: int, kernel: Resampling) -> Ten
     for dim, after in _passes(rows, columns, height, width):
         weights = _weights(sides[dim], after, kernel, pixels.device)
         exact = weights @ exact if dim == 0 else exact @ weights.mT
-        # A half is added and the rest cut off, as Pillow rounds.
+        # Pillow rounds by adding a half and truncating.
         exact = ((exact + _ONE // 2) / _ONE).floor().clamp(0, 255)
     return exact.to(torch.uint8)
 
 
 def _passes(rows: int, columns: int, height: int, width: int) -> list[tuple[int, int]]:
-    """The dimensions that change, rows 0 or columns 1, with their new sizes and in Pillow's order."""
+    """The dimensions that change (0 for rows, 1 for columns) with their new sizes, in Pillow's order."""
     order = [(0, rows, height), (1, columns, width)]
-    gone = rows - height
-    if not (_ROWS_MAY_GO_FIRST and gone > 0 and gone > 2 * (columns - width)):
+    removed = rows - height
+    if not (_ROWS_MAY_GO_FIRST and removed > 0 and removed > 2 * (columns - width)):
         order.reverse()
     return [(dim, after) for dim, before, after in order if before != after]
 
@@ -85,10 +83,10 @@ def _weights(before: int, after: int, kernel: Resampling, device: torch.device) 
     stretch = max(scale, 1.0)
     centre = (np.arange(after)[:, None] + 0.5) * scale
     source = np.arange(before)
-    # Conversion truncates, as in C; what is below 0 has no source pixel anyway.
+    # The conversion truncates like C's; below 0 there is no source pixel.
     first, end = ((centre + sign * reach * stretch + 0.5).astype(np.int64) for sign in (-1, 1))
     weights = np.where((source >= first) & (source < end), shape((source - centre + 0.5) * (1 / stretch)), 0)
-    # One after the other, as Pillow adds them; `sum` adds in pairs, and a last bit could tip a weight.
+    # Pillow adds one after the other; `sum` adds in pairs, and a different last bit could change a weight.
     weights /= weights.cumsum(1)[:, -1:]
     whole = np.trunc(weights * _ONE + np.copysign(0.5, weights))
     return torch.from_numpy(whole).to(device)

@@ -31,7 +31,7 @@ class Bounds:
     Attributes:
         low: `[D]`.
         high: `[D]`.
-        mask: Where False a dimension is passed through, `[D]`.
+        mask: False for dimensions that are passed through, `[D]`.
         epsilon: Added to the range. OpenVLA-OFT adds 1e-8, OpenVLA nothing.
     """
 
@@ -77,7 +77,7 @@ class Standard:
 
 @dataclass(frozen=True)
 class Quantiles:
-    """Maps two quantiles to -1 and 1; what lies outside stays outside (upstream openpi for pi0.5).
+    """Maps two quantiles to -1 and 1, without clipping (upstream openpi for pi0.5).
 
     Attributes:
         low: `[D]`.
@@ -102,7 +102,13 @@ class Quantiles:
 
 @dataclass(frozen=True)
 class Statistics:
-    """How a dataset's actions are mapped and, where the policy reads it, its robot state."""
+    """How the actions and the robot state of a dataset are normalised.
+
+    Attributes:
+        key: The dataset.
+        action: For actions.
+        state: For the robot state, None if the policy reads none.
+    """
 
     key: str
     action: Normaliser
@@ -133,9 +139,9 @@ class Statistics:
         Args:
             data: `dataset_statistics.json`, or `norm_stats` of `config.json`: dataset key to
                 `{"action": {"q01", "q99", "min", "max", "mask"}, "proprio": {...}}`.
-            key: Dataset; may be left out where the file has one only.
+            key: Dataset; may be None if the file has only one.
             dims: Numbers per action.
-            state_size: Numbers of robot state, None where the policy reads none.
+            state_size: Numbers of robot state, None if the policy reads none.
             where: The file, for errors.
             fields: The two fields that are mapped to -1 and 1: quantiles, or `("min", "max")` for OpenVLA-OFT's
                 ALOHA releases.
@@ -157,15 +163,15 @@ class Statistics:
 
         def bounds(part: str, size: int) -> Bounds:
             at = f"{where}: {key}"
-            low, high = (numbers(block(data[key], part, at), name, size, f"{at}: {part}") for name in fields)
+            low, high = (numbers(json_object(data[key], part, at), name, size, f"{at}: {part}") for name in fields)
             check_ascending(low, high, fields, f"{at}: {part}")
             return Bounds(low, high, _mask(data[key][part], size, f"{at}: {part}"), epsilon)
 
         return cls(key, bounds("action", dims), None if state_size is None else bounds("proprio", state_size))
 
 
-def block(entry: object, part: str, where: str) -> Mapping[str, Any]:
-    """The object that `entry` holds under a name.
+def json_object(entry: object, part: str, where: str) -> Mapping[str, Any]:
+    """The JSON object under the name `part` in `entry`.
 
     Raises:
         CheckpointError: If there is none.
@@ -185,13 +191,13 @@ def numbers(entry: Mapping[str, Any], name: str, size: int, where: str, longer: 
 
     Args:
         entry: The statistics of actions or of the state.
-        name: Which of them.
+        name: Name of the statistic.
         size: How many numbers it must have.
-        where: The file and what stands before the name in it, for errors.
-        longer: Allow more and keep the first, as in files whose statistics are padded.
+        where: The file and the path of `entry` in it, for errors.
+        longer: Allow more numbers and keep the first `size`, for files whose statistics are padded.
 
     Raises:
-        CheckpointError: If it is missing, or is not that many finite numbers.
+        CheckpointError: If it is missing, or is not `size` finite numbers.
     """
     if entry.get(name) is None:
         raise CheckpointError(f"{where}.{name} is missing{nearest(name, map(str, entry))}")
@@ -207,7 +213,7 @@ def numbers(entry: Mapping[str, Any], name: str, size: int, where: str, longer: 
 
 
 def check_ascending(low: np.ndarray, high: np.ndarray, fields: tuple[str, str], where: str) -> None:
-    """Refuse bounds that would turn a dimension round.
+    """Refuse bounds that would invert a dimension.
 
     Raises:
         CheckpointError: If a low bound is above its high bound.
@@ -218,7 +224,7 @@ def check_ascending(low: np.ndarray, high: np.ndarray, fields: tuple[str, str], 
 
 
 def _mask(entry: Mapping[str, Any], size: int, where: str) -> np.ndarray:
-    # A released file may leave the mask out; then every dimension is scaled.
+    # Some released files have no mask; then every dimension is scaled.
     mask = entry.get("mask", [True] * size)
     if not isinstance(mask, list) or len(mask) != size or not all(isinstance(value, bool) for value in mask):
         raise CheckpointError(f"{where}.mask is {reprlib.repr(mask)}; valid: {size} booleans")

@@ -1,4 +1,4 @@
-"""Tokenizer files, and instructions as token ids: what every family's prompt needs."""
+"""Tokenizer files and prompts, for every family."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Prompt:
     """One tokenised prompt.
 
     Attributes:
-        ids: Token ids. OpenVLA's have no BOS, which stands before the image, and end in the empty token; pi0's begin
+        ids: Token ids. OpenVLA's end in the empty token and have no BOS, which is placed before the image; pi0's begin
             with BOS.
         instruction: Positions in `ids` of the tokens that hold characters of the instruction.
-        state: Positions in `ids` of the tokens that hold the robot state; none where the prompt does not name it.
+        state: Positions in `ids` of the tokens that hold the robot state; empty if the prompt does not spell it.
     """
 
     ids: tuple[int, ...]
@@ -43,7 +43,7 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def as_plain_text(tokenizer: Tokenizer) -> Tokenizer:
-    """Set a tokenizer up to encode all of a text, and special tokens in it as the characters they are written in."""
+    """Set up a tokenizer to encode whole texts, without padding and with special tokens as plain characters."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
@@ -54,7 +54,7 @@ def piece_id(piece: str, tokenizer: Tokenizer, source: str, kind: str) -> int:
     """The id of a piece that every tokenizer of a kind has.
 
     Raises:
-        CheckpointError: If this one lacks it.
+        CheckpointError: If this tokenizer lacks it.
     """
     index = tokenizer.token_to_id(piece)
     if index is None:
@@ -63,7 +63,7 @@ def piece_id(piece: str, tokenizer: Tokenizer, source: str, kind: str) -> int:
 
 
 def one_line(instruction: object) -> str:
-    """Strip an instruction.
+    """An instruction without surrounding white space.
 
     Raises:
         ObservationError: If it is not text, is blank, or holds control characters.
@@ -93,7 +93,7 @@ def tokens_of(offsets: Sequence[tuple[int, int]], first: int, last: int) -> rang
     """Positions of the tokens that hold any of the characters from `first` to before `last`.
 
     Args:
-        offsets: The characters of each token, as an encoding gives them.
+        offsets: Start and end character of each token, from an encoding.
         first: The first character.
         last: One past the last character.
     """

@@ -1,1 +1,1 @@
-"""Vision towers and what stages may know of their attention."""
+"""Vision towers, and their attention for stages."""

@@ -8,16 +8,16 @@ from torch import Tensor, nn
 
 
 class FiLM(nn.Module):
-    """What makes a transformer block listen to language.
+    """Base class of a transformer block that language modulates.
 
     Upstream OpenVLA-OFT's policies for ALOHA ("OFT+") wrap every block of both towers: between a block's attention and
     its MLP, `x * (1 + scale(language)) + shift(language)`, the same for every token, prefix tokens included. The
-    language is the mean of the prompt's embeddings, BOS and stop token included and action placeholders left out.
+    language is the mean of the prompt's embeddings, with BOS and the stop token and without action placeholders.
 
-    A base class of the block and not a part of it, because checkpoints keep `scale` and `shift` in the block itself.
+    It is a base class of the block and no module in it, because checkpoints keep `scale` and `shift` in the block.
 
     Args:
-        language_width: Width `L` of the language embeddings; None for a block that hears none and has no parameters.
+        language_width: Width `L` of the language embeddings; None for a block without FiLM, which has no parameters.
         width: Width `D` of the block.
     """
 

@@ -1,4 +1,4 @@
-"""One small vision transformer for every tower: patches in, the features of one inner block out."""
+"""The vision transformer of every tower; its features are the output of one inner block, the tap."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ AttentionCallback = Callable[[Tensor, Tensor], None]
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """Shape of a tower, in the numbering of the checkpoint it is loaded from.
+    """Shape of a tower; blocks are numbered as in its checkpoint.
 
     Attributes:
         image_size: Side of the square input in pixels.
@@ -36,7 +36,7 @@ class ViTConfig:
         eps: Epsilon of every LayerNorm.
         split_qkv: Whether queries, keys and values have a projection each (transformers) or share one (timm).
         final_norm: Whether the feature is the last block's output after the tower's final norm.
-        film: Width of the language embeddings that modulate every block, None for a tower that hears no language.
+        film: Width of the language embeddings that modulate every block, None for a tower without FiLM.
 
     Raises:
         CheckpointError: If the sizes do not fit together.
@@ -59,7 +59,7 @@ class ViTConfig:
     film: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse sizes that no tower can have."""
+        """Refuse sizes that do not fit together."""
         for name, part in (("image_size", "patch_size"), ("hidden_size", "heads")):
             whole, unit = getattr(self, name), getattr(self, part)
             if whole % unit:
@@ -90,14 +90,13 @@ DINOV2_L_REG4_224 = ViTConfig(
     registers=4, cls=True, layer_scale=True, gelu="exact", tap=22,
 )  # fmt: skip
 
-
 SIGLIP_SO400M_224 = ViTConfig(
     image_size=224, patch_size=14, hidden_size=1152, depth=27, heads=16, mlp_size=4304,
     registers=0, cls=False, layer_scale=False, gelu="exact", tap=25,
 )  # fmt: skip
 
 
-# SigLIP in PaliGemma, and so in pi0 (upstream openpi): all blocks, then the final norm; no pooling head.
+# SigLIP of PaliGemma and pi0 (upstream openpi): all blocks, then the final norm; no pooling head.
 SIGLIP_SO400M_224_PALIGEMMA = ViTConfig(
     image_size=224, patch_size=14, hidden_size=1152, depth=27, heads=16, mlp_size=4304,
     registers=0, cls=False, layer_scale=False, gelu="tanh", tap=26, split_qkv=True, final_norm=True,
@@ -132,7 +131,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, on_attention: AttentionCallback | None = None) -> Tensor:
-        """Mix tokens, `[B, N, D]` to `[B, N, D]`, and show queries and keys `[B, H, N, d]` to `on_attention`."""
+        """Attend, `[B, N, D]` to `[B, N, D]`; `on_attention` is called with queries and keys `[B, H, N, d]`."""
         parts = (self.q_proj(x), self.k_proj(x), self.v_proj(x)) if self.split else self.qkv(x).chunk(3, dim=-1)
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
         if on_attention is not None:
@@ -156,7 +155,7 @@ class Mlp(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """Multiply each channel by a learned factor, under the name OpenVLA checkpoints give timm's `gamma`."""
+    """Multiply each channel by a learned factor, named `scale_factor` in OpenVLA's files and `gamma` in timm."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -188,10 +187,10 @@ class Block(FiLM):
 class VisionTower(nn.Module):
     """A vision transformer that stops at its tap, with timm's parameter names.
 
-    A timm tower loads without renaming once its blocks after the tap, its pooling head and, where it is not asked for,
-    its final norm are left out. With split projections, `attn.qkv` is `attn.q_proj`, `attn.k_proj` and `attn.v_proj`,
-    so that each tensor of a `SiglipVisionModel` of transformers has its place and none need be copied. With FiLM, each
-    block also has `scale` and `shift`. Random values come from torch's own layers; class, register and position
+    A timm tower's tensors load without renaming; blocks after the tap, the pooling head and, without `final_norm`, the
+    final norm are left out. With split projections, `attn.qkv` is `attn.q_proj`, `attn.k_proj` and `attn.v_proj`, so
+    that each tensor of transformers' `SiglipVisionModel` is one parameter and can be shared without a copy. With FiLM,
+    each block also has `scale` and `shift`. Initial values are those of torch's layers; class, register and position
     parameters start at zero.
 
     Args:
@@ -212,7 +211,7 @@ class VisionTower(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.eps) if config.final_norm else nn.Identity()
 
     def embed(self, pixels: Tensor) -> Tensor:
-        """Return `[B, prefix + patches, D]`: positions are added to patches only, then the prefix goes in front."""
+        """Return `[B, prefix + patches, D]`: positions are added to the patches only, then the prefix is prepended."""
         tokens = [self.patch_embed(pixels) + self.pos_embed]
         if self.config.registers:
             tokens.insert(0, self.reg_token.expand(len(pixels), -1, -1))
@@ -230,19 +229,19 @@ class VisionTower(nn.Module):
 
         Args:
             pixels: `[B, 3, S, S]`, normalised for this tower.
-            language: `[B, L]`, for a tower with FiLM only; a row per image, so repeated for each view of one query.
+            language: `[B, L]`, for a tower with FiLM only; a row per image, hence repeated for each view of a query.
             on_attention: Called with the last block's queries and keys `[B, H, prefix + patches, d]`.
 
         Returns:
             `[B, rows * cols, D]` in raster order.
 
         Raises:
-            ValueError: If a tower with FiLM gets no language or one of another shape, or a tower without gets any.
+            ValueError: If a tower with FiLM gets no language or one of another shape, or a tower without FiLM gets any.
         """
-        wanted = None if self.config.film is None else (len(pixels), self.config.film)
-        given = None if language is None else tuple(language.shape)
-        if given != wanted:
-            raise ValueError(f"vision tower: language of shape {given}; valid: {wanted}")
+        valid = None if self.config.film is None else (len(pixels), self.config.film)
+        shape = None if language is None else tuple(language.shape)
+        if shape != valid:
+            raise ValueError(f"vision tower: language of shape {shape}; valid: {valid}")
         x = self.embed(pixels)
         for block in self.blocks[:-1]:
             x = block(x, language)

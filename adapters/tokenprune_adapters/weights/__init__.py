@@ -1,1 +1,1 @@
-"""Checkpoint files: where they are, which tensors they hold, and how these come into a model."""
+"""Checkpoint files: where they are, which tensors they hold, and how to load them into a model."""

@@ -10,7 +10,7 @@ from typing import Any
 from tokenprune.errors import CheckpointError
 
 JSON_FILES = ("*.json",)
-"""What a hub id is asked for to describe a release."""
+"""Patterns of the files that describe a release, for a download from the hub."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -19,8 +19,8 @@ def local_folder(checkpoint: Path, patterns: Sequence[str]) -> Path:
     """The folder itself, or the one a hub id is downloaded to.
 
     Args:
-        checkpoint: A folder, or a hub id `owner/name`. A folder that exists is never looked for on the hub.
-        patterns: The files wanted of the hub's; none in a folder of the repository is fetched.
+        checkpoint: A folder, or a hub id `owner/name`. A folder that exists takes precedence over the hub.
+        patterns: The files to download from the hub; files in subfolders are not downloaded.
 
     Raises:
         CheckpointError: If there is no such folder and the hub does not give it.
@@ -39,7 +39,7 @@ def local_folder(checkpoint: Path, patterns: Sequence[str]) -> Path:
 
 
 def config_mapping(config: object) -> dict[str, Any]:
-    """The fields of a loaded model's `config`: of a mapping, or of an object with `to_dict`, as transformers' have.
+    """The fields of a loaded model's `config`, which is a mapping or has transformers' `to_dict`.
 
     Raises:
         CheckpointError: If it is neither.

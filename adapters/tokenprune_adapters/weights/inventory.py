@@ -19,14 +19,14 @@ _NOTHING = re.compile(r"(?!)")
 
 
 class Missing(NamedTuple):
-    """A parameter that is not there: where it should be, and what it would be called there."""
+    """A parameter that no stored tensor gives: the file or folder it should be in, and its name there."""
 
     where: Path
     name: str
 
 
 class Misshapen(NamedTuple):
-    """A stored tensor, and the shape that the model wants instead."""
+    """A stored tensor of the wrong shape, and the shape of the model's parameter."""
 
     tensor: StoredTensor
     wanted: tuple[int, ...]
@@ -34,14 +34,14 @@ class Misshapen(NamedTuple):
 
 @dataclass(frozen=True)
 class Inventory:
-    """The tensors of a checkpoint, or of a part of it, each accounted for.
+    """The tensors of a checkpoint, or of a part of it, compared with a model's parameters.
 
     Attributes:
-        tensors: Those that fit, by the model's name of the parameter.
-        unused: Known ones that no query needs.
-        unmapped: Those nobody knows.
+        tensors: Tensors that fit, by the model's name of the parameter.
+        unused: Known tensors that no query needs.
+        unmapped: Tensors that belong to no parameter.
         missing: Parameters that no stored tensor gives.
-        misshapen: Tensors of a parameter with another shape.
+        misshapen: Tensors whose shape is not the parameter's.
     """
 
     tensors: Mapping[str, StoredTensor]
@@ -51,13 +51,13 @@ class Inventory:
     misshapen: tuple[Misshapen, ...] = ()
 
     def __add__(self, other: Inventory) -> Inventory:
-        """Join two parts of a checkpoint.
+        """The inventory of two parts of a checkpoint together.
 
         Raises:
             CheckpointError: If both hold the same parameter.
         """
         for name in self.tensors.keys() & other.tensors.keys():
-            raise _claimed_twice(name, self.tensors[name], other.tensors[name])
+            raise _duplicate(name, self.tensors[name], other.tensors[name])
         return Inventory(
             {**self.tensors, **other.tensors},
             self.unused + other.unused,
@@ -67,7 +67,7 @@ class Inventory:
         )
 
     def under(self, prefix: str) -> Inventory:
-        """The same for a submodule, whose names in the whole model begin with `prefix`; files and errors stay."""
+        """The inventory of a submodule as part of the whole model, where its parameters' names begin with `prefix`."""
         return replace(self, tensors={prefix + name: tensor for name, tensor in self.tensors.items()})
 
     @property
@@ -95,7 +95,7 @@ class Inventory:
             raise CheckpointError(f"{tensor.file}: '{tensor.key}' has shape {found}; the model wants {wanted}")
 
     def findings(self, statistics: Iterable[str], state_size: int | None) -> Findings:
-        """The same as text; files by their names.
+        """The inventory as text, with file names instead of paths.
 
         Args:
             statistics: Datasets whose statistics the checkpoint holds.
@@ -125,24 +125,24 @@ def take_inventory(
     unused: re.Pattern[str] = _NOTHING,
     ties: Mapping[str, str] | None = None,
 ) -> Inventory:
-    """Set what is stored against a model's parameters; no values are read.
+    """Compare stored tensors with a model's parameters; no values are read.
 
     Args:
         wanted: The model's `state_dict()`.
-        stored: What the files hold.
+        stored: The tensors in the files, by key.
         where: The checkpoint, or the file of this part; errors about missing parameters name it.
-        rename: From a stored key to the model's name, None where it has none. Keys are names where it is left out.
-        unused: Whole stored keys that belong to the checkpoint and that no query needs.
-        ties: Parameter to another stored key that holds the same values and stands in where its own is absent, such as
-            an embedding table that was saved as the output layer's. Unused where it is not needed.
+        rename: Maps a stored key to the name of a parameter, or to None. By default the keys are the names.
+        unused: Matches the keys of known tensors that no query needs.
+        ties: Parameter to the key of a tied tensor, which is read if the parameter's own key is absent. An example is
+            an embedding table that was saved as the output layer. Otherwise the tied tensor counts as unused.
 
     Returns:
-        The inventory; `check` judges it.
+        The inventory; `check` refuses one that does not fit.
 
     Raises:
         CheckpointError: If two stored tensors are the same parameter, naming both.
     """
-    standbys = dict(ties or {})
+    tied = dict(ties or {})
     mapped: dict[str, StoredTensor] = {}
     rest: dict[str, StoredTensor] = {}
     for key, tensor in stored.items():
@@ -150,11 +150,11 @@ def take_inventory(
         if name is None or name not in wanted:
             rest[key] = tensor
         elif name in mapped:
-            raise _claimed_twice(name, mapped[name], tensor)
+            raise _duplicate(name, mapped[name], tensor)
         else:
             mapped[name] = tensor
-    known = {key for key in rest if unused.fullmatch(key) or key in standbys.values()}
-    for name, key in standbys.items():
+    known = {key for key in rest if unused.fullmatch(key) or key in tied.values()}
+    for name, key in tied.items():
         if name in wanted and name not in mapped and key in rest:
             mapped[name] = rest.pop(key)
     return Inventory(
@@ -174,7 +174,7 @@ def _place(tensor: StoredTensor) -> str:
     return f"{tensor.file.name}: {tensor.key}"
 
 
-def _claimed_twice(name: str, first: StoredTensor, second: StoredTensor) -> CheckpointError:
+def _duplicate(name: str, first: StoredTensor, second: StoredTensor) -> CheckpointError:
     return CheckpointError(
         f"{second.file}: '{second.key}' and '{first.key}' of {first.file.name} are both the model's '{name}'"
     )

@@ -1,4 +1,4 @@
-"""Tensors in files, read without running anything a file contains, and tensors of a model that is already loaded."""
+"""Tensors in files, read without running code from a file, and tensors of a loaded model."""
 
 from __future__ import annotations
 
@@ -20,10 +20,7 @@ from torch import Tensor
 from tokenprune.errors import CheckpointError
 
 SINGLE = "model.safetensors"
-
-
 INDEX = "model.safetensors.index.json"
-
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -33,11 +30,11 @@ class StoredTensor:
     """A tensor in a file, or in a model that is already loaded.
 
     Attributes:
-        file: The file; for a loaded model, what errors call it.
-        key: Its name there.
+        file: The file; for a loaded model, its name in errors.
+        key: Its key in the file.
         shape: Its shape.
-        dtype: Its type there.
-        fetch: Reads its values; those of a loaded model are its own, not a copy.
+        dtype: The type it is stored in.
+        fetch: Reads the values; for a loaded model, returns its own tensor and no copy.
     """
 
     file: Path
@@ -47,7 +44,7 @@ class StoredTensor:
     fetch: Callable[[], Tensor]
 
     def read(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Copy the values to a device in a dtype; nothing of the file stays in memory.
+        """Copy the values to a device in a dtype; the file's own copy is freed.
 
         Raises:
             CheckpointError: If the file can no longer be read.
@@ -60,7 +57,7 @@ class StoredTensor:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Content of a JSON file that holds an object.
+    """The content of a JSON file that holds an object.
 
     Raises:
         CheckpointError: If the file is missing, is not JSON, or holds something else.
@@ -166,7 +163,7 @@ def stored_pt(path: Path) -> dict[str, StoredTensor]:
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
         what = f" ({named[1]})" if named else ""
-        # torch's own message, left out here, tells how to load such a file all the same.
+        # torch's own message is left out, because it says how to load such an unsafe file.
         raise CheckpointError(f"{path}: refused, because it holds more than tensors{what}") from None
     except Exception as error:  # damaged archives raise many types
         raise CheckpointError(f"{path}: cannot be read ({error})") from error
@@ -182,13 +179,13 @@ def stored_module(state: Mapping[str, Tensor], where: str | Path) -> dict[str, S
 
     Args:
         state: Its `state_dict()`.
-        where: What to call it in errors.
+        where: Its name in errors.
 
     Returns:
         Key to tensor.
 
     Raises:
-        CheckpointError: If something has no name, is no dense tensor of floating-point numbers, or has no values.
+        CheckpointError: If a value has no name, is no dense floating-point tensor, or is on the meta device.
     """
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):

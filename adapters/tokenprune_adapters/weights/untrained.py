@@ -1,4 +1,4 @@
-"""Random weights for presets that nobody has trained."""
+"""Random weights for untrained presets."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import nn
 def fill_untrained(module: nn.Module, seed: int, device: torch.device, dtype: torch.dtype) -> None:
     """Give a module on the meta device random weights.
 
-    Matrices are scaled by the root of their inputs so that every part passes on signals of ordinary size; norms
-    and layer scales are ones, biases zeros. The numbers are drawn in float32 on the device itself, one matrix after the
-    other: they do not depend on the dtype, and next to the weights there is never more in memory than one matrix. They
-    are no policy: whatever comes out is marked untrained.
+    Matrices have a standard deviation of one over the root of their fan-in, so that activations keep their size; norms
+    and layer scales are ones, biases zeros. Values are drawn in float32 on the device, one matrix after the other:
+    they do not depend on the dtype, and beside the weights there is never more in memory than one matrix. Results of
+    such weights are marked untrained.
     """
-    # The type first, while nothing has memory yet.
+    # The type first, while the module has no memory.
     module.to(dtype)
     module.to_empty(device=device)
     generator = torch.Generator(device).manual_seed(seed)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d, linear
 
 from tokenprune.errors import CheckpointError
-from tokenprune_adapters.backbones.openvla_oft.film_lora import film_backbone, merged
+from tokenprune_adapters.backbones.openvla_oft.film_lora import merged, read_film_towers
 from tokenprune_adapters.backbones.prismatic.model import VisionBackbone
 from tokenprune_adapters.vision.transformer import ViTConfig
 from tokenprune_adapters.weights.tensor_files import StoredTensor, stored_pt
@@ -216,7 +216,7 @@ def upstream_file(prefix: str, layer_scale: str) -> tuple[State, State]:
 )
 def test_the_file_of_a_film_policy_fills_the_towers(tmp_path, prefix, layer_scale):
     file, expected = upstream_file(prefix, layer_scale)
-    found = values(film_backbone(written(tmp_path, file)))
+    found = values(read_film_towers(written(tmp_path, file)))
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.allclose(found[name], value, rtol=0, atol=1e-12), name
@@ -244,5 +244,5 @@ def test_the_file_of_a_film_policy_fills_the_towers(tmp_path, prefix, layer_scal
 def test_a_film_file_with_something_else_in_it_is_refused(tmp_path, keys, message):
     stored = written(tmp_path, {key: drawn(2, 2) for key in keys})
     with pytest.raises(CheckpointError, match=re.escape(message)) as error:
-        film_backbone(stored)
+        read_film_towers(stored)
     assert str(error.value).startswith(str(tmp_path / "weights.pt"))

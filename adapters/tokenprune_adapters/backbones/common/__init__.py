@@ -1,1 +1,1 @@
-"""What every family builds on: bases of backbones and factories, option parsers, fields of `config.json`."""
+"""Shared by all families: the bases of backbones and factories, option parsers, fields of `config.json`."""

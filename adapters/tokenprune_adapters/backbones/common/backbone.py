@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tokenprune.engine.adapter import Observation
 from tokenprune.model.info import BackboneInfo
 from tokenprune.tokens.layout import TokenLayout
-from tokenprune_adapters.inputs.observations import Cropping, check_observation, upload_frames
+from tokenprune_adapters.inputs.observations import FrameTransform, check_observation, upload_frames
 from tokenprune_adapters.inputs.statistics import Statistics
 from tokenprune_adapters.inputs.tokenizer import Prompt
 
@@ -21,7 +21,7 @@ class PolicyConfig(Protocol):
     """What every family's configuration has."""
 
     @property
-    def transform(self) -> Cropping:
+    def transform(self) -> FrameTransform:
         """Image preprocessing."""
         ...
 

@@ -1,4 +1,4 @@
-"""OpenVLA (arXiv 2406.09246), native: a causal pass over image and prompt, then one cached step per further number."""
+"""OpenVLA's forward pass (arXiv 2406.09246): causal prefill of image and prompt, then one decode step per number."""
 
 from __future__ import annotations
 
@@ -61,6 +61,12 @@ class OpenVLA(BackboneBase[OpenVLAConfig, PromptTokenizer, OpenVLAModel]):
             ids, sound = self._generate(hidden, cache, query)
         with query.phase(Phase.HEAD):
             return self.bins.actions(ids).where(sound, torch.nan)[:, None]
+        """Towers, projector, pruned prefill, then decode steps; normalised actions `[B, 1, D]`."""
+        with query.phase("vision"):
+        with query.phase("decode"):
+            ids, finite = self._generate(hidden, cache, query)
+        with query.phase("head"):
+            return self.bins.actions(ids).where(finite, torch.nan)[:, None]
 
     def embed(self, inputs: OpenVLAInputs, query: Query) -> Tensor:
         """All tokens `[B, N, D]` in the layout's order."""
@@ -74,16 +80,16 @@ class OpenVLA(BackboneBase[OpenVLAConfig, PromptTokenizer, OpenVLAModel]):
         return torch.cat([bos, patches, language.embed(inputs.text)], dim=1)
 
     def _generate(self, hidden: Tensor, cache: KVCache, query: Query) -> tuple[Tensor, Tensor]:
-        """The action's ids `[B, D]`, greedily, from the readout `[B, 1, D]`; and whether each was really preferred."""
+        """Greedy ids of the action `[B, D]` from the readout `[B, 1, D]`, and whether each one's logits were finite."""
         language = self.model.language_model
         chosen = [self._choose(hidden)]
         for behind in range(self.config.action.dims - 1):
             last = language.embed(chosen[-1][0])[:, None]
             chosen.append(self._choose(query.follow(self.decoder, last, behind, cache)))
-        ids, sound = zip(*chosen, strict=True)
-        return torch.stack(ids, dim=1), torch.stack(sound, dim=1)
+        ids, finite = zip(*chosen, strict=True)
+        return torch.stack(ids, dim=1), torch.stack(finite, dim=1)
 
     def _choose(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.model.language_model.logits(hidden[:, -1])
-        # Of logits that are not finite one is still the largest, and its token would pass for an action.
+        # Logits with NaN or infinity have an argmax too, and its token would be taken for an action.
         return self.bins.choose(logits, self.config.restrict), logits.amax(-1).isfinite()

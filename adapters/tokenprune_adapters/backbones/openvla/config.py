@@ -11,7 +11,7 @@ from tokenprune.model.info import ActionSpec, BackboneInfo, FollowUp
 from tokenprune.model.phase import Phase
 from tokenprune.tokens.layout import Role, Segment, TokenLayout
 from tokenprune_adapters.backbones.common.options import apply_options, check_unnorm_key, flag, preset_config
-from tokenprune_adapters.backbones.prismatic.config import LIBERO_ACTION, PrismaticConfig, body_of, lm_head_flops
+from tokenprune_adapters.backbones.prismatic.config import LIBERO_ACTION, PrismaticConfig, lm_head_flops, preset_body
 from tokenprune_adapters.backbones.prismatic.image_transform import CENTER_CROP_AREA, ImageTransform
 from tokenprune_adapters.backbones.prismatic.prompt import PromptStyle, PromptTokenizer
 from tokenprune_adapters.inputs.tokenizer import Prompt
@@ -20,18 +20,18 @@ from tokenprune_adapters.vision.attention import encoder_attention
 
 @dataclass(frozen=True)
 class OpenVLAConfig:
-    """An OpenVLA policy: a causal decoder that spells an action as tokens, one per number.
+    """An OpenVLA policy: a causal decoder that generates an action token by token, one per number.
 
     Attributes:
         body: Towers, projector and decoder.
         action: What the dimensions move; one action per query.
-        views: The camera it looks at, exactly one.
+        views: Its camera, exactly one.
         transform: Image preprocessing.
-        padding: Rows of the embedding table that are no tokens; the actions stand at the end of those that are.
-        n_bins: Ids that are actions.
-        prompt: How the instruction is put.
-        restrict: Choose among the ids that are actions. Upstream chooses among all, and what is no action gives an
-            extreme one.
+        padding: Padding rows of the embedding table; the action ids are the last ones before them.
+        n_bins: Number of action ids.
+        prompt: Form of the prompt.
+        restrict: Choose among the action ids only. Upstream chooses among all ids, and any other gives an extreme
+            action.
     """
 
     body: PrismaticConfig
@@ -61,8 +61,8 @@ class OpenVLAConfig:
     def layout(self, prompt: Prompt) -> TokenLayout:
         """Tokens of a query (upstream OpenVLA).
 
-        BOS, the patches, and the prompt with its closing empty token, where the first number of the action is read. The
-        action follows token by token; no stop token stands before it.
+        BOS, the patches, and the prompt, whose last token is the empty token; the first number of the action is read
+        there. The action follows token by token, without a stop token before it.
         """
         rows, cols = self.body.towers[0].grid
         text = 1 + rows * cols
@@ -100,16 +100,16 @@ class OpenVLAConfig:
 
 
 SEVEN_B = OpenVLAConfig(
-    body=body_of("7b", causal=True),
+    body=preset_body("7b", causal=True),
     action=LIBERO_ACTION,
     views=("primary",),
     transform=ImageTransform(center_crop_area=CENTER_CROP_AREA),
 )
 
-SMALL = replace(SEVEN_B, body=body_of("small", causal=True))
+SMALL = replace(SEVEN_B, body=preset_body("small", causal=True))
 TINY = replace(
     SEVEN_B,
-    body=body_of("tiny", causal=True),
+    body=preset_body("tiny", causal=True),
     transform=ImageTransform(size=56, center_crop_area=CENTER_CROP_AREA),
 )
 

@@ -13,7 +13,7 @@ from tokenprune_adapters.backbones.openvla.backbone import OpenVLA
 from tokenprune_adapters.backbones.openvla.config import OPTIONS, SEVEN_B, with_options
 from tokenprune_adapters.backbones.openvla.model import OpenVLAModel
 from tokenprune_adapters.backbones.openvla.release import configure, take_openvla_inventory
-from tokenprune_adapters.backbones.prismatic.live_model import read_module
+from tokenprune_adapters.backbones.prismatic.live_model import read_live_model
 from tokenprune_adapters.weights.folder import config_mapping
 from tokenprune_adapters.weights.loading import empty_model, share_weights
 from tokenprune_adapters.weights.tensor_files import stored_module
@@ -44,7 +44,7 @@ def adopt_openvla(module: nn.Module, options: Mapping[str, Any]) -> OpenVLA:
     own = {key: value for key, value in options.items() if key in OPTIONS}
     with_options(SEVEN_B, own)
     where = type(module).__name__
-    release = read_module(module, options.get("tokenizer"), causal=True)
+    release = read_live_model(module, options.get("tokenizer"), causal=True)
     setup = configure(release, config_mapping(module.config), own, where)
     model = empty_model(OpenVLAModel, setup.config)
     stored = stored_module(module.state_dict(), where)

@@ -1,4 +1,4 @@
-"""OpenVLA-OFT (arXiv 2502.19645), native: bidirectional passes, one of three heads, and hook points along the way."""
+"""OpenVLA-OFT's forward pass (arXiv 2502.19645): a bidirectional prefill and one of three action heads."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class OFTInputs:
     Attributes:
         images: Per view, cropped pixels, uint8 `[B, 3, S, S]`.
         text: Prompt ids `[B, T]`.
-        state: Normalised robot state `[B, S]`, None where the policy reads none.
+        state: Normalised robot state `[B, S]`, None if the policy reads none.
     """
 
     images: Mapping[str, Tensor]
@@ -42,7 +42,7 @@ class OFTInputs:
 
 @dataclass(frozen=True)
 class OFTTokens:
-    """The embedded tokens that all passes of a query share.
+    """Embedded tokens that are the same in every decoder pass of a query.
 
     Attributes:
         context: BOS, the patches of each view and the proprio token `[B, C, D]`.
@@ -54,8 +54,8 @@ class OFTTokens:
     text: Tensor
     stop: Tensor
 
-    def around(self, chunk: Tensor, *timestep: Tensor) -> Tensor:
-        """All tokens `[B, N, D]` in the layout's order, with the chunk's `[B, C, D]` and perhaps a timestep's."""
+    def with_chunk(self, chunk: Tensor, *timestep: Tensor) -> Tensor:
+        """All tokens `[B, N, D]` in the layout's order, with the chunk's `[B, C, D]` and any timestep token."""
         return torch.cat([self.context, *timestep, self.text, chunk, self.stop], dim=1)
 
 
@@ -88,6 +88,8 @@ class OpenVLAOFT(BackboneBase[OFTConfig, PromptTokenizer, OFTModel]):
     def infer(self, inputs: OFTInputs, query: Query) -> Tensor:
         """Towers, projector, decoder with its cuts, head; normalised actions `[B, T, D]`."""
         with query.phase(Phase.VISION):
+        """Towers, projector, pruned prefill, head; normalised actions `[B, T, D]`."""
+        with query.phase("vision"):
             tokens = self.embed(inputs, query)
         if self.config.head == "diffusion":
             return self._denoise(tokens, query)
@@ -95,29 +97,32 @@ class OpenVLAOFT(BackboneBase[OFTConfig, PromptTokenizer, OFTModel]):
         blank = tokens.stop.new_zeros(len(inputs.text), numbers, tokens.stop.shape[2])
         states = query.decode(self.decoder, tokens.around(blank))
         with query.phase(Phase.HEAD):
+        states = query.decode(self.decoder, tokens.with_chunk(blank))
+        with query.phase("head"):
             if self.config.head == "discrete":
-                return self._spell(states)
+                return self._discrete_actions(states)
             actions: Tensor = self.model.action_head(states)
             return actions
 
     def embed(self, inputs: OFTInputs, query: Query) -> OFTTokens:
-        """Run the towers and embed everything but the chunk."""
+        """Run the towers and embed all tokens but the chunk's."""
         language = self.model.language_model
         ends = torch.full((len(inputs.text), 2), self.tokenizer.bos_id, device=self.device)
         ends[:, 1] = self.tokenizer.eos_id
         (bos, stop), text = language.embed(ends).split(1, dim=1), language.embed(inputs.text)
-        heard = torch.cat([bos, text, stop], dim=1).mean(1) if self.config.film else None
-        patches = self._patches(inputs, query, heard)
+        language_mean = torch.cat([bos, text, stop], dim=1).mean(1) if self.config.film else None
+        patches = self._patches(inputs, query, language_mean)
         proprio = [self.model.proprio_projector(inputs.state)[:, None]] if inputs.state is not None else []
         return OFTTokens(torch.cat([bos, *patches, *proprio], dim=1), text, stop)
 
-    def _patches(self, inputs: OFTInputs, query: Query, heard: Tensor | None) -> list[Tensor]:
+    def _patches(self, inputs: OFTInputs, query: Query, language: Tensor | None) -> list[Tensor]:
+        """Projected patches `[B, N, D]` of each view."""
         views = self.config.views
         pixels = torch.cat([inputs.images[view] for view in views])
-        if heard is not None:
-            heard = heard.repeat(len(views), 1)
+        if language is not None:
+            language = language.repeat(len(views), 1)
         capture = AttentionCapture(self.config.body.towers, query.encoder_kinds)
-        features = self.model.vision_backbone(pixels, self.config.transform, self.dtype, heard, capture).chunk(
+        features = self.model.vision_backbone(pixels, self.config.transform, self.dtype, language, capture).chunk(
             len(views)
         )
         query.note_encoder(views, capture.captured)
@@ -128,26 +133,26 @@ class OpenVLAOFT(BackboneBase[OFTConfig, PromptTokenizer, OFTModel]):
     def _denoise(self, tokens: OFTTokens, query: Query) -> Tensor:
         """Actions from noise, in one pass of the decoder per step (upstream OpenVLA-OFT).
 
-        Stages are asked once per query, in the first pass, where the chunk is noise; what they choose holds for all.
+        Stages choose tokens once per query, in the first pass, in which the chunk is noise; later passes keep them.
         """
         action, model = self.config.action, self.model
-        # Upstream samples in the model's type; rounding the sample to it at every step would add up.
+        # Upstream samples in the model's type; here the sample is wider, since rounding errors of each step add up.
         wide = torch.promote_types(self.dtype, torch.float32)
         sample = query.noise(action.horizon, action.dims).to(wide)
         for step, encoding in enumerate(self.encodings):
             with query.phase(Phase.HEAD):
                 chunk = model.noisy_action_projector(sample.to(self.dtype))
-                embeddings = tokens.around(chunk, encoding.expand(len(chunk), 1, -1))
+                embeddings = tokens.with_chunk(chunk, encoding.expand(len(chunk), 1, -1))
             states = (query.repeat if step else query.decode)(self.decoder, embeddings)
             with query.phase(Phase.HEAD):
                 noise: Tensor = model.action_head(states)
                 sample = self.sampler.step(noise.to(wide), step, sample)
         return sample
 
-    def _spell(self, states: Tensor) -> Tensor:
-        """Actions `[B, T, D]` of the token that each number's state `[B, T * D, W]` prefers."""
+    def _discrete_actions(self, states: Tensor) -> Tensor:
+        """Actions `[B, T, D]` of the most likely token at each number's state `[B, T * D, W]`."""
         logits = self.model.language_model.logits(states.flatten(0, 1))
         actions = self.bins.actions(self.bins.choose(logits, self.config.restrict))
-        # Of logits that are not finite one is still the largest, and its token would pass for an action.
-        sound = actions.where(logits.amax(-1).isfinite(), torch.nan)
-        return sound.view(len(states), self.config.action.horizon, -1)
+        # Logits with NaN or infinity have an argmax too, and its token would be taken for an action.
+        finite = actions.where(logits.amax(-1).isfinite(), torch.nan)
+        return finite.view(len(states), self.config.action.horizon, -1)

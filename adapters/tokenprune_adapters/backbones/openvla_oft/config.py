@@ -19,7 +19,7 @@ from tokenprune_adapters.backbones.common.options import (
     whole_number,
 )
 from tokenprune_adapters.backbones.openvla_oft.heads import head_flops, noisy_action_flops, proprio_flops
-from tokenprune_adapters.backbones.prismatic.config import LIBERO_ACTION, PrismaticConfig, body_of, lm_head_flops
+from tokenprune_adapters.backbones.prismatic.config import LIBERO_ACTION, PrismaticConfig, lm_head_flops, preset_body
 from tokenprune_adapters.backbones.prismatic.image_transform import (
     CENTER_CROP_AREA,
     SIGLIP_MEAN,
@@ -34,18 +34,18 @@ from tokenprune_adapters.vision.transformer import ViTConfig
 Head = Literal["l1", "diffusion", "discrete"]
 
 TRAIN_STEPS = 50
-"""Timesteps a diffusion head was trained with, and by default the steps it samples in (upstream OpenVLA-OFT)."""
+"""Timesteps that diffusion heads are trained with, and the default of sampling steps (upstream OpenVLA-OFT)."""
 
 
 @dataclass(frozen=True)
 class Constants:
-    """What upstream OpenVLA-OFT keeps in its code and not in a checkpoint, and chooses by words on its command line.
+    """Constants of a robot, which upstream OpenVLA-OFT keeps in its code and not in a checkpoint.
 
     Attributes:
         action: Chunk length and what the dimensions move.
         views: Cameras in sequence order.
         state_size: Numbers of robot state.
-        bounds: The statistics that are mapped to -1 and 1.
+        bounds: Names of the statistics that are mapped to -1 and 1.
     """
 
     action: ActionSpec
@@ -62,7 +62,7 @@ CONSTANTS: Mapping[str, Constants] = {
         14,
         ("min", "max"),
     ),
-    # The robot and its controller are not LIBERO's, so what an action of 1.0 moves is not known.
+    # The controller is not LIBERO's, so it is not known how far an action of 1.0 moves.
     "bridge": Constants(replace(LIBERO_ACTION, horizon=5, metric={}), ("primary",), 7, ("q01", "q99")),
 }
 
@@ -72,19 +72,19 @@ class OFTConfig:
     """An OpenVLA-OFT policy.
 
     Attributes:
-        body: Towers, projector and decoder; towers with FiLM hear the instruction.
+        body: Towers, projector and decoder; the instruction modulates towers with FiLM.
         action: Chunk length and what the dimensions move.
         views: Cameras in sequence order, third-person first, one to three.
         state_size: Numbers of robot state in the proprio token, None without one.
         transform: Image preprocessing.
-        bounds: The statistics that are mapped to -1 and 1, for actions and state.
-        head: What makes actions of the decoder's states: an `l1` regression, a `diffusion` that denoises them in one
-            decoder pass per step, or `discrete` tokens of the vocabulary.
+        bounds: Names of the statistics that are mapped to -1 and 1, for actions and state.
+        head: The action head: `l1` regression; `diffusion`, one decoder pass per denoising step; or `discrete`, tokens
+            of the vocabulary.
         steps: Denoising steps per query of a diffusion head.
-        restrict: Choose discrete tokens among the ids that are actions. Upstream chooses among all, and what is no
-            action gives an extreme one.
-        padding: Rows of the embedding table that are no tokens; discrete actions stand at the end of those that are.
-        n_bins: Ids that are discrete actions.
+        restrict: Choose discrete tokens among the action ids only. Upstream chooses among all ids, and any other gives
+            an extreme action.
+        padding: Padding rows of the embedding table; the action ids are the last ones before them.
+        n_bins: Number of action ids.
     """
 
     body: PrismaticConfig
@@ -101,7 +101,7 @@ class OFTConfig:
 
     @property
     def film(self) -> bool:
-        """Whether the towers hear the instruction."""
+        """Whether the instruction modulates the towers."""
         return self.body.towers[0].film is not None
 
     @property
@@ -116,12 +116,12 @@ class OFTConfig:
     def layout(self, prompt: Prompt) -> TokenLayout:
         """Tokens of a query (upstream OpenVLA-OFT).
 
-        BOS, the patches of each view, the proprio token, the prompt with its closing empty token, one placeholder per
-        number of the chunk, and a stop token. Action number i is read one place early: from the empty token for the
-        first, from placeholder i-1 after that.
+        BOS, the patches of each view, the proprio token, the prompt, whose last token is the empty token, one
+        placeholder per number of the chunk, and a stop token. Number i of the chunk is read one position early: the
+        first at the empty token, the others at placeholder i-1.
 
-        A diffusion head's timestep token stands between proprio and prompt. Its role is `state`: it says where the
-        denoising stands, as a state token says where the robot does, and is no part of the prompt.
+        A diffusion head has a timestep token between proprio and prompt. Its role is `state`: it holds the state of the
+        denoising and is no part of the prompt.
         """
         rows, cols = self.body.towers[0].grid
         patches = [Segment(Role.VISION, 0, rows * cols, view, (rows, cols), prunable=True) for view in self.views]
@@ -179,7 +179,7 @@ class OFTConfig:
             weights["noisy_actions"] = repeats * noisy_action_flops(1, 1, width) // 2
         offered = {"action_rows", "batch", "encoder_attention", "layer_skip"}
         if self.head != "diffusion":
-            # Diffusion runs the same tokens again, and what was reused or merged would have to be so again.
+            # Diffusion runs the same tokens in every step, and would have to reuse or merge again in each.
             offered |= {"kv_reuse", "merge"}
         return BackboneInfo(
             name="openvla-oft",
@@ -193,7 +193,7 @@ class OFTConfig:
             encoder_attention=encoder_attention(self.body.towers, len(self.views)),
             other_flops=other,
             other_weights=weights,
-            # Whatever the head, upstream runs the output layer too.
+            # Upstream runs the output layer with every head.
             unread_logits=self.body.vocab,
             repeats=repeats,
         )
@@ -202,7 +202,7 @@ class OFTConfig:
 _LIBERO = CONSTANTS["libero"]
 
 SEVEN_B = OFTConfig(
-    body=body_of("7b", causal=False),
+    body=preset_body("7b", causal=False),
     action=_LIBERO.action,
     views=_LIBERO.views,
     state_size=_LIBERO.state_size,
@@ -210,10 +210,10 @@ SEVEN_B = OFTConfig(
     transform=ImageTransform(center_crop_area=CENTER_CROP_AREA),
 )
 
-SMALL = replace(SEVEN_B, body=body_of("small", causal=False))
+SMALL = replace(SEVEN_B, body=preset_body("small", causal=False))
 TINY = replace(
     SEVEN_B,
-    body=body_of("tiny", causal=False),
+    body=preset_body("tiny", causal=False),
     transform=replace(SEVEN_B.transform, size=56),
 )
 
@@ -231,10 +231,10 @@ MINI = replace(
     # Trained without random crops, hence no centre crop.
     transform=ImageTransform(means=(SIGLIP_MEAN,), stds=(SIGLIP_STD,)),
 )
-"""A policy small enough to be trained without an accelerator, and to come with its weights."""
+"""A policy small enough to train without an accelerator; it ships with its weights."""
 
 TRAINED_OPTIONS: Mapping[str, Mapping[str, Any]] = {"mini": {"center_crop": False}}
-"""Options of the presets that come with their weights; like those of any checkpoint, they are in no file."""
+"""Options of the presets that ship with their weights; the options of a checkpoint are in none of its files."""
 
 PRESETS: Mapping[str, OFTConfig] = {"7b": SEVEN_B, "small": SMALL, "tiny": TINY}
 

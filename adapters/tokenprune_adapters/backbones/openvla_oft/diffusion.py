@@ -18,16 +18,16 @@ class DDIM:
 
     The variant of upstream OpenVLA-OFT, which is diffusers' `DDIMScheduler` with squared-cosine betas
     (`squaredcos_cap_v2`) and defaults otherwise: the predicted clean sample is clipped to [-1, 1], timesteps are spaced
-    `leading`, and the last step ends at no noise. As there, the schedule is rounded to float32; the arithmetic of a
-    step is that of the sample's dtype. Coefficients are Python floats, so no device is involved.
+    `leading`, and the last step ends without noise. Like diffusers', the schedule is rounded to float32, and a step
+    computes in the sample's dtype. Coefficients are Python floats and need no device.
 
     Attributes:
-        timesteps: The trained timestep of each step, falling to 0. With fewer steps than trained they are the lowest
-            multiples of `train_steps // steps`, so the first need not be near the noisiest.
+        timesteps: The trained timestep of each step, descending to 0. With fewer steps than trained they are the lowest
+            multiples of `train_steps // steps`, so the first may be far from the noisiest.
     """
 
     def __init__(self, train_steps: int = 50, steps: int = 50) -> None:
-        """Work out the schedule.
+        """Compute the schedule.
 
         Args:
             train_steps: Timesteps the model was trained with.
@@ -49,7 +49,7 @@ class DDIM:
         """Take one step towards the clean sample.
 
         Args:
-            noise_pred: Noise that the model sees in `sample`, of its shape.
+            noise_pred: The noise that the model predicts in `sample`, of its shape.
             index: Which of `timesteps` the sample is at.
             sample: The noisy sample, any shape and floating dtype.
 
@@ -63,7 +63,7 @@ class DDIM:
 
 
 def _remaining_signal(train_steps: int) -> Tensor:
-    """Share of the signal's variance left at each timestep, float32 `[train_steps]`."""
+    """Share of the signal's variance that is left at each timestep (alpha bar), float32 `[train_steps]`."""
 
     def target(time: float) -> float:
         return math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2

@@ -1,4 +1,4 @@
-"""OpenVLA-OFT checkpoints written in the format of the release, as `load_oft` reads them."""
+"""Writes OpenVLA-OFT checkpoints in the format of the release, for `load_oft`."""
 
 from __future__ import annotations
 
@@ -43,26 +43,26 @@ def export_oft(
     dtype: torch.dtype = torch.float16,
     card: str = "",
 ) -> None:
-    """Write a policy as a release is written: one `model.safetensors`, and the head and projectors as `.pt` beside it.
+    """Write a policy in the format of the release: one `model.safetensors`, head and projectors as `.pt` beside it.
 
-    What no query needs is not written: the towers' blocks after the tap and, beside a head, `lm_head`. What a release's
-    files do not state is not written either and is given as options when the policy is loaded; see `with_options`.
-    Everything is checked before the first file is made, and `config.json` is the last.
+    Tensors that no query needs are not written: the towers' blocks after the tap and, unless the head is discrete,
+    `lm_head`. Settings that are in no file of a release are not written either: they are options when the policy is
+    loaded; see `with_options`. Everything is checked before the first file is written; `config.json` is the last.
 
     Args:
-        folder: Where to; made where it does not exist, and empty where it does.
-        config: What the model is. Its towers must be of DINOv2's or SigLIP's kind, read after their second to last
-            block, without FiLM.
+        folder: A new or an empty folder.
+        config: The model's configuration. Its towers must be of DINOv2's or SigLIP's kind, with the tap at their second
+            to last block, without FiLM.
         model: The weights.
         tokenizer_path: The `tokenizer.json` the policy was trained with.
         statistics: Content of `dataset_statistics.json`; see `Statistics.read`.
         dtype: Type the weights are stored in.
-        card: Content of `README.md`, which is not written where it is empty.
+        card: Content of `README.md`; no file if empty.
 
     Raises:
-        ConfigError: If the folder holds something, or the format cannot say what the configuration does.
-        CheckpointError: If the model is not the configuration's, has values that are not finite in `dtype`, or if the
-            tokenizer or the statistics do not fit.
+        ConfigError: If the folder is not empty, or the format cannot express the configuration.
+        CheckpointError: If the model does not fit the configuration or has values that are not finite in `dtype`, or if
+            the tokenizer or the statistics do not fit.
     """
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ConfigError(f"{folder}: there is something already; valid: a new or an empty folder")
@@ -76,7 +76,7 @@ def export_oft(
     body, separate = _weights(config, model, dtype)
 
     folder.mkdir(parents=True, exist_ok=True)
-    # Not `save_file`, whose file only its owner can read.
+    # Not `save_file`, which makes a file that only its owner can read.
     (folder / SINGLE).write_bytes(save(body, metadata={"format": "pt"}))
     for module, tensors in separate.items():
         torch.save(tensors, folder / f"{module}--checkpoint.pt")
@@ -109,7 +109,7 @@ def _weights(
 
 
 def _check_described(config: OFTConfig, raw: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> None:
-    """Refuse a configuration that the files would not give back."""
+    """Refuse a configuration that reading the files would not restore."""
     found = prismatic_body(parse_config(raw, "config.json"), "config.json", causal=False)
     for field in fields(PrismaticConfig):
         wanted, read = getattr(config.body, field.name), getattr(found, field.name)
@@ -155,7 +155,7 @@ def _timm_args(tower: ViTConfig) -> dict[str, Any]:
         "embed_dim": width,
         "depth": tower.depth,
         "num_heads": tower.heads,
-        # timm truncates the product, which the quotient's rounding may have taken below the size that is meant.
+        # timm truncates width * ratio, and the rounding of the ratio may bring that below the MLP's size.
         "mlp_ratio": ratio if int(width * ratio) == tower.mlp_size else math.nextafter(ratio, math.inf),
         "patch_size": tower.patch_size,
         "reg_tokens": tower.registers,

@@ -1,4 +1,4 @@
-"""LoRA that was saved without being merged, and the file that has it: the towers of OpenVLA-OFT's FiLM policies."""
+"""The file of towers with FiLM, in which LoRA is not merged: renamed and merged tensors."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def merged(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Merge LoRA into the layers that carry it; every other tensor stays as it is.
 
     PEFT saves such a layer as `base_layer.weight`, `lora_A.default.weight` and `lora_B.default.weight`, and its bias as
-    `base_layer.bias`. The merged layer has `weight` and `bias`. Its weight is `W + s * B A`, taken when it is fetched,
-    in float32 or more, and returned in the base's dtype. The file does not state `s`; upstream OpenVLA-OFT trains at
-    any rank r with `lora_alpha = min(r, 16)`, which makes it `min(r, 16) / r`.
+    `base_layer.bias`. The merged layer has `weight` and `bias`. Its weight is `W + s * B A`, computed when it is
+    fetched, in float32 or more, and returned in the base's dtype. The file does not state `s`; upstream OpenVLA-OFT
+    trains at any rank r with `lora_alpha = min(r, 16)`, hence `s = min(r, 16) / r`.
 
     Args:
         stored: Key to tensor. Linear layers have A `[r, in]` and B `[out, r]`, convolutions A `[r, in, k, k]` and
@@ -41,8 +41,8 @@ def merged(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
         Merged key to tensor; file and key of a merged weight are those of its base.
 
     Raises:
-        CheckpointError: If a layer lacks its base, A or B, if their shapes do not fit, if it has parts of another
-            method, or if two tensors would have one name.
+        CheckpointError: If a layer lacks its base, A or B, if their shapes do not fit, if it has tensors of another
+            PEFT method, or if two tensors would have the same name.
     """
     found: dict[str, StoredTensor] = {}
     layers: dict[str, dict[str, StoredTensor]] = {}
@@ -87,23 +87,23 @@ def _merge(base: StoredTensor, a: StoredTensor, b: StoredTensor) -> Tensor:
     return (weight.to(wide) + change * (min(rank, _LARGEST_ALPHA) / rank)).to(weight.dtype)
 
 
-def film_backbone(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+def read_film_towers(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Read the towers of a FiLM policy, `vision_backbone--*.pt`, under the model's names and with LoRA merged.
 
-    Upstream OpenVLA-OFT saves the state dict of the wrapped vision backbone: `featurizer.blocks.0.block.attn.qkv...`
-    for what `blocks.0.attn.qkv` was, `featurizer.blocks.0.scale` and `.shift` beside it, all behind `vision_backbone.`
-    and perhaps the prefixes of PEFT and data-parallel training, LoRA not merged. These are the names as upstream's
-    wrapper builds them; no released file was at hand.
+    Upstream OpenVLA-OFT saves the state dict of the wrapped vision backbone, with LoRA that is not merged:
+    `featurizer.blocks.0.block.attn.qkv...` in place of `blocks.0.attn.qkv`, and `featurizer.blocks.0.scale` and
+    `.shift`. Each key begins with `vision_backbone.`, and with prefixes of PEFT and data-parallel training if used. The
+    names follow upstream's wrapper; they were not checked against a released file.
 
     Args:
         stored: The file's tensors.
 
     Returns:
-        `vision_backbone.featurizer.blocks.0.attn.qkv.weight` and so on; blocks after the tap, final norms and pooling
-        heads are still among them.
+        `vision_backbone.featurizer.blocks.0.attn.qkv.weight` and so on, including blocks after the tap, final norms and
+        pooling heads.
 
     Raises:
-        CheckpointError: If a tensor belongs to no tower, two would have one name, or LoRA cannot be merged.
+        CheckpointError: If a tensor belongs to no tower, two would have the same name, or LoRA cannot be merged.
     """
     renamed: dict[str, StoredTensor] = {}
     for key, tensor in stored.items():
@@ -112,7 +112,7 @@ def film_backbone(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]
             valid = ", ".join(TOWERS)
             raise CheckpointError(f"{tensor.file}: '{tensor.key}' is a tensor of no tower; valid: {valid}")
         name = re.sub(r"(\.blocks\.\d+)\.block\.", r"\1.", match[1])
-        # timm's own name of what OpenVLA's files call `scale_factor`.
+        # timm's own name for `scale_factor` of OpenVLA's files.
         name = re.sub(r"(\.ls[12])\.gamma$", r"\1.scale_factor", name)
         _add(renamed, f"vision_backbone.{name}", tensor)
     return merged(renamed)

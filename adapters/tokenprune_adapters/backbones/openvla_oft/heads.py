@@ -23,10 +23,10 @@ class ProprioProjector(nn.Module):
 
 
 class NoisyActionProjector(nn.Module):
-    """Noisy actions to one token per number, which stands where the zero placeholder otherwise does."""
+    """Noisy actions to one token per number, in place of the zero placeholders."""
 
     def __init__(self, width: int) -> None:
-        """Two linear layers with a GELU between them; the first reads a single number."""
+        """Two linear layers with a GELU between them; the input is a single number."""
         super().__init__()
         self.fc1 = nn.Linear(1, width)
         self.act_fn1 = nn.GELU()
@@ -86,16 +86,16 @@ class L1ActionHead(nn.Module):
 
 
 class NoisePredictor(nn.Module):
-    """Holder of the diffusion head's MLP under the checkpoint's prefix."""
+    """The diffusion head's MLP under the checkpoint's prefix."""
 
     def __init__(self, dims: int, width: int) -> None:
-        """The L1 head's MLP under another name."""
+        """The same MLP as the L1 head's, under another name."""
         super().__init__()
         self.mlp_resnet = ResidualMLP(dims * width, width, dims)
 
 
 class DiffusionActionHead(nn.Module):
-    """Noise in the current actions, from the hidden states of their tokens; the sampler is `diffusion.DDIM`."""
+    """Predicts the noise in the current actions from the hidden states of their tokens; see `diffusion.DDIM`."""
 
     def __init__(self, horizon: int, dims: int, width: int) -> None:
         """One residual MLP over the states of each action's tokens, side by side."""

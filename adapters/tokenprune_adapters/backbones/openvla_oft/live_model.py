@@ -20,7 +20,7 @@ from tokenprune_adapters.backbones.openvla_oft.tensors import (
     separate_modules,
     take_oft_inventory,
 )
-from tokenprune_adapters.backbones.prismatic.live_model import read_module
+from tokenprune_adapters.backbones.prismatic.live_model import read_live_model
 from tokenprune_adapters.weights.folder import config_mapping
 from tokenprune_adapters.weights.loading import empty_model, share_weights
 from tokenprune_adapters.weights.tensor_files import StoredTensor, stored_module
@@ -55,7 +55,7 @@ def adopt_oft(module: nn.Module, options: Mapping[str, Any]) -> OpenVLAOFT:
     own = {key: value for key, value in options.items() if key in OPTIONS}
     modules = _modules(with_options(SEVEN_B, own), options)
     where = type(module).__name__
-    release = read_module(module, options.get("tokenizer"), causal=False)
+    release = read_live_model(module, options.get("tokenizer"), causal=False)
     config = configure(release, config_mapping(module.config), own, where)
     setup = with_statistics(release, config, own)
     model = empty_model(OFTModel, config)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokenprune.errors import CheckpointError
 from tokenprune_adapters.backbones.openvla_oft.config import OFTConfig
-from tokenprune_adapters.backbones.openvla_oft.film_lora import film_backbone
+from tokenprune_adapters.backbones.openvla_oft.film_lora import read_film_towers
 from tokenprune_adapters.backbones.openvla_oft.model import OFTModel
 from tokenprune_adapters.backbones.prismatic.release import unused_keys
 from tokenprune_adapters.weights.inventory import Inventory, take_inventory
@@ -106,7 +106,7 @@ def take_oft_inventory(config: OFTConfig, model: OFTModel, tensors: OFTTensors) 
     if tensors.film:
         where, stored = tensors.film
         towers = {name: values for name, values in model.state_dict().items() if name.partition(".")[0] == TOWERS}
-        found += take_inventory(towers, film_backbone(stored), where, unused=unused_keys(config.body.towers))
+        found += take_inventory(towers, read_film_towers(stored), where, unused=unused_keys(config.body.towers))
     return found
 
 

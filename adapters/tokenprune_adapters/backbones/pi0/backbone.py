@@ -1,4 +1,4 @@
-"""pi0 and pi0.5, native: a prefix that is cut on its way, and flow steps behind what is left of it."""
+"""The forward pass of pi0 and pi0.5: a pruned prefill of the prefix, then flow steps of the action expert."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class PI0Inputs:
     Attributes:
         images: Per view, scaled and padded pixels, uint8 `[B, 3, S, S]`.
         text: Prompt ids `[B, T]`.
-        state: Normalised robot state with zeros behind it `[B, width]`, None where it has no token.
+        state: Normalised robot state, padded with zeros, `[B, width]`; None if it has no token.
     """
 
     images: Mapping[str, Tensor]
@@ -57,7 +57,7 @@ class PI0(BackboneBase[PI0Config, GemmaTokenizer, PI0Model]):
     def prepare(self, observations: Sequence[Observation], instructions: Sequence[str]) -> PI0Inputs:
         """Scale and pad images, tokenise, normalise the state, and upload."""
         states = [observation.get("state") for observation in observations]
-        prompts = [self.prompt(*given) for given in zip(instructions, states, strict=True)]
+        prompts = [self.prompt(*pair) for pair in zip(instructions, states, strict=True)]
         images = self.pixels([observation["images"] for observation in observations])
         text = upload(torch.tensor([prompt.ids for prompt in prompts], dtype=torch.int64), self.device)
         token = None
@@ -75,34 +75,38 @@ class PI0(BackboneBase[PI0Config, GemmaTokenizer, PI0Model]):
     def infer(self, inputs: PI0Inputs, query: Query) -> Tensor:
         """Tower, projector, prefix with its cuts, flow steps; normalised actions `[B, T, D]`."""
         with query.phase(Phase.VISION):
+        """Tower, projector, pruned prefill of the prefix, flow steps; normalised actions `[B, T, D]`."""
+        with query.phase("vision"):
             embeddings = self.embed(inputs, self._patches(inputs, query))
         cache = KVCache()
         query.decode(self.prefix, embeddings, cache)
         with query.phase(Phase.FLOW):
             behind = 0
             if inputs.state is not None:
-                # It sees no action, so what it leaves in the cache is the same at every step.
+                # It attends to no action, so its keys and values are the same at every step.
                 token = self.model.state_proj(inputs.state)[:, None]
                 query.follow(self.expert, token, behind, cache, actions=False)
                 behind = 1
             return self._denoise(query, behind, cache.frozen())[..., : self.config.action.dims]
 
-    def _denoise(self, query: Query, behind: int, memory: FrozenKV) -> Tensor:
+    def _denoise(self, query: Query, behind: int, cache: FrozenKV) -> Tensor:
+        """Normalised actions `[B, T, width]`, from noise."""
         model, steps = self.model, self.config.steps
         noise = query.noise(self.config.action.horizon, self.config.width)
-        # Small steps add up, so the sum is kept in no less than float32 (upstream openpi).
+        # Many small steps add up, so the sum has at least float32 (upstream openpi).
         actions = noise.to(torch.promote_types(self.dtype, noise.dtype))
         for time in self._times:
             tokens, condition = model.action_in_proj(actions.to(self.dtype)), None
             if self.config.variant == "pi0":
-                tokens = model.timed(tokens, time)
+                tokens = model.action_time_tokens(tokens, time)
             else:
                 condition = model.condition(time)[None]
-            hidden = query.follow(self.expert, tokens, behind, memory, condition)
+            hidden = query.follow(self.expert, tokens, behind, cache, condition)
             actions = actions - model.action_out_proj(hidden) / steps
         return actions
 
     def _patches(self, inputs: PI0Inputs, query: Query) -> list[Tensor]:
+        """Projected patches `[B, N, D]` of each view."""
         views = self.config.views
         pixels = torch.cat([inputs.images[view] for view in views])
         capture = AttentionCapture((self.config.tower,), query.encoder_kinds)
@@ -118,7 +122,7 @@ class PI0(BackboneBase[PI0Config, GemmaTokenizer, PI0Model]):
         return torch.cat([*patches, self.model.language.embed(inputs.text)], dim=1)
 
     def unnormalise(self, actions: np.ndarray, observations: Sequence[Observation]) -> np.ndarray:
-        """Actions `[B, T, D]` in the environment's units, the relative ones added to the state of the observation."""
+        """Actions `[B, T, D]` in the environment's units; the observation's state is added to relative numbers."""
         values, relative = super().unnormalise(actions, observations), self.config.relative
         if relative:
             states = np.stack([np.asarray(o["state"], dtype=np.float64)[:relative] for o in observations])

@@ -30,7 +30,7 @@ from tokenprune_adapters.vision.transformer import weights as tower_weights
 Variant = Literal["pi0", "pi05"]
 
 WIDTH = 32
-"""Numbers per action and of robot state inside every release; what a robot does not use of them is padding."""
+"""Numbers per action and of robot state inside every release; those that a robot does not use are padding."""
 
 # LIBERO's robots are driven by robosuite's OSC_POSE controller, which scales its inputs to 5 cm and 0.5 rad; these
 # releases command the gripper as it does, between -1 and 1.
@@ -44,21 +44,21 @@ _LIBERO = ActionSpec(
 
 @dataclass(frozen=True)
 class PI0Config:
-    """A policy of pi0's family: a vision-language prefix, and an action expert that denoises a chunk behind it.
+    """A policy of pi0's family: a vision-language prefix, and an action expert that attends to it and denoises a chunk.
 
     Attributes:
         variant: `pi0` has a token for the robot state and concatenates actions and time; `pi05` conditions the
             expert's norms on the time and spells the state in the prompt.
         tower: The vision tower of every view.
         decoder: The prefix decoder's shape.
-        expert: The action expert's, of the same depth and attention heads.
+        expert: The action expert's shape, with the same depth and attention heads.
         vocab: Rows of the embedding table.
         action: Chunk length and what the dimensions move.
-        views: Cameras that are there, in the order of the release's slots; empty slots take no tokens.
-        state_size: Numbers of robot state that are read, None where the policy reads none (pi0.5 only).
-        prompt_state: Numbers of state that the prompt spells, `state_size` but for lerobot before 0.5.0, which filled
-            them up to `width` with zeros; 0 where it spells no state.
-        relative: Leading numbers of each action that are relative to those of the state it was asked in.
+        views: The cameras, in the order of the release's slots; empty slots have no tokens.
+        state_size: Numbers of robot state that are read, None if the policy reads none (pi0.5 only).
+        prompt_state: Numbers of state that the prompt spells: `state_size`, or `width` for lerobot before 0.5.0, which
+            appended zeros; 0 if the prompt spells no state.
+        relative: How many leading numbers of each action are relative to the state of the observation.
         steps: Flow steps per query.
         width: Numbers per action and of state inside the model.
         eps: Epsilon of the decoders' norms.
@@ -87,7 +87,7 @@ class PI0Config:
 
     @property
     def has_state_token(self) -> bool:
-        """Whether a state token stands before the actions."""
+        """Whether there is a state token before the actions."""
         return self.variant == "pi0"
 
     @property
@@ -107,9 +107,9 @@ class PI0Config:
     def layout(self, prompt: Prompt) -> TokenLayout:
         """Tokens of the prefix (upstream openpi): the patches of each view, then the prompt.
 
-        Upstream also lays out empty camera slots and pads the prompt, masks both, and lets neither advance the
-        positions; leaving them out changes nothing. No hidden state of the prefix is read: the expert attends to its
-        keys and values.
+        Upstream also has tokens for empty camera slots and for padding of the prompt. It masks both, and they do not
+        advance the positions, so leaving them out changes nothing. No hidden state of the prefix is read: the expert
+        attends to its keys and values.
         """
         rows, cols = self.tower.grid
         patches = [Segment(Role.VISION, 0, rows * cols, view, (rows, cols), prunable=True) for view in self.views]
@@ -147,7 +147,7 @@ class PI0Config:
         if self.has_state_token:
             other["state"] = 2 * self.width * width
             behind = 1
-        # Of what is not vision every step reads all of it: for each action, or once where it makes the condition.
+        # Rows per step of each part's matrices; their weights are read once for all rows.
         rows_of = {"actions": horizon, "time": horizon if self.has_state_token else 1, "state": 1}
         weights = {part: n // (2 * rows_of[part]) for part, n in other.items() if part in rows_of}
         weights["vision"] = tower_weights(self.tower)
@@ -184,7 +184,7 @@ BASE = PI0Config(
     state_size=8,
 )
 
-# The same tokens as the release at a size that two CPU cores run in about a second, in the release's proportions.
+# The release's tokens and proportions, at a size that two CPU cores run in about a second.
 SMALL = replace(
     BASE,
     tower=replace(SIGLIP_SO400M_224_PALIGEMMA, hidden_size=288, depth=13, heads=4, mlp_size=1076, tap=12),
@@ -208,7 +208,7 @@ def preset(variant: Variant, name: str) -> PI0Config:
     """A preset by name.
 
     Raises:
-        ConfigError: If there is none.
+        ConfigError: If there is no such preset.
     """
     config = preset_config(variant, name, PRESETS)
     return config if variant == "pi0" else replace(config, variant=variant, prompt_state=8)
@@ -219,11 +219,11 @@ def with_options(config: PI0Config, options: Mapping[str, Any]) -> PI0Config:
 
     `views`: one to three camera names in slot order. `horizon`: actions per chunk. `steps`: flow steps. `state_size`:
     numbers of robot state, or null for pi0.5 without any. `dims`: numbers per action. `relative`: how many of them,
-    from the first, are relative to the state, as openpi's delta transforms make them. `unnorm_key`, the dataset whose
-    statistics a checkpoint uses, is checked only.
+    from the first, are relative to the state, which openpi's delta transforms make them. `unnorm_key`, the dataset
+    whose statistics a checkpoint uses, is only checked.
 
     Raises:
-        ConfigError: If an option is unknown or has a value it cannot have.
+        ConfigError: If an option is unknown or its value is not valid.
     """
     config = apply_options(config.variant, config, options, OPTIONS)
     most = min(config.action.dims, config.state_size or 0)

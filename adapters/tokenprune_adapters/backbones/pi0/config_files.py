@@ -1,4 +1,4 @@
-"""`config.json` in the three formats pi0 and pi0.5 come in: openpi's, lerobot's and transformers'."""
+"""`config.json` of pi0 and pi0.5 in the formats of openpi, lerobot and transformers."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from tokenprune_adapters.weights.tensor_files import SINGLE, read_json
 Format = Literal["openpi", "lerobot", "transformers"]
 
 SLOTS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
-"""openpi's camera slots; transformers names none."""
+"""openpi's camera slots, used for transformers too, which names none."""
 
-# By openpi's names, which lerobot keeps.
+# By openpi's names, which lerobot uses too.
 _GEMMA: Mapping[str, DecoderShape] = {"gemma_2b": BASE.decoder, "gemma_300m": BASE.expert}
 
 _CAMERAS, _EMPTY = "observation.images.", "empty_camera_"
@@ -34,7 +34,7 @@ _Longest = Annotated[float, Field(ge=4.0, le=4.0)]
 
 
 class _OpenPI(Fields):
-    """What openpi's conversion from JAX writes; its training writes no such file."""
+    """openpi's configuration; its conversion from JAX writes the file, its training does not."""
 
     action_dim: Size = BASE.width
     action_horizon: Size | None = None
@@ -50,7 +50,7 @@ class _Feature(Fields):
 
 
 class _Flow(Fields):
-    """What lerobot and transformers name alike, with the same defaults."""
+    """Fields with the same names and defaults in lerobot and transformers."""
 
     chunk_size: Size = 50
     max_state_dim: Size = 32
@@ -143,8 +143,8 @@ class FileConfig:
     """What a checkpoint's `config.json` states.
 
     Attributes:
-        config: The policy; its chunk, state and views are still those of the preset.
-        options: Options that the file gives: `horizon`, `steps`, `dims`, `state_size`; not all formats state all.
+        config: The policy; chunk, state and views are the preset's.
+        options: Those of the options `horizon`, `steps`, `dims` and `state_size` that the file states.
         slots: Names of the cameras, in slot order.
     """
 
@@ -154,24 +154,24 @@ class FileConfig:
 
 
 def find_format(folder: Path, chosen: object) -> Format:
-    """Which format a folder is in: its `config.json` says so, and a folder `assets` is openpi's.
+    """The format of a checkpoint, from its `config.json` or, for openpi, from its folder `assets`.
 
     Args:
         folder: The checkpoint.
-        chosen: The user's option `format`, None where it is not given.
+        chosen: The user's option `format`, None if it is not given.
 
     Raises:
         ConfigError: If there is no such format.
-        CheckpointError: If the files say nothing, or something else than the option.
+        CheckpointError: If the files do not tell the format, or it is not the chosen one.
     """
     if chosen is not None and chosen not in get_args(Format):
         raise ConfigError(f"format is {chosen!r}{nearest(str(chosen), get_args(Format))}")
     path = folder / "config.json"
     raw = read_json(path) if path.exists() else {}
-    told: Format | None = None
+    stated: Format | None = None
     if "type" in raw or "model_type" in raw:
-        told = "lerobot" if "type" in raw else "transformers"
-        if chosen is not None and chosen != told:
+        stated = "lerobot" if "type" in raw else "transformers"
+        if chosen is not None and chosen != stated:
             raise CheckpointError(f"{path}: is lerobot's with 'type', transformers' with 'model_type', not {chosen}'s")
     elif (folder / "params").is_dir() and not (folder / SINGLE).exists():
         raise CheckpointError(
@@ -179,34 +179,33 @@ def find_format(folder: Path, chosen: object) -> Format:
             f"makes {SINGLE} of them"
         )
     elif chosen is None and (folder / "assets").is_dir():
-        told = "openpi"
-    found: Format | None = told or chosen  # type: ignore[assignment]  # one of the formats, as was checked
+        stated = "openpi"
+    found: Format | None = stated or chosen  # type: ignore[assignment]  # one of the formats, as was checked
     if found is None:
         lacks = "has neither 'type' nor 'model_type'" if raw else "no such file"
         raise CheckpointError(f"{path}: {lacks}, and there is no {folder / 'assets'}; give the option format")
     return found
 
 
-def read_config_file(variant: Variant, folder: Path, found: Format) -> FileConfig:
-    """Read `config.json`; what an openpi checkpoint leaves out is the release's.
+def read_config_file(variant: Variant, folder: Path, file_format: Format) -> FileConfig:
+    """Read `config.json`; an openpi checkpoint need not have one and is then like the release.
 
     Raises:
         CheckpointError: If it is missing or malformed, of another policy, or asks for what is not supported.
     """
     path = folder / "config.json"
-    if found == "openpi":
+    if file_format == "openpi":
         return _openpi(variant, read_json(path) if path.exists() else {}, str(path))
     raw = read_json(path)
-    return (
-        _lerobot(variant, raw, str(path)) if found == "lerobot" else read_transformers_config(variant, raw, str(path))
-    )
+    read = _lerobot if file_format == "lerobot" else read_transformers_config
+    return read(variant, raw, str(path))
 
 
 def read_transformers_config(variant: Variant, raw: Mapping[str, Any], where: str) -> FileConfig:
     """Read the configuration of a transformers model.
 
     Args:
-        variant: The policy that is asked for.
+        variant: The policy that the checkpoint must be of.
         raw: `config.json`, or the `config` of a loaded model as a mapping.
         where: The file, or what to call the model, for errors.
 
@@ -220,7 +219,7 @@ def read_transformers_config(variant: Variant, raw: Mapping[str, Any], where: st
     if any(getattr(text, name) != getattr(expert, name) for name in shared):
         raise CheckpointError(f"{where}: vlm_config.text_config and dit_config differ in {' or '.join(shared)}")
     config = replace(
-        _based(variant, text.shape, expert.shape, fields.max_action_dim, where),
+        _with_decoders(variant, text.shape, expert.shape, fields.max_action_dim, where),
         tower=_tower(
             where,
             image_size=vision.image_size,
@@ -244,14 +243,14 @@ def _openpi(variant: Variant, raw: Mapping[str, Any], where: str) -> FileConfig:
     fields = parse_fields(_OpenPI, raw, where)
     decoder, expert = (_gemma(fields, name, where) for name in ("paligemma_variant", "action_expert_variant"))
     horizon = {} if fields.action_horizon is None else {"horizon": fields.action_horizon}
-    return FileConfig(_based(variant, decoder, expert, fields.action_dim, where), horizon, SLOTS)
+    return FileConfig(_with_decoders(variant, decoder, expert, fields.action_dim, where), horizon, SLOTS)
 
 
 def _lerobot(variant: Variant, raw: Mapping[str, Any], where: str) -> FileConfig:
     _check_kind("type", raw, variant, where)
     fields = parse_fields(_LeRobot, raw, where)
     decoder, expert = (_gemma(fields, name, where) for name in ("paligemma_variant", "action_expert_variant"))
-    config = _based(variant, decoder, expert, fields.max_action_dim, where)
+    config = _with_decoders(variant, decoder, expert, fields.max_action_dim, where)
     _check_width(config, fields.max_state_dim, where)
     side, other = fields.image_resolution
     if side != other:
@@ -263,8 +262,8 @@ def _lerobot(variant: Variant, raw: Mapping[str, Any], where: str) -> FileConfig
     options = {
         "horizon": fields.chunk_size,
         "steps": fields.num_inference_steps,
-        "dims": _numbers(fields.output_features, "action", config, where),
-        "state_size": _numbers(fields.input_features, "observation.state", config, where),
+        "dims": _feature_size(fields.output_features, "action", config, where),
+        "state_size": _feature_size(fields.input_features, "observation.state", config, where),
     }
     return FileConfig(replace(config, tower=_tower(where, image_size=side)), options, tuple(slots))
 
@@ -284,8 +283,8 @@ def _gemma(fields: _OpenPI | _LeRobot, name: str, where: str) -> DecoderShape:
     return _GEMMA[variant]
 
 
-def _based(variant: Variant, decoder: DecoderShape, expert: DecoderShape, width: int, where: str) -> PI0Config:
-    """The release with other decoders, which attend together layer by layer."""
+def _with_decoders(variant: Variant, decoder: DecoderShape, expert: DecoderShape, width: int, where: str) -> PI0Config:
+    """The release with other decoders; the expert attends to the prefix layer by layer, so the two must fit."""
     for name in ("depth", "heads", "kv_heads", "head_dim"):
         left, right = getattr(decoder, name), getattr(expert, name)
         if left != right:
@@ -310,8 +309,8 @@ def _check_width(config: PI0Config, state: int, where: str) -> None:
         )
 
 
-def _numbers(features: Mapping[str, _Feature], name: str, config: PI0Config, where: str) -> int:
-    """Numbers of the state or per action; where the file has no such feature, lerobot takes all there could be."""
+def _feature_size(features: Mapping[str, _Feature], name: str, config: PI0Config, where: str) -> int:
+    """Numbers of the state or per action; without such a feature in the file, lerobot uses the model's full width."""
     shape = features[name].shape if name in features else [config.width]
     if len(shape) != 1 or shape[0] > config.width:
         raise CheckpointError(f"{where}: '{name}' has shape {shape}; valid: one length, {config.width} at most")

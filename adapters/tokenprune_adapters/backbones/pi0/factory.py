@@ -61,7 +61,7 @@ class PI0Factory(FactoryBase[PI0]):
         """Random weights, scaled for Gemma's embeddings and norms."""
         assert isinstance(model, PI0Model)
         fill_untrained(model, seed, device, dtype)
-        model.neutralise()
+        model.rescale_untrained()
 
 
 class PI05Factory(PI0Factory):

@@ -1,4 +1,4 @@
-"""pi0's image transform: the whole frame, scaled to fit a square and padded with black."""
+"""Image preprocessing of pi0: the whole frame, resized to fit a square and padded with black."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ResizePad:
         return torch.from_numpy(np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1)))
 
     def cropped_on_device(self, frames: Tensor) -> Tensor:
-        """Do what `cropped` does, bit for bit, to a batch on the device it lies on and without waiting for it.
+        """Do what `cropped` does, bit for bit, for a batch on its device and without waiting for the device.
 
         Args:
             frames: `[B, H, W, 3]` uint8 RGB.
@@ -54,14 +54,14 @@ class ResizePad:
         return pad(resized, (left, self.size - width - left, top, self.size - height - top)).contiguous()
 
     def _geometry(self, width: int, height: int) -> tuple[int, int, int, int]:
-        """Left and top edge, width and height of a frame's picture in the square."""
-        # In floating point and truncated, as upstream: a side can come out a pixel short of its exact length.
+        """Left, top, width and height of the resized frame in the square."""
+        # In floating point and truncated, like upstream's: a side can be one pixel shorter than its exact length.
         ratio = max(width / self.size, height / self.size)
         width, height = max(1, int(width / ratio)), max(1, int(height / ratio))
         return (self.size - width) // 2, (self.size - height) // 2, width, height
 
     def normalise(self, pixels: Tensor, tower: int, dtype: torch.dtype) -> Tensor:
-        """Scale a batch to [-1, 1], on the device it lies on and without waiting for it.
+        """Scale a batch to [-1, 1], on its device and without waiting for the device.
 
         Args:
             pixels: `[B, 3, S, S]` uint8.

@@ -1,4 +1,4 @@
-"""The weights of pi0 and pi0.5, and the parts of them that are not the decoder loop's."""
+"""The weights of pi0 and pi0.5, and the parts of the forward pass outside the decoder loop."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ class AdaptiveNorm(nn.Module):
     """RMS norm whose scale, shift and gate depend on a condition (upstream openpi, adaRMS); it has no weight."""
 
     def __init__(self, width: int, condition: int, eps: float) -> None:
-        """Make the projection of the condition; it begins at zero, as upstream's."""
+        """Make the projection of the condition, which begins at zero like upstream's."""
         super().__init__()
         self.eps = eps
         self.dense = nn.Linear(condition, 3 * width)
         nn.init.zeros_(self.dense.weight)
 
     def forward(self, hidden: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalise `[B, n, D]` under a condition `[B, C]`; also the gate `[B, 1, D]` of the branch that follows."""
+        """Normalise `[B, n, D]` under a condition `[B, C]`; also return the gate `[B, 1, D]` of the residual branch."""
         scale, shift, gate = self.dense(condition)[:, None].chunk(3, dim=-1)
         variance = hidden.float().square().mean(-1, keepdim=True)
         normed = hidden * torch.rsqrt(variance + self.eps)
-        # One and a small scale add up in float32 at least, as upstream.
+        # One plus a small scale needs at least float32, like upstream's.
         normed = normed * (1 + scale.to(normed.dtype)) + shift
         return normed.to(hidden.dtype), gate
 
@@ -43,7 +43,7 @@ class Gemma(nn.Module):
 
     Args:
         shape: Dimensions.
-        config: The policy, for what the shape does not say.
+        config: The policy, for the epsilon and the rotary base.
         vocab: Rows of the embedding table, None for no table.
         condition: Width of the condition of adaptive norms, None for plain ones.
     """
@@ -51,7 +51,8 @@ class Gemma(nn.Module):
     def __init__(
         self, shape: DecoderShape, config: PI0Config, vocab: int | None = None, condition: int | None = None
     ) -> None:
-        # Here, because it takes seconds that `explain` and `validate` do not need; and not on the caller's meta device.
+        # Imported here, because it takes seconds that `explain` and `validate` need not wait; on the CPU, because the
+        # caller builds on the meta device.
         with torch.device("cpu"):
             mend_torchvision()
             from transformers import GemmaConfig
@@ -79,7 +80,7 @@ class Gemma(nn.Module):
             self.norm = AdaptiveNorm(shape.hidden, condition, config.eps)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Embeddings `[..., D]` of token ids, scaled as Gemma's are; image tokens are not."""
+        """Embeddings `[..., D]` of token ids with Gemma's scale, which image tokens do not have."""
         return functional.embedding(ids, self.embed_tokens.weight) * math.sqrt(self.shape.hidden)
 
     def decoder(self) -> Decoder:
@@ -90,7 +91,7 @@ class Gemma(nn.Module):
 
 
 class PI0Model(nn.Module):
-    """The weights; the release's `paligemma_with_expert` is taken apart into `vision`, `language` and `expert`."""
+    """The weights; `vision`, `language` and `expert` are the parts of the release's `paligemma_with_expert`."""
 
     def __init__(self, config: PI0Config) -> None:
         """Build the modules; build on the meta device to take no memory."""
@@ -112,8 +113,8 @@ class PI0Model(nn.Module):
             self.action_time_mlp_out = nn.Linear(width, width)
 
     @torch.no_grad()
-    def neutralise(self) -> None:
-        """Bring untrained embeddings and norms, which Gemma scales, to the size that other models' have."""
+    def rescale_untrained(self) -> None:
+        """Adapt untrained weights to Gemma, which multiplies embeddings by the root of the width and norms by 1 + w."""
         self.language.embed_tokens.weight.mul_(self.language.shape.hidden**-0.5)
         for part in (self.language, self.expert):
             for name, parameter in part.named_parameters():
@@ -121,10 +122,10 @@ class PI0Model(nn.Module):
                     parameter.zero_()
 
     def condition(self, time: Tensor) -> Tensor:
-        """pi0.5: what the expert's norms depend on `[C]`, from a time embedding `[C]`."""
+        """pi0.5: the condition of the expert's norms `[C]`, from a time embedding `[C]`."""
         return functional.silu(self.time_mlp_out(functional.silu(self.time_mlp_in(time))))
 
-    def timed(self, actions: Tensor, time: Tensor) -> Tensor:
+    def action_time_tokens(self, actions: Tensor, time: Tensor) -> Tensor:
         """pi0: the expert's tokens `[B, T, D]`, from embedded actions `[B, T, D]` and a time embedding `[D]`."""
         both = torch.cat([actions, time.expand_as(actions)], dim=-1)
         return cast(Tensor, self.action_time_mlp_out(functional.silu(self.action_time_mlp_in(both))))
@@ -133,8 +134,8 @@ class PI0Model(nn.Module):
 def time_embeddings(steps: int, width: int) -> Tensor:
     """Sines and cosines `[steps, width]`, float64, of the times at which the flow is evaluated: from 1 down to 1/steps.
 
-    Times are float32 numbers and all else is float64, as upstream (openpi, lerobot): the shortest period is so short
-    that float32 shows in the actions.
+    Times are float32 numbers and everything else is float64, like upstream's (openpi, lerobot): the shortest period is
+    so short that float32 would show in the actions.
     """
     times = torch.tensor([1 - step / steps for step in range(steps)], dtype=torch.float32).double()
     periods = _SHORTEST * (_LONGEST / _SHORTEST) ** torch.linspace(0, 1, width // 2, dtype=torch.float64)

@@ -19,7 +19,7 @@ from tokenprune_adapters.inputs.tokenizer import (
     tokens_of,
 )
 
-# Tokens the releases are trained with (upstream openpi); longer prompts are cut there, and refused here.
+# Longest prompts the releases are trained with; upstream openpi truncates longer ones, here they are refused.
 PI0_MAX_TOKENS, PI05_MAX_TOKENS = 48, 200
 
 _BEFORE, _BETWEEN, _AFTER = "Task: ", ", State: ", ";\nAction: "
@@ -35,8 +35,8 @@ class GemmaTokenizer:
     Upstream pads prompts to a fixed length and masks the padding; here they have no padding. Case is kept.
 
     Args:
-        tokenizer: A tokenizer of Gemma's kind; it is set up here to encode plain text, whole.
-        source: Where it comes from, for messages.
+        tokenizer: A tokenizer of Gemma's kind; it is set up here to encode whole plain texts.
+        source: Where it comes from, for errors.
         bos: The piece that begins every prompt.
 
     Attributes:
@@ -71,7 +71,7 @@ class GemmaTokenizer:
         if not path.is_file():
             raise CheckpointError(f"{path}: no such file; {_remedy(path.parent)}")
         tokenizer = read_tokenizer(path)
-        # Looked for by vocabulary, because Gemma's has a piece `<s>` too, which is not its BOS.
+        # Compared by vocabulary, because Gemma's has a piece `<s>` too, which is not its BOS.
         bundled = tokenizer.get_vocab() == read_tokenizer(BUNDLED).get_vocab()
         return cls(tokenizer, str(path), bos="<s>" if bundled else "<bos>")
 
@@ -86,11 +86,11 @@ class GemmaTokenizer:
         return int(self._tokenizer.get_vocab_size())
 
     def encode(self, instruction: str, max_tokens: int, state: np.ndarray | None = None) -> Prompt:
-        """Put an instruction, and a state where one is given, into the prompt and tokenise it.
+        """Tokenise the prompt of an instruction and, if one is given, of a robot state.
 
-        Without a state the prompt is pi0's: BOS, the instruction, a line break. pi0.5's releases for LIBERO from
-        openpi use it too (`discrete_state_input=False`). With a state it is pi0.5's, and its length depends on the
-        state, whose bins are written in one to three digits each.
+        Without a state the prompt is pi0's: BOS, the instruction, a line break. openpi's pi0.5 for LIBERO uses it too
+        (`discrete_state_input=False`). With a state it is pi0.5's, whose length depends on the state, because bins are
+        written with one to three digits.
 
         Args:
             instruction: What the robot should do; surrounding white space does not matter, and underscores and line
@@ -121,13 +121,13 @@ class GemmaTokenizer:
 
 
 def state_bins(state: np.ndarray) -> list[int]:
-    """The numbers pi0.5 reads the robot state as (upstream openpi).
+    """The bins in which pi0.5's prompt spells the robot state (upstream openpi).
 
     Args:
         state: Normalised robot state `[S]`.
 
     Returns:
-        A bin per number: 0 to 255 cover [-1, 1]; what lies above is 255 too, what lies below is -1.
+        A bin per number: 0 to 255 for [-1, 1], 255 above and -1 below.
     """
     bins: list[int] = (np.digitize(state, _EDGES) - 1).tolist()
     return bins
@@ -143,7 +143,7 @@ def _cleaned(instruction: object) -> str:
 
 
 def _remedy(folder: Path) -> str:
-    """How to come by a `tokenizer.json`."""
+    """How to get a `tokenizer.json`."""
     found = sorted(path.name for path in folder.glob("*tokenizer.model"))
     lacks = (
         f"{found[0]} beside it, a SentencePiece model, is not read"

@@ -36,27 +36,27 @@ _OWN_OPTIONS = ("format", "statistics", "tokenizer", "prompt_state")
 def read_pi0(variant: Variant, folder: Path, options: Mapping[str, Any]) -> PI0Setup:
     """Read a checkpoint's configuration, tokenizer and statistics; no weights are read or downloaded.
 
-    Images are prepared as by openpi, whatever the format. What openpi's configurations do beyond the model, such as
-    adding the state to actions that are relative to it, is in no file and is not done here. Actions are in LIBERO's
-    units where the dataset's name says so; otherwise their units are not known.
+    Images are prepared like openpi's in every format. Actions are in LIBERO's units if the dataset's name contains
+    `libero`; otherwise their units are not known.
 
     Args:
-        variant: The policy that is asked for.
-        folder: A folder as openpi's conversion or training for PyTorch, lerobot or transformers writes it; or a hub id
-            `owner/name` of one of the latter two.
-        options: Those of `with_options`, which win over the files, and these:
+        variant: The policy that the checkpoint must be of.
+        folder: A folder written by openpi's conversion or training for PyTorch, by lerobot or by transformers; or a hub
+            id `owner/name` of one of the latter two.
+        options: Those of `with_options`, which take precedence over the files, and these:
 
-            - `format`: `openpi`, `lerobot` or `transformers`, where no file says so.
-            - `tokenizer`: PaliGemma's `tokenizer.json`, where the folder has none.
-            - `statistics`: a folder with openpi's `norm_stats.json`, instead of the checkpoint's own; `none` for states
+            - `format`: `openpi`, `lerobot` or `transformers`, if no file tells it.
+            - `tokenizer`: PaliGemma's `tokenizer.json`, if the folder has none.
+            - `statistics`: a folder with openpi's `norm_stats.json`, to replace the checkpoint's own; `none` for states
               and actions in the policy's own units. Must be given for transformers' format.
-            - `unnorm_key`: the dataset, where the statistics are of several.
+            - `unnorm_key`: the dataset, if there are statistics of several.
             - `prompt_state`: numbers of state in pi0.5's prompt, 32 for policies trained with lerobot before 0.5.0,
-              which filled them up with zeros; no file says so.
+              which appended zeros; no file states it.
 
-            No file of openpi's or transformers' states `dims`, `state_size` and `relative`, nor any of openpi's
-            training `horizon`; then they must be given. `state_size` is null for a pi0.5 that reads none, such as
-            openpi's for LIBERO; `relative` is 6 for openpi's pi0 for LIBERO, whose training adds a delta transform.
+            The formats of openpi and transformers do not state `dims`, `state_size` and `relative`, and openpi's
+            training does not state `horizon`; then they must be given. `state_size` is null for a pi0.5 that reads
+            no state, such as openpi's for LIBERO. `relative` is 6 for openpi's pi0 for LIBERO, whose training adds a
+            delta transform.
 
     Raises:
         CheckpointError: If a file is missing, malformed, of another policy, or asks for what is not supported.
@@ -70,9 +70,9 @@ def load_pi0(
 ) -> PI0:
     """Load a checkpoint.
 
-    Every tensor of every file is accounted for before the first is read. Left out by name are only the expert's word
-    embeddings and output layer, and the prefix's output layer where its word embeddings are there too. Tensors are
-    read one by one into a model that holds no memory until then.
+    Every tensor of every file is accounted for before the first is read. Only tensors that no query needs are left
+    out, by name: the expert's word embeddings and output layer, and the prefix's output layer if its word embeddings
+    are in the files. Tensors are read one by one into a model on the meta device.
 
     Args:
         variant: See `read_pi0`.
@@ -94,7 +94,7 @@ def load_pi0(
 
 
 def verify_pi0(variant: Variant, folder: Path, options: Mapping[str, Any]) -> Findings:
-    """Say what a checkpoint holds and what of it does not fit; no weights are read.
+    """List what a checkpoint holds and what of it does not fit the model; no weights are read.
 
     Raises:
         CheckpointError: If a file is missing, damaged or unsafe, or the checkpoint is of another policy.
@@ -140,8 +140,8 @@ def _read(variant: Variant, folder: Path, options: Mapping[str, Any]) -> PI0Setu
 
 
 def _with_options(stated: FileConfig, file_format: Format, options: Mapping[str, Any]) -> PI0Config:
-    given = {key: value for key, value in options.items() if key not in _OWN_OPTIONS}
-    chosen = {"views": stated.slots, **stated.options, **given}
+    own = {key: value for key, value in options.items() if key not in _OWN_OPTIONS}
+    chosen = {"views": stated.slots, **stated.options, **own}
     config = with_options(stated.config, chosen)
     needed = ("horizon", "dims", "state_size", *(() if file_format == "lerobot" else ("relative",)))
     lacking = [name for name in needed if name not in chosen]
@@ -195,7 +195,7 @@ def _tokenizer(path: Path, vocab: int) -> GemmaTokenizer:
         if path.exists():
             raise
         raise CheckpointError(f"{error}, or give another's path as the option tokenizer") from error
-    # Special tokens are never made of a prompt; PaliGemma's for images lies behind the table.
+    # A prompt never contains special tokens, and the id of PaliGemma's image token is beyond the table.
     raw = read_tokenizer(path)
     special = {index for index, token in raw.get_added_tokens_decoder().items() if token.special}
     largest = max(set(raw.get_vocab().values()) - special)

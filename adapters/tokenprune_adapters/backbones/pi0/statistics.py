@@ -18,8 +18,8 @@ from tokenprune_adapters.inputs.statistics import (
     Quantiles,
     Standard,
     Statistics,
-    block,
     check_ascending,
+    json_object,
     numbers,
 )
 from tokenprune_adapters.weights.tensor_files import read_json
@@ -32,7 +32,7 @@ _QUANTILES = ("q01", "q99")
 
 _MODES = ("MEAN_STD", "QUANTILES", "IDENTITY")
 
-# Steps of lerobot's pi0 and pi0.5 that change no number, or do what an adapter does.
+# Steps of lerobot's pi0 and pi0.5 that change no number, or that the adapter does itself.
 _STEPS = (
     "rename_observations_processor",
     "to_batch_processor",
@@ -65,15 +65,14 @@ def read_openpi(
 ) -> Statistics:
     """Read `<asset_id>/norm_stats.json` of an openpi checkpoint.
 
-    Some of these files are padded to the width of the model's actions; the first numbers count.
+    Some of these files are padded to the width of the model's actions; only the first numbers are used.
 
     Args:
         assets: The checkpoint's folder `assets`.
-        asset_id: Folder of the dataset in it, such as `physical-intelligence/libero`; may be left out where there is
-            one only.
+        asset_id: Folder of the dataset in it, such as `physical-intelligence/libero`; may be None if there is only one.
         dims: Numbers per action.
-        state_size: Numbers of robot state, None where the policy reads none.
-        quantiles: Quantiles, as pi0.5 has them, rather than pi0's mean and standard deviation. No file says which.
+        state_size: Numbers of robot state, None if the policy reads none.
+        quantiles: Whether quantiles are used (pi0.5) or mean and standard deviation (pi0); no file states it.
 
     Returns:
         The statistics; their key is the asset id.
@@ -91,11 +90,12 @@ def read_openpi(
     if asset_id not in found:
         raise CheckpointError(f"{assets}: no {_OPENPI} for '{asset_id}'{nearest(asset_id, found)}")
     path = found[asset_id]
-    entries = block(read_json(path), "norm_stats", str(path))
+    entries = json_object(read_json(path), "norm_stats", str(path))
     mode = "QUANTILES" if quantiles else "MEAN_STD"
 
     def part(name: str, size: int) -> Normaliser:
-        return _normaliser(block(entries, name, f"{path}: norm_stats"), mode, size, 1e-6, f"{path}: norm_stats.{name}")
+        entry = json_object(entries, name, f"{path}: norm_stats")
+        return _normaliser(entry, mode, size, 1e-6, f"{path}: norm_stats.{name}")
 
     return Statistics(asset_id, part("actions", dims), None if state_size is None else part("state", state_size))
 
@@ -103,13 +103,13 @@ def read_openpi(
 def read_lerobot(folder: Path, dims: int, state_size: int | None) -> Statistics:
     """Read `policy_preprocessor.json` and `policy_postprocessor.json` of a lerobot checkpoint.
 
-    The files say how state and actions are normalised. Where they say `IDENTITY`, or nothing, numbers pass through.
-    Where they ask for statistics that are not there, lerobot lets numbers pass through as well; here it is an error.
+    The files state how state and actions are normalised. With `IDENTITY`, or without a mode, numbers pass through.
+    If they need statistics that are absent, lerobot lets numbers pass through; here it is an error.
 
     Args:
         folder: The checkpoint.
         dims: Numbers per action.
-        state_size: Numbers of robot state, None where the policy reads none.
+        state_size: Numbers of robot state, None if the policy reads none.
 
     Returns:
         The statistics; the files name no dataset.
@@ -131,15 +131,15 @@ def _lerobot(path: Path, step_name: str, feature: str, kind: str, size: int) -> 
         raise CheckpointError(f"{path}: has {len(at)} steps '{step_name}'; valid: one")
     step = steps[at[0]][1]
     where = f"{path}: steps[{at[0]}]"
-    config = block(step, "config", where)
-    mode = block(config, "norm_map", f"{where}.config").get(kind, "IDENTITY")
+    config = json_object(step, "config", where)
+    mode = json_object(config, "norm_map", f"{where}.config").get(kind, "IDENTITY")
     if mode not in _MODES:
         raise CheckpointError(f"{where}.config.norm_map.{kind} is '{mode}'{nearest(str(mode), _MODES)}")
     keys = config.get("normalize_observation_keys")
     left_out = kind == "STATE" and isinstance(keys, list) and feature not in keys
     if mode == "IDENTITY" or left_out:
         return Standard(np.zeros(size), np.ones(size), epsilon=0.0)
-    # lerobot adds it only where it divides, and to a range only where that is 0; single precision tells no difference.
+    # lerobot adds epsilon only when it divides, and to a range only if that is 0; in float32 there is no difference.
     epsilon = config.get("eps", 1e-8)
     if not isinstance(epsilon, float) or not 0 < epsilon <= 1e-6:
         raise CheckpointError(f"{where}.config.eps is {epsilon!r}; valid: a number above 0 and up to 1e-6")
@@ -150,7 +150,7 @@ def _lerobot(path: Path, step_name: str, feature: str, kind: str, size: int) -> 
 
 
 def _steps(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
-    """The steps by name; each is one that is known, since another could change numbers unnoticed."""
+    """The steps by name; an unknown step is refused, since it could change numbers."""
     steps = read_json(path).get("steps")
     if not isinstance(steps, list):
         raise CheckpointError(f"{path}: 'steps' must be a list of steps")
@@ -160,7 +160,7 @@ def _steps(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
         if name not in (*_STEPS, *_RELATIVE):
             known = nearest(str(name), (*_STEPS, *_RELATIVE))
             raise CheckpointError(f"{path}: steps[{index}] is '{name}', which is not supported{known}")
-        if name in _RELATIVE and block(step, "config", f"{path}: steps[{index}]").get("enabled") is not False:
+        if name in _RELATIVE and json_object(step, "config", f"{path}: steps[{index}]").get("enabled") is not False:
             raise CheckpointError(
                 f"{path}: steps[{index}] '{name}' is enabled: the policy's actions are relative to the state, which is "
                 "not supported; valid: enabled false"
@@ -187,7 +187,7 @@ def _tensors(file: Path) -> dict[str, np.ndarray]:
 
 
 def _normaliser(entry: Mapping[str, Any], mode: str, size: int, epsilon: float, where: str) -> Normaliser:
-    """What a normalisation mode makes of the statistics of actions or of the state."""
+    """The normaliser of a mode, from the statistics of actions or of the state."""
     if mode == "QUANTILES":
         low, high = (numbers(entry, name, size, where, longer=True) for name in _QUANTILES)
         check_ascending(low, high, _QUANTILES, where)

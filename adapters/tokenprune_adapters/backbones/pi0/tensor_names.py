@@ -1,7 +1,7 @@
-"""Names of tensors in checkpoints of pi0 and pi0.5, and in transformers' own model, against those of the model here.
+"""Renames tensors of pi0 and pi0.5 checkpoints, and of transformers' own model, to the names of `PI0Model`.
 
-openpi's names are the base. lerobot puts `model.` in front of each; transformers writes either, and `model.` within
-`language_model` besides. Towers come with and without `vision_model.`, as transformers changed it.
+openpi's names are the base. lerobot adds the prefix `model.`; transformers writes both, and `model.` within
+`language_model` too. Towers have `vision_model.` or not, depending on the version of transformers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tokenprune_adapters.weights.tensor_files import StoredTensor
 
 _FILE = r"(?:model\.)?paligemma_with_expert\."
 
-# In files, and in transformers' loaded model.
+# Prefixes in files, and in transformers' loaded model.
 _VLM = rf"(?:{_FILE}paligemma\.model|model\.vlm)\."
 
 _EXPERT = rf"(?:{_FILE}gemma_expert\.model|model\.dit)\."
@@ -48,10 +48,10 @@ _RENAMES = tuple(
     )
 )
 
-# The table of word embeddings is tied to the output layer, and a file may hold either.
+# The table of word embeddings is tied to the output layer, and a file may hold only one of them.
 _EMBEDDINGS, _OUTPUT = "language.embed_tokens.weight", re.compile(_FILE + r"paligemma\.lm_head\.weight")
 
-# The expert reads no words and writes none.
+# The expert has no words as input or output.
 _UNUSED = re.compile(rf"{_FILE}gemma_expert\.lm_head\.weight|{_EXPERT}embed_tokens\.weight")
 
 _ONLY: Mapping[Variant, re.Pattern[str]] = {
@@ -61,7 +61,7 @@ _ONLY: Mapping[Variant, re.Pattern[str]] = {
 
 
 def model_name(key: str) -> str | None:
-    """What the model here calls a tensor; None for what has no place in it."""
+    """The parameter of `PI0Model` for a key; None if there is none."""
     for pattern, name in _RENAMES:
         found = pattern.fullmatch(key)
         if found is not None:
@@ -72,19 +72,16 @@ def model_name(key: str) -> str | None:
 def take_pi0_inventory(
     variant: Variant, wanted: Mapping[str, Tensor], stored: Mapping[str, StoredTensor], where: Path
 ) -> Inventory:
-    """Set the tensors of a checkpoint, or of a loaded model, against those of the model here.
+    """Compare the tensors of a checkpoint, or of a loaded model, with the parameters of `PI0Model`.
 
     Args:
-        variant: The policy that is asked for.
-        wanted: The `state_dict()` of the model here.
-        stored: The tensors, by their own names.
+        variant: The policy that the checkpoint must be of.
+        wanted: The `state_dict()` of the `PI0Model`.
+        stored: The tensors by their keys.
         where: The checkpoint, for errors.
 
-    Returns:
-        The inventory.
-
     Raises:
-        CheckpointError: If two tensors are the same parameter, or one is such as only the other policy has.
+        CheckpointError: If two tensors are the same parameter, or only the other variant has such a tensor.
     """
     names = {key: model_name(key) for key in stored}
     for key, name in names.items():
@@ -103,7 +100,7 @@ def take_pi0_inventory(
 
 
 def _batched(tensor: StoredTensor, wanted: Tensor) -> StoredTensor:
-    """Position embeddings, stored `[N, D]`, as the view `[1, N, D]` of them that the tower has."""
+    """Position embeddings, stored as `[N, D]`, as the view `[1, N, D]` that the tower has."""
     if (1, *tensor.shape) != wanted.shape:
         return tensor
     return replace(tensor, shape=(1, *tensor.shape), fetch=lambda: tensor.fetch()[None])

@@ -1,4 +1,4 @@
-"""OpenVLA's actions as tokens: one id of the vocabulary's end per bin of [-1, 1] (upstream OpenVLA)."""
+"""OpenVLA's action tokens: one id at the end of the vocabulary per bin of [-1, 1] (upstream OpenVLA)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from tokenprune.errors import CheckpointError
 class ActionBins:
     """Maps token ids to normalised actions.
 
-    The last `n_bins` ids of the vocabulary are the actions, the very last one the lowest action. `n_bins` values are
-    evenly spaced over [-1, 1], and an action is the centre between two of them, so that there is one centre less than
-    there are ids: the first two of these ids both give the highest action.
+    The last `n_bins` ids of the vocabulary are the actions, in descending order: the last id is the lowest action.
+    `n_bins` values are evenly spaced over [-1, 1], and an action is the centre between two of them. There is one centre
+    less than there are ids, so the first two of these ids both give the highest action.
 
     Args:
-        vocab: Tokens of the vocabulary. The rows by which a release pads its embeddings (`pad_to_multiple_of` of
-            `config.json`) do not count: 32064 rows are 32000 tokens.
+        vocab: Tokens of the vocabulary. Rows that pad the embedding table (`pad_to_multiple_of` of `config.json`) do
+            not count: 32064 rows are 32000 tokens.
         n_bins: Ids that are actions (`n_action_bins`).
         device: Where the ids will lie.
 
@@ -38,11 +38,11 @@ class ActionBins:
         self.centres = torch.from_numpy((edges[:-1] + edges[1:]) / 2).to(device)
 
     def choose(self, logits: Tensor, actions_only: bool = False) -> Tensor:
-        """The most likely token of each row.
+        """Choose the most likely token of each row.
 
         Args:
             logits: `[B, V]`, padding rows included.
-            actions_only: Choose among the ids that are actions. By default any id can be chosen, as upstream.
+            actions_only: Choose among the ids that are actions. By default any id can be chosen, like upstream's.
 
         Returns:
             Token ids, int64 `[B]`.
@@ -52,10 +52,10 @@ class ActionBins:
         return logits.argmax(-1)
 
     def actions(self, ids: Tensor) -> Tensor:
-        """Normalised actions of token ids, on the device they lie on and without waiting for it.
+        """Normalised actions of token ids, on their device and without waiting for it.
 
         Args:
-            ids: `[B, D]`. An id that is no action gives the extreme action on its side, as upstream.
+            ids: `[B, D]`. An id that is no action gives the extreme action on its side, like upstream's.
 
         Returns:
             float64 `[B, D]`.

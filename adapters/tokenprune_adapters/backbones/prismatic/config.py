@@ -1,4 +1,4 @@
-"""The body that OpenVLA and OpenVLA-OFT share, as sizes: towers, projector, decoder; no weights."""
+"""Sizes of the body that OpenVLA and OpenVLA-OFT share: towers, projector, decoder; no weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tokenprune_adapters.vision.transformer import weights as tower_weights
 TOWERS = ("featurizer", "fused_featurizer")
 """Names of the towers in the checkpoint, in the order in which their features are concatenated: DINOv2, SigLIP.
 
-A tower alone has the first name, whichever it is.
+A single tower has the first name, DINOv2 or SigLIP.
 """
 
 # LIBERO's robots are driven by robosuite's OSC_POSE controller, which scales its inputs to 5 cm and 0.5 rad.
@@ -25,7 +25,7 @@ LIBERO_ACTION = ActionSpec(
     metric={"translation": 0.05, "rotation": 0.5},
 )
 
-# The release's patches, from towers kept small beside a decoder that two CPU cores can run.
+# As many patches as the release; the towers are small beside the small decoder, in the release's proportions.
 SMALL_TOWERS = (
     ViTConfig(
         image_size=224, patch_size=14, hidden_size=192, depth=4, heads=3, mlp_size=768,
@@ -37,7 +37,7 @@ SMALL_TOWERS = (
     ),
 )  # fmt: skip
 
-# 4 x 4 patches in no time.
+# 4 x 4 patches, for fast checks.
 TINY_TOWERS = (
     ViTConfig(
         image_size=56, patch_size=14, hidden_size=24, depth=3, heads=3, mlp_size=48,
@@ -55,10 +55,10 @@ class PrismaticConfig:
     """Dimensions of the body.
 
     Attributes:
-        towers: DINOv2's first, then SigLIP's; or one of them.
+        towers: DINOv2, then SigLIP; or one of them.
         decoder: The decoder's shape.
         vocab: Rows of the embedding table.
-        max_positions: Longest sequence the decoder was made for.
+        max_positions: Longest sequence the decoder was trained for.
         eps: Epsilon of the decoder's norms; 1e-6 in the releases, whose config leaves it to Llama's default.
         rope_theta: Base of the rotary frequencies.
     """
@@ -72,31 +72,32 @@ class PrismaticConfig:
 
     @property
     def vision_width(self) -> int:
-        """Channels of the features of all towers."""
+        """Channels of the concatenated features of all towers."""
         return sum(tower.hidden_size for tower in self.towers)
 
     @property
     def projector_widths(self) -> tuple[int, ...]:
-        """Channels before, between and behind the projector's linear layers: three for fused towers, two for one."""
+        """Channels before and after each linear layer of the projector: three layers for two towers, two for one."""
         vision, width = self.vision_width, self.decoder.hidden
         return (vision, 4 * vision, width, width) if len(self.towers) > 1 else (vision, width, width)
 
     def vision_weights(self) -> dict[str, int]:
         """Numbers in the matrices of towers and projector, which a query reads once."""
-        projector = sum(before * behind for before, behind in pairwise(self.projector_widths))
+        projector = sum(before * after for before, after in pairwise(self.projector_widths))
         return {"vision": sum(tower_weights(tower) for tower in self.towers), "projector": projector}
 
     def vision_flops(self, views: int) -> dict[str, int]:
         """FLOPs of towers and projector per query."""
         rows, cols = self.towers[0].grid
-        projector = 2 * rows * cols * sum(before * behind for before, behind in pairwise(self.projector_widths))
+        projector = 2 * rows * cols * sum(before * after for before, after in pairwise(self.projector_widths))
         return {"vision": views * sum(tower_flops(tower) for tower in self.towers), "projector": views * projector}
 
 
-def body_of(size: Literal["7b", "small", "tiny"], causal: bool) -> PrismaticConfig:
-    """The body of a preset: the release's; its tokens through a small decoder; or one for checks of what runs where.
+def preset_body(size: Literal["7b", "small", "tiny"], causal: bool) -> PrismaticConfig:
+    """The body of a preset.
 
-    Two CPU cores run `small` in about a second; its towers are small beside its decoder, as in the release.
+    `7b` has the release's sizes. `small` has its tokens and runs in about a second on two CPU cores. `tiny` is for
+    fast checks.
     """
     if size == "7b":
         shape = DecoderShape(depth=32, hidden=4096, heads=32, kv_heads=32, head_dim=128, mlp=11008, causal=causal)
@@ -109,5 +110,5 @@ def body_of(size: Literal["7b", "small", "tiny"], causal: bool) -> PrismaticConf
 
 
 def lm_head_flops(horizon: int, dims: int, width: int, vocab: int) -> int:
-    """FLOPs of the logits over the whole vocabulary at one row per number of the chunk."""
+    """FLOPs of the logits over the whole vocabulary, one row per number of the chunk."""
     return 2 * horizon * dims * width * vocab

@@ -1,4 +1,4 @@
-"""From a camera frame to the pixels stages see, and from those to what each vision tower reads."""
+"""Image preprocessing: from a camera frame to cropped pixels, and from those to each tower's input."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _FILE = "preprocessor_config.json"
 
 
 class _Geometry(NamedTuple):
-    """How a frame becomes a square: padded on both ends, resized, and the square cut out of that; all in pixels."""
+    """Padding on both ends (left, top), size after resizing, and corner (x, y) of the square cut out; in pixels."""
 
     left: int
     top: int
@@ -56,10 +56,10 @@ class ImageTransform:
         center_crop_area: Share of the area kept by the centre crop that follows and is scaled back to `size`,
             or None for no crop. 0.9 for fine-tunes that were trained with random crops, such as LIBERO's.
         means: Mean per channel in [0, 1], one triple per tower in the order of the checkpoint.
-        stds: Standard deviation per channel, likewise.
+        stds: Standard deviation per channel, one triple per tower.
 
     Raises:
-        ConfigError: If `center_crop_area` is not a share.
+        ConfigError: If `center_crop_area` is not above 0 and up to 1.
     """
 
     size: int = 224
@@ -92,7 +92,7 @@ class ImageTransform:
             The transform.
 
         Raises:
-            CheckpointError: If a field is missing, malformed, or asks for something else than these steps.
+            CheckpointError: If a field is missing or malformed, or asks for a step that is not supported.
         """
         strategy = _field({**(config or {}), **preprocessor}, "image_resize_strategy")
         if strategy not in get_args(Resize):
@@ -130,7 +130,7 @@ class ImageTransform:
         return torch.from_numpy(np.array(pixels, order="C"))
 
     def cropped_on_device(self, frames: Tensor) -> Tensor:
-        """Do what `cropped` does, bit for bit, to a batch on the device it lies on and without waiting for it.
+        """Do what `cropped` does, bit for bit, for a batch on its device and without waiting for the device.
 
         Args:
             frames: `[B, H, W, 3]` uint8 RGB.
@@ -151,10 +151,10 @@ class ImageTransform:
         return pixels.contiguous()
 
     def _geometry(self, width: int, height: int) -> _Geometry:
-        """Where the steps of a frame leave its pixels."""
+        """Sizes and offsets of the steps for a frame of this size."""
         left = top = 0
         if self.resize == "letterbox":
-            # Both ends of the shorter side; an odd difference leaves one pixel for the crop, as upstream.
+            # Both ends of the shorter side; an odd difference leaves one pixel for the crop, like upstream's.
             longer = max(width, height)
             left, top = (longer - width) // 2, (longer - height) // 2
             width, height = width + 2 * left, height + 2 * top
@@ -172,7 +172,7 @@ class ImageTransform:
         return red, green, blue
 
     def normalise(self, pixels: Tensor, tower: int, dtype: torch.dtype) -> Tensor:
-        """Normalise a batch for one tower, on the device it lies on and without waiting for it.
+        """Normalise a batch for one tower, on its device and without waiting for the device.
 
         Args:
             pixels: `[B, 3, S, S]` uint8.
@@ -182,7 +182,7 @@ class ImageTransform:
         Returns:
             `[B, 3, S, S]`.
         """
-        # Numbers rather than tensors: constants on the host would have to be copied, which waits for the device.
+        # Numbers and not tensors: a constant on the host would have to be copied, which waits for the device.
         constants = zip((pixels.float() / 255).unbind(1), self.means[tower], self.stds[tower], strict=True)
         return torch.stack([(channel - mean) / std for channel, mean, std in constants], dim=1).to(dtype)
 
@@ -190,7 +190,7 @@ class ImageTransform:
 def _center_crop(pixels: npt.NDArray[np.uint8], area: float) -> npt.NDArray[np.uint8]:
     """Crop the central `area` of `[3, S, S]` and scale it back, bilinear with aligned corners.
 
-    In numpy, because torch's thread pool makes an image this small wait where other processes keep the cores busy.
+    In numpy, because torch's thread pool is slow for an image this small when other processes keep the cores busy.
     """
     low, high, weight = _crop_taps(pixels.shape[-1], area)
     image = pixels.astype(np.float32) / np.float32(255)
@@ -202,7 +202,7 @@ def _center_crop(pixels: npt.NDArray[np.uint8], area: float) -> npt.NDArray[np.u
 
 
 def _center_crop_on_device(pixels: Tensor, area: float) -> Tensor:
-    """The same of `[B, 3, S, S]`, the same operations in the same order, none of them fused with the next."""
+    """`_center_crop` of `[B, 3, S, S]`: the same operations in the same order, none fused with the next."""
     low, high, weight = _uploaded_taps(pixels.shape[-1], area, pixels.device)
     # A tensor, because a GPU divides by a number by multiplying with its inverse, and the last bit can differ.
     image = pixels.float() / torch.full((), 255.0, device=pixels.device)

@@ -1,4 +1,4 @@
-"""Upstream's own OpenVLA or OpenVLA-OFT model, already loaded: what a release's JSON files say of one in a folder."""
+"""Configuration, preprocessing, tokenizer and statistics of a loaded upstream OpenVLA or OpenVLA-OFT model."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from tokenprune_adapters.backbones.prismatic.release import (
 from tokenprune_adapters.weights.folder import config_mapping
 
 
-def read_module(module: nn.Module, tokenizer: object, *, causal: bool) -> PrismaticRelease:
-    """Describe a loaded model as a release is described.
+def read_live_model(module: nn.Module, tokenizer: object, *, causal: bool) -> PrismaticRelease:
+    """Read from a loaded model what the files of a release state.
 
     Its image preprocessing is the release's; upstream keeps it in the processor, not in the model.
 
     Args:
-        module: Upstream's `OpenVLAForActionPrediction`, with its `config`; `norm_stats`, where it has any, stands
-            before those of the config.
+        module: Upstream's `OpenVLAForActionPrediction`, with its `config`. Its `norm_stats`, if it has any, take
+            precedence over those of the config.
         tokenizer: The tokenizer, or the path of its `tokenizer.json`.
         causal: See `read_release`.
 
     Raises:
         ConfigError: If there is no tokenizer.
-        CheckpointError: If the model is another one, or the tokenizer is not the model's.
+        CheckpointError: If the model is another one, or the tokenizer does not fit it.
     """
     where = type(module).__name__
     raw = config_mapping(getattr(module, "config", None))

@@ -1,4 +1,4 @@
-"""The Prismatic body that OpenVLA and OpenVLA-OFT share: one or two towers, projector and a Llama decoder.
+"""The weights of the body that OpenVLA and OpenVLA-OFT share: one or two towers, projector and a Llama decoder.
 
 Parameter names are those of the released checkpoints, so a state dict loads without a key map.
 """
@@ -36,7 +36,7 @@ class VisionBackbone(nn.Module):
         language: Tensor | None = None,
         capture: AttentionCapture | None = None,
     ) -> Tensor:
-        """Features `[B, N, sum of widths]` of uint8 pixels `[B, 3, S, S]`, normalised for each tower by itself.
+        """Features `[B, N, sum of widths]` of uint8 pixels `[B, 3, S, S]`, which are normalised for each tower.
 
         Towers with FiLM also take `language`, `[B, L]`; see `VisionTower.forward`.
         """
@@ -69,7 +69,8 @@ class LanguageModel(nn.Module):
 
     def __init__(self, config: PrismaticConfig, lm_head: bool = False) -> None:
         """Build the modules, with an output layer over the vocabulary if asked for; the caller fills the weights."""
-        # Here, because it takes seconds that `explain` and `validate` do not need; and not on the caller's meta device.
+        # Imported here, because it takes seconds that `explain` and `validate` need not wait; on the CPU, because the
+        # caller builds on the meta device.
         with torch.device("cpu"):
             mend_torchvision()
             from transformers import LlamaConfig, LlamaModel
@@ -89,7 +90,7 @@ class LanguageModel(nn.Module):
                 max_position_embeddings=config.max_positions,
             )
         )
-        # The decoder loop computes rotary angles itself; this module's buffers are in no file.
+        # The decoder loop computes rotary angles itself, and this module's buffers are in no file.
         del self.model.rotary_emb
         if lm_head:
             self.lm_head = nn.Linear(shape.hidden, config.vocab, bias=False)

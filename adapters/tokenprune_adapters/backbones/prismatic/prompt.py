@@ -1,4 +1,4 @@
-"""The instruction as prompt tokens, and which of them are the instruction."""
+"""The prompt of OpenVLA and OpenVLA-OFT, and the positions of the instruction in it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tokenprune_adapters.inputs.tokenizer import (
 PromptStyle = Literal["pure", "vicuna"]
 _QUESTION = "What action should the robot take to "
 
-# What stands before and after the instruction. The v0.1 releases are fine-tuned from a chat model.
+# The text before and after the instruction. The v0.1 releases are fine-tuned from a chat model.
 _STYLES: Mapping[PromptStyle, tuple[str, str]] = {
     "pure": (f"In: {_QUESTION}", "?\nOut:"),
     "vicuna": (
@@ -37,12 +37,12 @@ _STYLES: Mapping[PromptStyle, tuple[str, str]] = {
 class PromptTokenizer:
     """Builds the prompt OpenVLA was trained with (upstream OpenVLA, `get_vla_action`).
 
-    The empty token, SentencePiece's lone space, ends every prompt: upstream appends it where the tokenizer has
-    not produced it, and OpenVLA-OFT reads the first action at its position.
+    The empty token, SentencePiece's single space, ends every prompt: upstream appends it if the tokenizer has not
+    produced it, and OpenVLA-OFT reads the first action at its position.
 
     Args:
-        tokenizer: A tokenizer of Llama's kind; it is set up here to encode plain text, whole.
-        source: Where it comes from, for messages.
+        tokenizer: A tokenizer of Llama's kind; it is set up here to encode whole plain texts.
+        source: Where it comes from, for errors.
 
     Attributes:
         bos_id: Id of `<s>`.
@@ -92,7 +92,7 @@ class PromptTokenizer:
         return int(self._tokenizer.get_vocab_size())
 
     def encode(self, instruction: str, max_tokens: int = 256, style: PromptStyle = "pure") -> Prompt:
-        """Put an instruction into the prompt and tokenise it.
+        """Tokenise the prompt of an instruction.
 
         Args:
             instruction: What the robot should do; case and surrounding white space do not matter.

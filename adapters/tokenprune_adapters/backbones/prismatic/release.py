@@ -1,6 +1,6 @@
-"""What releases of OpenVLA and OpenVLA-OFT have in common: a folder of JSON files, a tokenizer and safetensors.
+"""Releases of OpenVLA and OpenVLA-OFT without their weights: JSON files, tokenizer, statistics.
 
-Nothing in a folder is run. `auto_map` in `config.json` names remote code and is never followed.
+No code in a folder is run. `auto_map` in `config.json` names remote code and is ignored.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TIMM_TOWERS: Mapping[str, ViTConfig] = {
     "vit_large_patch14_reg4_dinov2.lvd142m": DINOV2_L_REG4_224,
     "vit_so400m_patch14_siglip_224": SIGLIP_SO400M_224,
 }
-"""Towers by timm's id; fused in this order, which is `dinosiglip-vit-so-224px`, or alone (upstream OpenVLA)."""
+"""Towers by timm's id: both in this order, which is `dinosiglip-vit-so-224px`, or one (upstream OpenVLA)."""
 
 _MODEL_TYPE = "openvla"
 
@@ -66,7 +66,7 @@ class _TextConfig(Fields):
 
 
 class _TowerArgs(Fields):
-    """timm's arguments for one tower that differ from those of its id."""
+    """timm's arguments for one tower, where they differ from those of its id."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -80,7 +80,7 @@ class _TowerArgs(Fields):
 
 
 class PrismaticFields(Fields):
-    """The fields of `config.json` that matter here; `parse_config` reads them."""
+    """The fields of `config.json` that are read; see `parse_config`."""
 
     timm_model_ids: list[str]
     image_sizes: list[Side]
@@ -93,14 +93,14 @@ class PrismaticFields(Fields):
 
 @dataclass(frozen=True)
 class PrismaticRelease:
-    """A folder without its weights.
+    """A release without its weights.
 
     Attributes:
         body: Towers, projector and decoder.
         transform: Image preprocessing.
         tokenizer: The tokenizer.
-        statistics: Dataset to its statistics, as the file has them.
-        statistics_file: The file they are in.
+        statistics: Dataset to its statistics, the content of the file.
+        statistics_file: That file.
     """
 
     body: PrismaticConfig
@@ -123,10 +123,10 @@ class PrismaticRelease:
 
 
 def read_bins(raw: Mapping[str, Any], vocab: int, where: str) -> tuple[int, int]:
-    """Rows of the vocabulary that are padding, and bins of an action token.
+    """Padding rows of the embedding table, and bins of an action token.
 
     Args:
-        raw: The fields of `config.json`; what it leaves out is as in upstream's configuration class.
+        raw: The fields of `config.json`; absent ones have the defaults of upstream's configuration class.
         vocab: Rows of the embedding table.
         where: The file, or what to call the model, for errors.
 
@@ -144,14 +144,14 @@ def read_bins(raw: Mapping[str, Any], vocab: int, where: str) -> tuple[int, int]
 def read_release(folder: Path, *, causal: bool) -> PrismaticRelease:
     """Read a folder's configuration, tokenizer and statistics; no weights.
 
-    A tower's shape cannot be told from its weights, since head counts leave no trace in them. It is timm's for the ids
-    in `timm_model_ids`, unless `config.json` has `timm_override_args`: a list with, for each of these ids, null or an
-    object with any of timm's `embed_dim`, `depth`, `num_heads`, `mlp_ratio`, `patch_size`, `reg_tokens`, `img_size`.
-    The releases have no such field.
+    A tower's shape does not follow from its weights, which do not show the number of heads. It is timm's for the ids in
+    `timm_model_ids`, unless `config.json` has `timm_override_args`: a list with one entry per id, null or an object
+    with any of timm's `embed_dim`, `depth`, `num_heads`, `mlp_ratio`, `patch_size`, `reg_tokens`, `img_size`. The
+    upstream releases have no such field.
 
     Args:
         folder: A folder in the release's format.
-        causal: Whether the decoder's tokens see only those before them; no file says so.
+        causal: Whether the decoder's attention is causal; no file states it.
 
     Raises:
         CheckpointError: If a file is missing, malformed, of another backbone, or asks for what is not supported.
@@ -208,7 +208,7 @@ def prismatic_body(fields: PrismaticFields, where: str, *, causal: bool) -> Pris
 
     Args:
         fields: From `parse_config`.
-        where: As given to it.
+        where: The file, or what to call the model, for errors.
         causal: See `read_release`.
 
     Raises:
@@ -268,7 +268,7 @@ def image_transform(
 
 
 def unused_keys(towers: Sequence[ViTConfig], *more: str) -> re.Pattern[str]:
-    """Keys of a release that no query needs: the towers' blocks after the tap, final norms and pooling heads.
+    """A pattern of the keys that no query needs: the towers' blocks after the tap, final norms and pooling heads.
 
     Args:
         towers: The towers.
@@ -282,10 +282,10 @@ def unused_keys(towers: Sequence[ViTConfig], *more: str) -> re.Pattern[str]:
 
 
 def fitting_tokenizer(path: Path, vocab: int) -> PromptTokenizer:
-    """A `tokenizer.json` whose tokens all have a row of the embedding table.
+    """Read a `tokenizer.json`, each of whose tokens has a row in the embedding table.
 
     Raises:
-        CheckpointError: If there is none, it is not a tokenizer, or has a token beyond the table's `vocab` rows.
+        CheckpointError: If there is no such file, it is not a tokenizer, or has a token beyond the `vocab` rows.
     """
     tokenizer = PromptTokenizer.from_file(path)
     largest = max(Tokenizer.from_file(str(path)).get_vocab().values())
@@ -296,7 +296,7 @@ def fitting_tokenizer(path: Path, vocab: int) -> PromptTokenizer:
 
 @contextmanager
 def malformed(where: str | Path) -> Iterator[None]:
-    """Blame the file where a value is of a kind its reader did not expect."""
+    """Turn errors from an unexpected value into a `CheckpointError` that names the file."""
     try:
         yield
     except (TypeError, ValueError, LookupError, AttributeError) as error:
@@ -304,10 +304,10 @@ def malformed(where: str | Path) -> Iterator[None]:
 
 
 def _towers(fields: PrismaticFields, where: str) -> tuple[ViTConfig, ...]:
-    given = fields.timm_override_args or [None] * len(fields.timm_model_ids)
+    overrides = fields.timm_override_args or [None] * len(fields.timm_model_ids)
     towers = []
     for index, (timm_id, size) in enumerate(zip(fields.timm_model_ids, fields.image_sizes, strict=True)):
-        base, args = TIMM_TOWERS[timm_id], given[index] or _TowerArgs()
+        base, args = TIMM_TOWERS[timm_id], overrides[index] or _TowerArgs()
         width, depth = args.embed_dim or base.hidden_size, args.depth or base.depth
         mlp = int(width * args.mlp_ratio) if args.mlp_ratio else width * base.mlp_size // base.hidden_size
         try:

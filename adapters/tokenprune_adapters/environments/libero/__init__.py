@@ -1,4 +1,4 @@
-"""LIBERO (arXiv 2306.03310) with the conventions of OpenVLA-OFT's evaluation in it."""
+"""LIBERO (arXiv 2306.03310) with the conventions of OpenVLA-OFT's evaluation."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import os
 import sys
 
 if sys.platform == "linux":
-    # Software or GPU, but never a window; MuJoCo reads it when it is first imported.
+    # Renders without a window; MuJoCo reads it when it is first imported.
     os.environ.setdefault("MUJOCO_GL", "egl")

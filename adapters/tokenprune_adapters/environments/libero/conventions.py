@@ -1,4 +1,4 @@
-"""How OpenVLA and OpenVLA-OFT see LIBERO and act in it (upstream OpenVLA-OFT, its LIBERO evaluation)."""
+"""Cameras, state and actions of OpenVLA and OpenVLA-OFT in LIBERO (upstream OpenVLA-OFT's evaluation)."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ VIEWS = {"primary": "agentview", "wrist": "robot0_eye_in_hand"}
 """Camera of the simulator for each view."""
 
 SIDE = {"side": "sideview"}
-"""One more camera of the scene, for recordings that policies with three cameras can look at."""
+"""A third camera, for recordings for policies with three views."""
 
 CONTROL_HZ = 20
 """Control steps per second."""
 
 SETTLE_STEPS = 10
-"""Control steps in which objects fall into place before an episode begins."""
+"""Control steps before an episode begins, in which objects come to rest."""
 
 OPEN, CLOSE = -1.0, 1.0
-"""What the simulator's gripper understands."""
+"""The simulator's gripper commands."""
 
 SETTLE_ACTION = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, OPEN])
 
@@ -28,10 +28,10 @@ Vector = npt.NDArray[np.float64]
 
 
 def mirrored(drawn: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """The picture policies are trained on, `[H, W, 3]`, of an upright one.
+    """Mirror an upright image `[H, W, 3]`, because policies are trained on mirrored ones.
 
-    They are trained on OpenGL's pictures, whose rows run upwards, rotated by 180 degrees: the top is up again, and
-    left and right are exchanged.
+    Their training data are OpenGL's images, whose first row is the lowest, rotated by 180 degrees: the result is
+    upright, with left and right exchanged.
     """
     return np.ascontiguousarray(drawn[:, ::-1])
 
@@ -49,10 +49,10 @@ def robot_state(position: Vector, quaternion: Vector, gripper: Vector) -> Vector
 
 
 def command(action: npt.NDArray[np.floating]) -> Vector:
-    """What the simulator executes for a policy's action `[7]`.
+    """The simulator's command for a policy's action `[7]`.
 
-    The first six numbers are shares of the controller's largest step, as they are. A policy's gripper is 1 for open
-    and 0 for closed, the simulator's -1 and 1; what lies between is decided at one half.
+    The first six numbers are shares of the controller's largest step and are passed on. A policy's gripper is 1 for
+    open and 0 for closed, the simulator's -1 and 1; the threshold is one half.
     """
     wanted = np.array(action, dtype=np.float64)
     wanted[6] = OPEN if wanted[6] > _THRESHOLD else CLOSE

@@ -30,12 +30,12 @@ _QUALITIES = ("full", "fast")
 
 @dataclass(frozen=True)
 class LiberoOptions:
-    """What a user chooses.
+    """A user's options.
 
     Attributes:
-        size: Side of the pictures in pixels.
-        quality: `full` is robosuite's own drawing; `fast` leaves out multisampling, shadows and reflections.
-        spread: Widens initial positions by up to so many metres along x and y; 0 is stock LIBERO.
+        size: Side of the images in pixels.
+        quality: `full` renders like robosuite; `fast` leaves out multisampling, shadows and reflections.
+        spread: Moves objects by up to this many metres along x and y; 0 is stock LIBERO.
     """
 
     size: int = 256
@@ -44,10 +44,10 @@ class LiberoOptions:
 
 
 class LiberoEnvironment:
-    """One suite of LIBERO; one task's scene is held at a time."""
+    """One suite of LIBERO; holds the scene of one task at a time."""
 
     def __init__(self, suite: LiberoSuite, described: Suite, options: LiberoOptions) -> None:
-        """Nothing is compiled before the first `reset`."""
+        """Keep the settings; the first `reset` compiles a scene."""
         self.suite = described
         self._libero = suite
         self._options = options
@@ -57,7 +57,7 @@ class LiberoEnvironment:
 
     @property
     def simulator(self) -> Simulator:
-        """The open scene, with the true poses that an expert may read and a policy may not."""
+        """The open scene, with the true poses, which an expert may read and a policy may not."""
         if self._open is None:
             raise SimulatorError(f"{self.suite.name} has no episode; call reset first")
         return self._open
@@ -83,7 +83,7 @@ class LiberoEnvironment:
             widen(self.simulator, self._targets, self._options.spread, (task, init_state, seed))
 
     def observe(self) -> Observation:
-        """Pictures of both cameras and the robot's state."""
+        """Images of both cameras and the robot's state."""
         return {"images": self.frames()(), "state": self.state}
 
     @property
@@ -93,7 +93,7 @@ class LiberoEnvironment:
         return conventions.robot_state(simulator.position, simulator.quaternion, simulator.gripper)
 
     def frames(self) -> Frames:
-        """This moment's pictures, drawn when they are asked for."""
+        """Images of this moment, which are rendered when the result is called."""
         return partial(pictures, self.simulator, self.simulator.configuration)
 
     def step(self, action: npt.NDArray[np.floating]) -> Step:
@@ -111,7 +111,7 @@ class LiberoEnvironment:
 def pictures(
     simulator: Simulator, configuration: conventions.Vector, views: Mapping[str, str] = conventions.VIEWS
 ) -> dict[str, npt.NDArray[np.uint8]]:
-    """What a policy sees of a configuration of the scene through these cameras, uint8 `[S, S, 3]` by view."""
+    """A policy's images of a configuration of the scene, uint8 `[S, S, 3]` by view."""
     return {view: conventions.mirrored(drawn) for view, drawn in simulator.draw(configuration, views).items()}
 
 
@@ -120,7 +120,7 @@ class LiberoFactory:
 
     @staticmethod
     def describe(name: str, options: Mapping[str, Any]) -> Suite:
-        """What a suite offers; no simulator is made."""
+        """Describe a suite; no simulator is made."""
         return _describe(LiberoSuite(name), read_options(options))
 
     @staticmethod
@@ -134,7 +134,7 @@ def read_options(given: Mapping[str, Any]) -> LiberoOptions:
     """Check a user's options.
 
     Raises:
-        ConfigError: If one is unknown or has a value it cannot have.
+        ConfigError: If one is unknown or its value is not valid.
     """
     options = LiberoOptions()
     checks: Mapping[str, tuple[Callable[[Any], bool], str]] = {
@@ -189,7 +189,7 @@ def _simulator(suite: LiberoSuite, task: int, options: LiberoOptions) -> Simulat
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warning that robosuite has no file of private settings."""
+    """Suppress the warning that robosuite has no file of private settings."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""One LIBERO task in MuJoCo: stepped through robosuite, drawn only when somebody looks."""
+"""One LIBERO task in MuJoCo: stepped by robosuite, rendered on demand."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PLACEMENT_TRIES = 100
 class Simulator:
     """The scene of one task file.
 
-    Drawing uses a copy of the simulator's state, so looking, now or later, changes nothing of what happens.
+    Rendering uses a copy of the simulator's state, so it never changes the episode.
     """
 
     def __init__(self, task_file: Path, size: int, quality: Literal["full", "fast"]) -> None:
@@ -30,8 +30,8 @@ class Simulator:
 
         Args:
             task_file: LIBERO's definition of the task.
-            size: Side of the pictures in pixels.
-            quality: How pictures are drawn.
+            size: Side of the images in pixels.
+            quality: See `LiberoOptions`.
         """
         problem = bddl_utils.get_problem_info(str(task_file))
         self.env: Any = TASK_MAPPING[problem["problem_name"]](
@@ -63,7 +63,7 @@ class Simulator:
         self._joints: dict[str, str] = {item.name: item.joints[-1] for item in movable}
 
     def begin(self, state: Vector, seed: int) -> None:
-        """Put the scene into a flattened initial state; what LIBERO draws at random comes from `seed`."""
+        """Reset the scene to a flattened initial state; `seed` is for what LIBERO draws at random."""
         # LIBERO draws from numpy's global generator.
         np.random.seed(seed)
         for _ in range(_PLACEMENT_TRIES):
@@ -74,14 +74,14 @@ class Simulator:
                 continue
         else:
             raise SimulatorError(f"LIBERO found no place for its objects in {_PLACEMENT_TRIES} tries")
-        # Lives on the gripper's model, which a reset does not touch.
+        # Part of the gripper's model, which a reset does not change.
         gripper = self.env.robots[0].gripper
         gripper.current_action = np.zeros(gripper.dof)
         self.env.sim.set_state_from_flattened(state)
         self.refresh()
 
     def refresh(self) -> None:
-        """Let everything derived from positions and velocities follow a change of them."""
+        """Recompute everything that depends on positions and velocities."""
         self.env.sim.forward()
         self.env._check_success()
         self.env._post_process()
@@ -89,21 +89,21 @@ class Simulator:
         self._measured = self.env._get_observations()
 
     def step(self, command: Vector) -> bool:
-        """Execute one command `[7]` in the simulator's own convention; returns whether the task is done."""
+        """Execute one command `[7]` of the simulator; returns whether the task is done."""
         self._measured, _, done, _ = self.env.step(command)
         return bool(done)
 
     def objects(self) -> dict[str, Vector]:
-        """Positions `[3]` (m) of the objects that are not fixed, by name."""
+        """Positions `[3]` (m) of movable objects, by name."""
         return {name: np.array(self.data.body(body).xpos) for name, body in self._bodies.items()}
 
     def place_of(self, name: str) -> Vector:
-        """Position `[3]` (m) of an object, or of a site that a task is about."""
+        """Position `[3]` (m) of an object or a site."""
         found = self.data.body(self._bodies[name]) if name in self._bodies else self.data.site(name)
         return np.array(found.xpos)
 
     def place(self, name: str, position: Vector) -> None:
-        """Move an object without turning it; `refresh` lets the scene follow."""
+        """Move an object without rotating it; call `refresh` afterwards."""
         self.data.joint(self._joints[name]).qpos[:3] = position
 
     def save(self) -> Vector:
@@ -132,31 +132,31 @@ class Simulator:
 
     @property
     def configuration(self) -> Vector:
-        """Everything `draw` needs to draw this moment later, `[nq]`."""
+        """The configuration `[nq]`, from which `draw` can render this moment later."""
         return np.array(self.data.qpos, dtype=np.float64)
 
     def draw(self, configuration: Vector, views: Mapping[str, str] = VIEWS) -> dict[str, npt.NDArray[np.uint8]]:
-        """Upright pictures `[S, S, 3]` of a configuration, by view; each view is a camera of the scene."""
-        pictures = {}
-        for view in self._looks(configuration, views):
+        """Render upright images `[S, S, 3]` of a configuration, by view; `views` maps them to cameras of the scene."""
+        images = {}
+        for view in self._update_cameras(configuration, views):
             if self._fast:
                 self.renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
                 self.renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
-            pictures[view] = self.renderer.render()
-        return pictures
+            images[view] = self.renderer.render()
+        return images
 
     def draw_geometry(self, configuration: Vector) -> dict[str, npt.NDArray[np.int32]]:
-        """Index of the geometry that each pixel shows `[S, S]`, -1 for none, upright, by view."""
+        """Render the index of the geometry at each pixel `[S, S]`, -1 for none, upright, by view."""
         shown = {}
         self.renderer.enable_segmentation_rendering()
-        for view in self._looks(configuration, VIEWS):
+        for view in self._update_cameras(configuration, VIEWS):
             index, kind = np.moveaxis(self.renderer.render(), -1, 0)
             shown[view] = np.where(kind == mujoco.mjtObj.mjOBJ_GEOM, index, -1)
         self.renderer.disable_segmentation_rendering()
         return shown
 
-    def _looks(self, configuration: Vector, views: Mapping[str, str]) -> Iterator[str]:
-        """The views, the renderer looking from each at a configuration."""
+    def _update_cameras(self, configuration: Vector, views: Mapping[str, str]) -> Iterator[str]:
+        """Yield each view after setting up the renderer for its camera and the configuration."""
         self._drawn.qpos[:] = configuration
         mujoco.mj_forward(self.model, self._drawn)
         for view, camera in views.items():

@@ -1,4 +1,4 @@
-"""Initial positions widened: LIBERO's own differ by a few centimetres, so little that a policy hardly needs eyes."""
+"""Wider initial positions; LIBERO's own differ by only a few centimetres, which policies can almost memorise."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tokenprune_adapters.environments.libero.conventions import SETTLE_ACTION, S
 from tokenprune_adapters.environments.libero.simulator import Simulator
 
 CLEARANCE = 0.125
-"""Distance (m) kept between the centres of two objects, where the stock state does not have them closer."""
+"""Smallest distance (m) between the centres of two objects, unless they are closer in the stock state."""
 
 _ON_TABLE = 0.03
 _HELD_STILL = 0.015
@@ -20,15 +20,15 @@ _TRIES = 100
 def widen(simulator: Simulator, names: Collection[str], spread: float, seed: Sequence[int]) -> None:
     """Move objects over the table at random in a scene that has settled, and let it settle again.
 
-    Each named object that stands on the table moves by up to `spread` metres in x and in y. Positions where two objects
-    are closer than `CLEARANCE`, or where something is pushed away while the scene settles, are drawn again; where none
-    is found the stock state stays.
+    Each named object on the table moves by up to `spread` metres in x and in y. Positions are drawn again if two
+    objects are closer than `CLEARANCE`, or if an object is pushed away while the scene settles. If no positions are
+    found, the stock state stays.
 
     Args:
-        simulator: At rest.
+        simulator: The scene, at rest.
         names: Objects that may move.
         spread: Largest displacement along each axis, m.
-        seed: What the positions are drawn from.
+        seed: Seed of the positions.
     """
     draw = np.random.default_rng(seed)
     objects = simulator.objects()
@@ -52,13 +52,13 @@ def widen(simulator: Simulator, names: Collection[str], spread: float, seed: Seq
 
 
 def settle(simulator: Simulator) -> None:
-    """Let objects fall into place."""
+    """Step until objects are at rest."""
     for _ in range(SETTLE_STEPS):
         simulator.step(SETTLE_ACTION)
 
 
 def _apart(stock: dict[str, Vector], moved: dict[str, Vector], moving: Sequence[str]) -> bool:
-    """Whether no two objects came closer than the clearance, or than they stood where that is less."""
+    """Whether no two objects are closer than the clearance, or than in the stock state if that is less."""
     for name in moving:
         for other in moved:
             if other == name:

@@ -17,7 +17,7 @@ HORIZONS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "li
 
 
 class LiberoSuite:
-    """One suite."""
+    """The tasks of one suite."""
 
     def __init__(self, name: str) -> None:
         """Read the suite's list of tasks.
@@ -54,7 +54,7 @@ class LiberoSuite:
         return self._init_states[task]
 
     def targets(self) -> frozenset[str]:
-        """Names of everything some task of the suite is about."""
+        """Names of the objects and sites that the suite's tasks are about."""
         from libero.libero.envs import bddl_utils
 
         files = (str(self.task_file(task)) for task in range(len(self.tasks)))
