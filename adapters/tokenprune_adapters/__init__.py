@@ -19,57 +19,59 @@ _LIBERO = {
 }
 
 
+_OPENVLA_PRESETS = {
+    "small": "the release's tokens, a small decoder, untrained",
+    "7b": "the release's dimensions, untrained",
+    "tiny": "milliseconds a query, for checks, untrained",
+}
+_PI0_PRESETS = {
+    "small": "the release's tokens, small decoders, untrained",
+    "base": "the release's dimensions, untrained",
+    "tiny": "milliseconds a query, for checks, untrained",
+}
+
+
 @hookimpl
 def tokenprune_register() -> Iterable[Spec]:
     """Backbones and environments."""
     return (
-        BackboneSpec(
-            name="openvla",
-            summary="OpenVLA: a causal prefill over one view, then six cached steps that spell the action",
-            target=f"{__name__}.backbones.openvla.factory:OpenVLAFactory",
-            presets={
-                "small": "the release's tokens, a small decoder, untrained",
-                "7b": "the release's dimensions, untrained",
-                "tiny": "milliseconds a query, for checks, untrained",
-            },
-            episode=f"{__name__}:episodes/libero_spatial.npz",
+        _backbone(
+            "openvla",
+            "OpenVLA: a causal prefill over one view, then six cached steps that spell the action",
+            "openvla.factory:OpenVLAFactory",
+            _OPENVLA_PRESETS,
         ),
-        BackboneSpec(
-            name="openvla-oft",
-            summary="OpenVLA-OFT: bidirectional, one pass (diffusion head: one a step), 1-3 views",
-            target=f"{__name__}.backbones.openvla_oft.factory:OFTFactory",
-            presets={
-                **OFT_TRAINED,
-                "small": "the release's tokens, a small decoder, untrained",
-                "7b": "the release's dimensions, untrained",
-                "tiny": "milliseconds a query, for checks, untrained",
-            },
-            episode=f"{__name__}:episodes/libero_spatial.npz",
+        _backbone(
+            "openvla-oft",
+            "OpenVLA-OFT: bidirectional, one pass (diffusion head: one a step), 1-3 views",
+            "openvla_oft.factory:OFTFactory",
+            {**OFT_TRAINED, **_OPENVLA_PRESETS},
         ),
-        BackboneSpec(
-            name="pi0",
-            summary="pi0: a bidirectional prefix and ten flow steps of an action expert behind it, 1-3 views",
-            target=f"{__name__}.backbones.pi0.factory:PI0Factory",
-            presets={
-                "small": "the release's tokens, small decoders, untrained",
-                "base": "the release's dimensions, untrained",
-                "tiny": "milliseconds a query, for checks, untrained",
-            },
-            episode=f"{__name__}:episodes/libero_spatial.npz",
+        _backbone(
+            "pi0",
+            "pi0: a bidirectional prefix and ten flow steps of an action expert behind it, 1-3 views",
+            "pi0.factory:PI0Factory",
+            _PI0_PRESETS,
         ),
-        BackboneSpec(
-            name="pi05",
-            summary="pi0.5: as pi0, with the robot state in the prompt and norms that depend on the flow's time",
-            target=f"{__name__}.backbones.pi0.factory:PI05Factory",
-            presets={
-                "small": "the release's tokens, small decoders, untrained",
-                "base": "the release's dimensions, untrained",
-                "tiny": "milliseconds a query, for checks, untrained",
-            },
-            episode=f"{__name__}:episodes/libero_spatial.npz",
+        _backbone(
+            "pi05",
+            "pi0.5: as pi0, with the robot state in the prompt and norms that depend on the flow's time",
+            "pi0.factory:PI05Factory",
+            _PI0_PRESETS,
         ),
         *(
             EnvironmentSpec(name, summary, f"{__name__}.environments.libero.environment:LiberoFactory")
             for name, summary in _LIBERO.items()
         ),
+    )
+
+
+def _backbone(name: str, summary: str, factory: str, presets: Mapping[str, str]) -> BackboneSpec:
+    """A backbone that ships with the recorded LIBERO episode."""
+    return BackboneSpec(
+        name=name,
+        summary=summary,
+        target=f"{__name__}.backbones.{factory}",
+        presets=dict(presets),
+        episode=f"{__name__}:episodes/libero_spatial.npz",
     )

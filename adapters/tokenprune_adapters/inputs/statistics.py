@@ -1,4 +1,4 @@
-"""Dataset statistics that map actions and robot state between the environment's units and those of a policy."""
+"""Dataset statistics, which map actions and robot state between the environment's units and the policy's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tokenprune.errors import CheckpointError, nearest
 
 
 class Normaliser(Protocol):
-    """A map between the environment's units and those of a policy, each dimension by itself."""
+    """A map between the environment's units and the policy's, separate for each dimension."""
 
     def normalise(self, values: np.ndarray) -> np.ndarray:
         """Map `[..., D]` in the environment's units to the policy's."""

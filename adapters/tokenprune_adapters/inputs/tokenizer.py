@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import unicodedata
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from tokenizers import Tokenizer
 
@@ -30,6 +32,40 @@ class Prompt:
     state: range = range(0)
 
 
+class TokenizerBase(ABC):
+    """What the tokenizers of all families share.
+
+    Args:
+        tokenizer: The tokenizer; it is set up to encode whole texts, without padding and with special tokens as plain
+            characters.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True
+        self._tokenizer = tokenizer
+
+    @classmethod
+    @abstractmethod
+    def from_file(cls, path: str | Path) -> Self:
+        """Read a `tokenizer.json`.
+
+        Raises:
+            CheckpointError: If the file is missing, is not a tokenizer, or lacks a piece.
+        """
+
+    @classmethod
+    def bundled(cls) -> Self:
+        """The small tokenizer that ships with the adapters; it fits no released checkpoint."""
+        return cls.from_file(BUNDLED)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, added tokens included."""
+        return int(self._tokenizer.get_vocab_size())
+
+
 def read_tokenizer(path: str | Path) -> Tokenizer:
     """Read a tokenizer of any kind.
 
@@ -40,14 +76,6 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the Rust side raises nothing narrower
         raise CheckpointError(f"{path}: not a readable tokenizer.json ({error})") from error
-
-
-def as_plain_text(tokenizer: Tokenizer) -> Tokenizer:
-    """Set up a tokenizer to encode whole texts, without padding and with special tokens as plain characters."""
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True
-    return tokenizer
 
 
 def piece_id(piece: str, tokenizer: Tokenizer, source: str, kind: str) -> int:

@@ -167,7 +167,7 @@ class LayerScale(nn.Module):
 
 
 class Block(FiLM):
-    """A pre-norm transformer block, modulated by language where the configuration has FiLM."""
+    """A pre-norm transformer block, modulated by language if the configuration has FiLM."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__(config.film, config.hidden_size)

@@ -99,7 +99,7 @@ class Inventory:
 
         Args:
             statistics: Datasets whose statistics the checkpoint holds.
-            state_size: Numbers of robot state that a query needs, None where the policy reads none.
+            state_size: Numbers of robot state that a query needs, None if the policy reads none.
         """
         dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in self.stored)
         return Findings(

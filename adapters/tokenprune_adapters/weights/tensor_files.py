@@ -87,7 +87,7 @@ def stored_safetensors(folder: Path) -> dict[str, StoredTensor]:
     """
     single, index = folder / SINGLE, folder / INDEX
     if single.exists() and index.exists():
-        raise CheckpointError(f"{folder}: holds both {SINGLE} and {INDEX}; keep the one that is meant")
+        raise CheckpointError(f"{folder}: holds both {SINGLE} and {INDEX}; keep only one of them")
     if index.exists():
         return _sharded(index)
     if not single.exists():

@@ -94,7 +94,7 @@ class BackboneBase(Generic[ConfigT, TokenizerT, ModelT]):
         return self.config.encode(self.tokenizer, instruction)
 
     def layout(self, instruction: str, state: object = None) -> TokenLayout:
-        """Tokens of a query with this instruction and, where the prompt spells it, this robot state."""
+        """Tokens of a query with this instruction and, if the prompt spells it, this robot state."""
         return self.config.layout(self.prompt(instruction, state))
 
     def check(self, observation: Observation) -> None:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from tokenprune.errors import ConfigError, nearest
 
 ConfigT = TypeVar("ConfigT")
+ChoiceT = TypeVar("ChoiceT")
 
 
 def preset_config(backbone: str, name: str, presets: Mapping[str, ConfigT], trained: Iterable[str] = ()) -> ConfigT:
@@ -83,6 +84,18 @@ def whole_number(key: str, value: object, least: int = 1, most: int | None = Non
         valid = f"{least} or more" if most is None else f"{least} to {most}"
         raise ConfigError(f"{key} must be a whole number, {valid}, got {value!r}")
     return value
+
+
+def choice(key: str, value: object, valid: tuple[ChoiceT, ...]) -> ChoiceT:
+    """An option that is one of a few values.
+
+    Raises:
+        ConfigError: If it is not.
+    """
+    for option in valid:
+        if value == option:
+            return option
+    raise ConfigError(f"there is no {key} {value!r}{nearest(str(value), map(str, valid))}")
 
 
 def view_names(value: object, order: str) -> tuple[str, ...]:

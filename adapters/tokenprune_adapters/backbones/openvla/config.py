@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
-from tokenprune.errors import ConfigError, nearest
+from tokenprune.errors import ConfigError
 from tokenprune.model.info import ActionSpec, BackboneInfo, FollowUp
 from tokenprune.model.phase import Phase
 from tokenprune.tokens.layout import Role, Segment, TokenLayout
-from tokenprune_adapters.backbones.common.options import apply_options, check_unnorm_key, flag, preset_config
+from tokenprune_adapters.backbones.common.options import apply_options, check_unnorm_key, choice, flag, preset_config
 from tokenprune_adapters.backbones.prismatic.config import LIBERO_ACTION, PrismaticConfig, lm_head_flops, preset_body
 from tokenprune_adapters.backbones.prismatic.image_transform import CENTER_CROP_AREA, ImageTransform
 from tokenprune_adapters.backbones.prismatic.prompt import PromptStyle, PromptTokenizer
@@ -152,10 +152,7 @@ def _with_center_crop(config: OpenVLAConfig, value: object) -> OpenVLAConfig:
 
 
 def _with_prompt(config: OpenVLAConfig, value: object) -> OpenVLAConfig:
-    for style in get_args(PromptStyle):
-        if value == style:
-            return replace(config, prompt=style)
-    raise ConfigError(f"there is no prompt {value!r}{nearest(str(value), get_args(PromptStyle))}")
+    return replace(config, prompt=choice("prompt", value, get_args(PromptStyle)))
 
 
 def _with_restrict(config: OpenVLAConfig, value: object) -> OpenVLAConfig:

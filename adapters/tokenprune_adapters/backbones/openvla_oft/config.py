@@ -13,6 +13,7 @@ from tokenprune_adapters import OFT_TRAINED
 from tokenprune_adapters.backbones.common.options import (
     apply_options,
     check_unnorm_key,
+    choice,
     flag,
     preset_config,
     view_names,
@@ -307,10 +308,7 @@ def _with_film(config: OFTConfig, value: object) -> OFTConfig:
 
 
 def _with_head(config: OFTConfig, value: object) -> OFTConfig:
-    for head in get_args(Head):
-        if value == head:
-            return replace(config, head=head)
-    raise ConfigError(f"there is no head {value!r}{nearest(str(value), get_args(Head))}")
+    return replace(config, head=choice("head", value, get_args(Head)))
 
 
 def _with_steps(config: OFTConfig, value: object) -> OFTConfig:

@@ -91,7 +91,7 @@ def export_oft(
 def _weights(
     config: OFTConfig, model: OFTModel, dtype: torch.dtype
 ) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, torch.Tensor]]]:
-    """The body's tensors, and by module those of modules with a file of their own."""
+    """Tensors of the body, and by module the tensors of each module that has a file of its own."""
     where = Path(type(model).__name__)
     values = {name: stored.read(_CPU, dtype) for name, stored in stored_module(model.state_dict(), where).items()}
     separate = {

@@ -38,7 +38,7 @@ def merged(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
             B `[out, r, 1, 1]`.
 
     Returns:
-        Merged key to tensor; file and key of a merged weight are those of its base.
+        Merged key to tensor; a merged weight has the file and key of its base.
 
     Raises:
         CheckpointError: If a layer lacks its base, A or B, if their shapes do not fit, if it has tensors of another

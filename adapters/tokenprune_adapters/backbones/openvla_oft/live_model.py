@@ -31,15 +31,14 @@ _MODULES = ("action_head", "noisy_action_projector", "proprio_projector", TOWERS
 def adopt_oft(module: nn.Module, options: Mapping[str, Any]) -> OpenVLAOFT:
     """Share the weights of upstream's own model; none is copied, and the model stays as it is.
 
-    There is one exception: if towers with FiLM carry LoRA that is not merged, as upstream's do, the merged weights are
-    new tensors.
+    There is one exception: upstream's towers with FiLM carry LoRA that is not merged; merged weights are new tensors.
 
     Args:
         module: Upstream's `OpenVLAForActionPrediction`, with its `config` and, if it has any, `norm_stats`.
         options: See `with_options`, and what the model does not hold: `tokenizer`, a `PromptTokenizer` or the path of
-            its `tokenizer.json`, and those of upstream's modules `action_head`, `noisy_action_projector` and
-            `proprio_projector` that the policy has. `vision_backbone` may be given for towers with FiLM that are not
-            the model's own. Prefixes of data-parallel training are dropped.
+            its `tokenizer.json`, and upstream's modules `action_head`, `noisy_action_projector` and
+            `proprio_projector`, as far as the policy has them. `vision_backbone` may be given for towers with FiLM that
+            are not part of the model. Prefixes of data-parallel training are dropped.
 
     Returns:
         The backbone, on the model's device and in its type.

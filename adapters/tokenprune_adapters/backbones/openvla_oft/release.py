@@ -105,7 +105,7 @@ def configure(release: PrismaticRelease, raw: Mapping[str, Any], options: Mappin
 
 
 def with_statistics(release: PrismaticRelease, config: OFTConfig, options: Mapping[str, Any]) -> OFTSetup:
-    """Complete a setup with the statistics of the chosen dataset, its bounds those that the configuration names.
+    """Add the statistics of the chosen dataset, with the bounds that the configuration names.
 
     Raises:
         CheckpointError: If the dataset is unknown or not given, or its statistics are incomplete.

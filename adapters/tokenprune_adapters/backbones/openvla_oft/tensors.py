@@ -1,4 +1,4 @@
-"""Tensors of an OpenVLA-OFT checkpoint by module: the body's, and those of modules with a file of their own."""
+"""Tensors of an OpenVLA-OFT checkpoint: the body's, and each module's that has a file of its own."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ _HINTS = {
     "action_head": "it holds the L1 head, or with head=diffusion the noise predictor; a checkpoint of discrete tokens "
     "has none and takes the option head=discrete, but a folder without a head also looks like OpenVLA's",
     "noisy_action_projector": "the option head=diffusion needs it",
-    "proprio_projector": "set the option proprio to false where the policy reads no robot state",
-    TOWERS: "the option film needs the towers that hear the instruction; set it to false where they do not",
+    "proprio_projector": "set the option proprio to false if the policy reads no robot state",
+    TOWERS: "the option film needs towers with FiLM; set it to false if the policy has none",
 }
 
 
@@ -117,5 +117,5 @@ def _single_file(folder: Path, module: str) -> Path:
         raise CheckpointError(f"{folder}: there is no {module}--*.pt; {_HINTS[module]}")
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
-        raise CheckpointError(f"{folder}: there are several {module}--*.pt; keep the one that is meant of {names}")
+        raise CheckpointError(f"{folder}: there are several {module}--*.pt; keep only one of {names}")
     return found[0]

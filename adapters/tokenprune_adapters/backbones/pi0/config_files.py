@@ -144,7 +144,7 @@ class FileConfig:
 
     Attributes:
         config: The policy; chunk, state and views are the preset's.
-        options: Those of the options `horizon`, `steps`, `dims` and `state_size` that the file states.
+        options: The options that the file states, of `horizon`, `steps`, `dims` and `state_size`.
         slots: Names of the cameras, in slot order.
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -11,7 +12,7 @@ from tokenprune.errors import CheckpointError
 from tokenprune_adapters.inputs.tokenizer import (
     BUNDLED,
     Prompt,
-    as_plain_text,
+    TokenizerBase,
     check_length,
     one_line,
     piece_id,
@@ -29,7 +30,7 @@ _EDGES = np.linspace(-1, 1, 257)[:-1]
 _SOURCE = "google/paligemma-3b-pt-224"
 
 
-class GemmaTokenizer:
+class GemmaTokenizer(TokenizerBase):
     """Builds the prompts pi0 and pi0.5 were trained with (upstream openpi, `PaligemmaTokenizer`).
 
     Upstream pads prompts to a fixed length and masks the padding; here they have no padding. Case is kept.
@@ -47,7 +48,7 @@ class GemmaTokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer, source: str, bos: str = "<bos>") -> None:
-        self._tokenizer = as_plain_text(tokenizer)
+        super().__init__(tokenizer)
         self.bos_id = piece_id(bos, tokenizer, source, "Gemma's")
         # Upstream tokenises the closing line break by itself, and Gemma has a piece for it.
         byte = piece_id("<0x0A>", tokenizer, source, "Gemma's")
@@ -55,14 +56,8 @@ class GemmaTokenizer:
         self._line_break = byte if own is None else own
 
     @classmethod
-    def from_file(cls, path: str | Path) -> GemmaTokenizer:
+    def from_file(cls, path: str | Path) -> Self:
         """Read PaliGemma's `tokenizer.json`, or a copy of the bundled one.
-
-        Args:
-            path: The file.
-
-        Returns:
-            The tokenizer.
 
         Raises:
             CheckpointError: If the file is missing, is not a tokenizer, or lacks a piece.
@@ -74,16 +69,6 @@ class GemmaTokenizer:
         # Compared by vocabulary, because Gemma's has a piece `<s>` too, which is not its BOS.
         bundled = tokenizer.get_vocab() == read_tokenizer(BUNDLED).get_vocab()
         return cls(tokenizer, str(path), bos="<s>" if bundled else "<bos>")
-
-    @classmethod
-    def bundled(cls) -> GemmaTokenizer:
-        """Return the small tokenizer that ships with the adapters; it fits no released checkpoint."""
-        return cls.from_file(BUNDLED)
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids, added tokens included."""
-        return int(self._tokenizer.get_vocab_size())
 
     def encode(self, instruction: str, max_tokens: int, state: np.ndarray | None = None) -> Prompt:
         """Tokenise the prompt of an instruction and, if one is given, of a robot state.
@@ -134,7 +119,7 @@ def state_bins(state: np.ndarray) -> list[int]:
 
 
 def _cleaned(instruction: object) -> str:
-    """Clean an instruction as upstream does, in upstream's order."""
+    """Clean an instruction with upstream's steps in upstream's order."""
     if not isinstance(instruction, str):
         return one_line(instruction)
     text = instruction.strip().replace("_", " ").replace("\n", " ")

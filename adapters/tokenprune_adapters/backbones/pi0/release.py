@@ -43,7 +43,7 @@ def read_pi0(variant: Variant, folder: Path, options: Mapping[str, Any]) -> PI0S
         variant: The policy that the checkpoint must be of.
         folder: A folder written by openpi's conversion or training for PyTorch, by lerobot or by transformers; or a hub
             id `owner/name` of one of the latter two.
-        options: Those of `with_options`, which take precedence over the files, and these:
+        options: See `with_options`, whose options take precedence over the files; and these:
 
             - `format`: `openpi`, `lerobot` or `transformers`, if no file tells it.
             - `tokenizer`: PaliGemma's `tokenizer.json`, if the folder has none.

@@ -88,7 +88,7 @@ def take_pi0_inventory(
         for other, only in _ONLY.items():
             if other != variant and name is not None and only.fullmatch(name):
                 file = stored[key].file
-                looks = f"which '{variant}' has not; this looks like a checkpoint of '{other}'"
+                looks = f"which '{variant}' does not have; this looks like a checkpoint of '{other}'"
                 raise CheckpointError(f"{file}: has '{key}', {looks}")
     fitting = {
         key: _batched(tensor, wanted[_POSITIONS]) if names[key] == _POSITIONS else tensor

@@ -65,10 +65,10 @@ class Projector(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Holder of transformers' Llama modules under the checkpoint's prefix; its `forward` is never called."""
+    """transformers' Llama modules under the checkpoint's prefix; `Decoder` runs them, their `forward` is not called."""
 
     def __init__(self, config: PrismaticConfig, lm_head: bool = False) -> None:
-        """Build the modules, with an output layer over the vocabulary if asked for; the caller fills the weights."""
+        """Build the modules, with `lm_head` also an output layer over the vocabulary; the caller loads the weights."""
         # Imported here, because it takes seconds that `explain` and `validate` need not wait; on the CPU, because the
         # caller builds on the meta device.
         with torch.device("cpu"):

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from tokenizers import Tokenizer
 
 from tokenprune.errors import CheckpointError
 from tokenprune_adapters.inputs.tokenizer import (
-    BUNDLED,
     Prompt,
-    as_plain_text,
+    TokenizerBase,
     check_length,
     one_line,
     piece_id,
@@ -34,7 +33,7 @@ _STYLES: Mapping[PromptStyle, tuple[str, str]] = {
 }
 
 
-class PromptTokenizer:
+class PromptTokenizer(TokenizerBase):
     """Builds the prompt OpenVLA was trained with (upstream OpenVLA, `get_vla_action`).
 
     The empty token, SentencePiece's single space, ends every prompt: upstream appends it if the tokenizer has not
@@ -54,7 +53,7 @@ class PromptTokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer, source: str) -> None:
-        self._tokenizer = as_plain_text(tokenizer)
+        super().__init__(tokenizer)
 
         def id_of(piece: str) -> int:
             return piece_id(piece, tokenizer, source, "Llama's")
@@ -65,14 +64,8 @@ class PromptTokenizer:
         self.empty_id = id_of("▁")
 
     @classmethod
-    def from_file(cls, path: str | Path) -> PromptTokenizer:
+    def from_file(cls, path: str | Path) -> Self:
         """Read a `tokenizer.json`.
-
-        Args:
-            path: The file.
-
-        Returns:
-            The tokenizer.
 
         Raises:
             CheckpointError: If the file is missing, is not a tokenizer, or lacks a piece.
@@ -80,16 +73,6 @@ class PromptTokenizer:
         if not Path(path).is_file():
             raise CheckpointError(f"{path}: no such file; a release carries its tokenizer as tokenizer.json")
         return cls(read_tokenizer(path), str(path))
-
-    @classmethod
-    def bundled(cls) -> PromptTokenizer:
-        """Return the small tokenizer that ships with the adapters; it fits no released checkpoint."""
-        return cls.from_file(BUNDLED)
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids, added tokens included."""
-        return int(self._tokenizer.get_vocab_size())
 
     def encode(self, instruction: str, max_tokens: int = 256, style: PromptStyle = "pure") -> Prompt:
         """Tokenise the prompt of an instruction.

@@ -45,7 +45,7 @@ class _Rope(Fields):
 
 
 class _TextConfig(Fields):
-    """The decoder's fields. The defaults are those of Llama-2-7B in transformers, on which the releases rely."""
+    """The decoder's fields; the releases rely on the defaults, which are transformers' for Llama-2-7B."""
 
     model_type: Literal["llama"] = "llama"
     hidden_size: Size = 4096
@@ -66,7 +66,7 @@ class _TextConfig(Fields):
 
 
 class _TowerArgs(Fields):
-    """timm's arguments for one tower, where they differ from those of its id."""
+    """timm's arguments for one tower that override the defaults of its id."""
 
     model_config = ConfigDict(extra="forbid")
 
