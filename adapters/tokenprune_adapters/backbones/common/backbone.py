@@ -34,7 +34,7 @@ class PolicyConfig(Protocol):
         ...
 
     def info(self, source: str, untrained: bool) -> BackboneInfo:
-        """What the core needs to know.
+        """The description of the backbone for the core.
 
         Args:
             source: The preset, or the checkpoint.

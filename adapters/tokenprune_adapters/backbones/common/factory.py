@@ -45,7 +45,7 @@ class FactoryBase(ABC, Generic[BackboneT]):
 
     name: ClassVar[str]
     presets: ClassVar[tuple[str, ...]]
-    backbone: ClassVar[type[BackboneBase[Any, Any, Any]]]
+    backbone: ClassVar[type[Any]]  # of BackboneT, which a class variable cannot name
     model: ClassVar[type[nn.Module]]
 
     @classmethod
@@ -89,8 +89,8 @@ class FactoryBase(ABC, Generic[BackboneT]):
         setup = cls.untrained(name, options)
         model = empty_model(cls.model, setup.config)
         cls.fill(model, seed, device, dtype)
-        made: BackboneT = cls.backbone(setup, model, setup.config.info(name, untrained=True))  # type: ignore[assignment]
-        return made
+        backbone: BackboneT = cls.backbone(setup, model, setup.config.info(name, untrained=True))
+        return backbone
 
     @classmethod
     @abstractmethod

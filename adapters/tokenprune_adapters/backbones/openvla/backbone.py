@@ -53,6 +53,7 @@ class OpenVLA(BackboneBase[OpenVLAConfig, PromptTokenizer, OpenVLAModel]):
 
     def infer(self, inputs: OpenVLAInputs, query: Query) -> Tensor:
         """Towers, projector, decoder with its cuts, then the action token by token; normalised actions `[B, 1, D]`."""
+        """Towers, projector, pruned prefill, then decode steps; normalised actions `[B, 1, D]`."""
         with query.phase(Phase.VISION):
             embeddings = self.embed(inputs, query)
         cache = KVCache()
@@ -65,7 +66,7 @@ class OpenVLA(BackboneBase[OpenVLAConfig, PromptTokenizer, OpenVLAModel]):
         with query.phase("vision"):
         with query.phase("decode"):
             ids, finite = self._generate(hidden, cache, query)
-        with query.phase("head"):
+        with query.phase(Phase.HEAD):
             return self.bins.actions(ids).where(finite, torch.nan)[:, None]
 
     def embed(self, inputs: OpenVLAInputs, query: Query) -> Tensor:

@@ -80,7 +80,7 @@ class OpenVLAConfig:
         return TokenLayout.build(segments, spans)
 
     def info(self, source: str, untrained: bool) -> BackboneInfo:
-        """What the core needs to know."""
+        """The description of the backbone for the core."""
         shape, dims = self.body.decoder, self.action.dims
         lm_head = lm_head_flops(1, dims, shape.hidden, self.body.vocab)
         return BackboneInfo(

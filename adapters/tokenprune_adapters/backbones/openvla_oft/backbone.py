@@ -89,7 +89,7 @@ class OpenVLAOFT(BackboneBase[OFTConfig, PromptTokenizer, OFTModel]):
         """Towers, projector, decoder with its cuts, head; normalised actions `[B, T, D]`."""
         with query.phase(Phase.VISION):
         """Towers, projector, pruned prefill, head; normalised actions `[B, T, D]`."""
-        with query.phase("vision"):
+        with query.phase(Phase.VISION):
             tokens = self.embed(inputs, query)
         if self.config.head == "diffusion":
             return self._denoise(tokens, query)
@@ -98,7 +98,7 @@ class OpenVLAOFT(BackboneBase[OFTConfig, PromptTokenizer, OFTModel]):
         states = query.decode(self.decoder, tokens.around(blank))
         with query.phase(Phase.HEAD):
         states = query.decode(self.decoder, tokens.with_chunk(blank))
-        with query.phase("head"):
+        with query.phase(Phase.HEAD):
             if self.config.head == "discrete":
                 return self._discrete_actions(states)
             actions: Tensor = self.model.action_head(states)
@@ -122,11 +122,10 @@ class OpenVLAOFT(BackboneBase[OFTConfig, PromptTokenizer, OFTModel]):
         if language is not None:
             language = language.repeat(len(views), 1)
         capture = AttentionCapture(self.config.body.towers, query.encoder_kinds)
-        features = self.model.vision_backbone(pixels, self.config.transform, self.dtype, language, capture).chunk(
-            len(views)
-        )
+        features = self.model.vision_backbone(pixels, self.config.transform, self.dtype, language, capture)
         query.note_encoder(views, capture.captured)
-        changed = [query.transform(view, part) for view, part in zip(views, features, strict=True)]
+        parts = zip(views, features.chunk(len(views)), strict=True)
+        changed = [query.transform(view, part) for view, part in parts]
         projected: Tensor = self.model.projector(torch.cat(changed))
         return list(projected.chunk(len(views)))
 

@@ -157,7 +157,7 @@ class OFTConfig:
         return self.body.max_positions - others
 
     def info(self, source: str, untrained: bool) -> BackboneInfo:
-        """What the core needs to know."""
+        """The description of the backbone for the core."""
         width, horizon, dims = self.body.decoder.hidden, self.action.horizon, self.action.dims
         repeats = self.steps if self.head == "diffusion" else 1
         other = self.body.vision_flops(len(self.views))

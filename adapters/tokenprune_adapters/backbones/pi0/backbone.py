@@ -76,7 +76,7 @@ class PI0(BackboneBase[PI0Config, GemmaTokenizer, PI0Model]):
         """Tower, projector, prefix with its cuts, flow steps; normalised actions `[B, T, D]`."""
         with query.phase(Phase.VISION):
         """Tower, projector, pruned prefill of the prefix, flow steps; normalised actions `[B, T, D]`."""
-        with query.phase("vision"):
+        with query.phase(Phase.VISION):
             embeddings = self.embed(inputs, self._patches(inputs, query))
         cache = KVCache()
         query.decode(self.prefix, embeddings, cache)

@@ -128,7 +128,7 @@ class PI0Config:
         return TokenLayout.build([*patches, Segment(Role.TEXT, 0, len(prompt.ids))], spans)
 
     def info(self, source: str, untrained: bool) -> BackboneInfo:
-        """What the core needs to know."""
+        """The description of the backbone for the core."""
         rows, cols = self.tower.grid
         views, width, horizon = len(self.views), self.expert.hidden, self.action.horizon
         numbers = 2 * 2 * horizon * self.width * width

@@ -51,7 +51,7 @@ class Gemma(nn.Module):
     def __init__(
         self, shape: DecoderShape, config: PI0Config, vocab: int | None = None, condition: int | None = None
     ) -> None:
-        # Imported here, because it takes seconds that `explain` and `validate` need not wait; on the CPU, because the
+        # Imported here, because it takes seconds, which `explain` and `validate` avoid; on the CPU, because the
         # caller builds on the meta device.
         with torch.device("cpu"):
             mend_torchvision()

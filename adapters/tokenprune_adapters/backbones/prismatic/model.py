@@ -69,7 +69,7 @@ class LanguageModel(nn.Module):
 
     def __init__(self, config: PrismaticConfig, lm_head: bool = False) -> None:
         """Build the modules, with `lm_head` also an output layer over the vocabulary; the caller loads the weights."""
-        # Imported here, because it takes seconds that `explain` and `validate` need not wait; on the CPU, because the
+        # Imported here, because it takes seconds, which `explain` and `validate` avoid; on the CPU, because the
         # caller builds on the meta device.
         with torch.device("cpu"):
             mend_torchvision()
