@@ -63,7 +63,7 @@ def values(stored: dict[str, StoredTensor], dtype: torch.dtype = torch.float64) 
 def test_a_merged_linear_layer_is_the_adapted_one(tmp_path, rank, wide, out):
     state, x = layer("a.fc", out, rank, wide), drawn(5, wide)
     weight, bias, down, up = state.values()
-    found = values(merged(written(tmp_path, state)))
+    found = values(merge_lora(written(tmp_path, state)))
     assert found.keys() == {"a.fc.weight", "a.fc.bias"}
     expected = linear(x, weight, bias) + SCALES[rank] * linear(linear(x, down), up)
     assert torch.allclose(linear(x, found["a.fc.weight"], found["a.fc.bias"]), expected, rtol=0, atol=1e-11)
@@ -73,7 +73,7 @@ def test_a_merged_linear_layer_is_the_adapted_one(tmp_path, rank, wide, out):
 def test_a_merged_convolution_is_the_adapted_one(tmp_path, rank):
     state, x = layer("patch_embed.proj", 6, rank, 3, 2, 2), drawn(2, 3, 8, 8)
     weight, bias, down, up = state.values()
-    found = values(merged(written(tmp_path, state)))
+    found = values(merge_lora(written(tmp_path, state)))
     expected = conv2d(x, weight, bias, stride=2) + SCALES[rank] * conv2d(conv2d(x, down, stride=2), up)
     ours = conv2d(x, found["patch_embed.proj.weight"], found["patch_embed.proj.bias"], stride=2)
     assert torch.allclose(ours, expected, rtol=0, atol=1e-11)
@@ -82,7 +82,7 @@ def test_a_merged_convolution_is_the_adapted_one(tmp_path, rank):
 def test_bfloat16_weights_are_merged_in_float32_and_rounded_once(tmp_path):
     state = {key: value.to(torch.bfloat16) for key, value in layer("fc", 40, 32, 30).items()}
     weight, _, down, up = (value.float() for value in state.values())
-    stored = merged(written(tmp_path, state))["fc.weight"]
+    stored = merge_lora(written(tmp_path, state))["fc.weight"]
     once = (weight + 0.5 * (up @ down)).to(torch.bfloat16)
     assert stored.fetch().dtype == torch.bfloat16
     assert torch.equal(stored.fetch(), once)
@@ -102,7 +102,7 @@ def test_nothing_is_read_before_it_is_fetched_and_the_rest_is_untouched(tmp_path
 
     state = layer("fc", 4, 2, 3) | {"norm.weight": drawn(4)}
     stored = {key: watched(key, tensor) for key, tensor in written(tmp_path, state).items()}
-    found = merged(stored)
+    found = merge_lora(stored)
     assert read == []
     assert found["norm.weight"] is stored["norm.weight"]
     assert found["fc.bias"] is stored["fc.base_layer.bias"]
@@ -119,7 +119,7 @@ def test_an_adapter_that_can_no_longer_be_read_is_named(tmp_path):
     stored = written(tmp_path, layer("fc", 4, 2, 3))
     stored["fc.lora_B.default.weight"] = replace(stored["fc.lora_B.default.weight"], fetch=fail)
     with pytest.raises(CheckpointError, match=r"weights\.pt: 'fc\.lora_B\.default\.weight' cannot be read \(gone\)"):
-        merged(stored)["fc.weight"].read(CPU, torch.float32)
+        merge_lora(stored)["fc.weight"].read(CPU, torch.float32)
 
 
 def without(key: str) -> Callable[[State], State]:
@@ -159,7 +159,7 @@ BASE, A, B = "fc.base_layer.weight", "fc.lora_A.default.weight", "fc.lora_B.defa
 def test_what_cannot_be_merged_is_refused(tmp_path, change, message):
     stored = written(tmp_path, change(layer("fc", 4, 2, 3)))
     with pytest.raises(CheckpointError, match=re.escape(message)) as error:
-        merged(stored)
+        merge_lora(stored)
     assert str(error.value).startswith(str(tmp_path / "weights.pt"))
 
 

@@ -1,1 +1,1 @@
-"""Shared by all families: the bases of backbones and factories, option parsers, fields of `config.json`."""
+"""Shared by all families: bases of backbones and factories, options, fields of `config.json`, LIBERO's actions."""

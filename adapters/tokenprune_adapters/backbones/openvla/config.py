@@ -10,8 +10,9 @@ from tokenprune.errors import ConfigError
 from tokenprune.model.info import ActionSpec, BackboneInfo, FollowUp
 from tokenprune.model.phase import Phase
 from tokenprune.tokens.layout import Role, Segment, TokenLayout
+from tokenprune_adapters.backbones.common.actions import LIBERO_ACTION
 from tokenprune_adapters.backbones.common.options import apply_options, check_unnorm_key, choice, flag, preset_config
-from tokenprune_adapters.backbones.prismatic.config import LIBERO_ACTION, PrismaticConfig, lm_head_flops, preset_body
+from tokenprune_adapters.backbones.prismatic.config import PrismaticConfig, lm_head_flops, preset_body
 from tokenprune_adapters.backbones.prismatic.image_transform import CENTER_CROP_AREA, ImageTransform
 from tokenprune_adapters.backbones.prismatic.prompt import PromptStyle, PromptTokenizer
 from tokenprune_adapters.inputs.tokenizer import Prompt

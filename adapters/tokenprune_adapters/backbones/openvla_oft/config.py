@@ -10,6 +10,7 @@ from tokenprune.errors import ConfigError, nearest
 from tokenprune.model.info import ActionSpec, BackboneInfo, DecoderShape
 from tokenprune.tokens.layout import Role, Segment, TokenLayout
 from tokenprune_adapters import OFT_TRAINED
+from tokenprune_adapters.backbones.common.actions import LIBERO_ACTION
 from tokenprune_adapters.backbones.common.options import (
     apply_options,
     check_unnorm_key,
@@ -20,7 +21,7 @@ from tokenprune_adapters.backbones.common.options import (
     whole_number,
 )
 from tokenprune_adapters.backbones.openvla_oft.heads import head_flops, noisy_action_flops, proprio_flops
-from tokenprune_adapters.backbones.prismatic.config import LIBERO_ACTION, PrismaticConfig, lm_head_flops, preset_body
+from tokenprune_adapters.backbones.prismatic.config import PrismaticConfig, lm_head_flops, preset_body
 from tokenprune_adapters.backbones.prismatic.image_transform import (
     CENTER_CROP_AREA,
     SIGLIP_MEAN,

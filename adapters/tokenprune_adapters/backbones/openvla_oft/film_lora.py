@@ -25,7 +25,7 @@ _TOWER = re.compile(rf"(?:(?:base_model\.model|module|vision_backbone)\.)*((?:{'
 _LARGEST_ALPHA = 16
 
 
-def merged(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+def merge_lora(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Merge LoRA into the layers that carry it; every other tensor stays as it is.
 
     PEFT saves such a layer as `base_layer.weight`, `lora_A.default.weight` and `lora_B.default.weight`, and its bias as
@@ -115,7 +115,7 @@ def read_film_towers(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTens
         # timm's own name for `scale_factor` of OpenVLA's files.
         name = re.sub(r"(\.ls[12])\.gamma$", r"\1.scale_factor", name)
         _add(renamed, f"vision_backbone.{name}", tensor)
-    return merged(renamed)
+    return merge_lora(renamed)
 
 
 def _add(found: dict[str, StoredTensor], name: str, tensor: StoredTensor) -> None:

@@ -12,6 +12,7 @@ from tokenprune.errors import ConfigError
 from tokenprune.model.info import ActionSpec, BackboneInfo, DecoderShape, FollowUp
 from tokenprune.model.phase import Phase
 from tokenprune.tokens.layout import Role, Segment, TokenLayout
+from tokenprune_adapters.backbones.common.actions import LIBERO_ACTION
 from tokenprune_adapters.backbones.common.options import (
     apply_options,
     check_unnorm_key,
@@ -32,14 +33,8 @@ Variant = Literal["pi0", "pi05"]
 WIDTH = 32
 """Numbers per action and of robot state inside every release; those that a robot does not use are padding."""
 
-# LIBERO's robots are driven by robosuite's OSC_POSE controller, which scales its inputs to 5 cm and 0.5 rad; these
-# releases command the gripper as it does, between -1 and 1.
-_LIBERO = ActionSpec(
-    horizon=50,
-    groups={"translation": (0, 1, 2), "rotation": (3, 4, 5), "gripper": (6,)},
-    gripper=(6, 0.0),
-    metric={"translation": 0.05, "rotation": 0.5},
-)
+# These releases command the gripper like robosuite, between -1 and 1.
+_LIBERO = replace(LIBERO_ACTION, horizon=50, gripper=(6, 0.0))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-from tokenprune.model.info import ActionSpec, DecoderShape
+from tokenprune.model.info import DecoderShape
 from tokenprune_adapters.vision.transformer import DINOV2_L_REG4_224, SIGLIP_SO400M_224, ViTConfig
 from tokenprune_adapters.vision.transformer import flops as tower_flops
 from tokenprune_adapters.vision.transformer import weights as tower_weights
@@ -16,14 +16,6 @@ TOWERS = ("featurizer", "fused_featurizer")
 
 A single tower has the first name, DINOv2 or SigLIP.
 """
-
-# LIBERO's robots are driven by robosuite's OSC_POSE controller, which scales its inputs to 5 cm and 0.5 rad.
-LIBERO_ACTION = ActionSpec(
-    horizon=1,
-    groups={"translation": (0, 1, 2), "rotation": (3, 4, 5), "gripper": (6,)},
-    gripper=(6, 0.5),
-    metric={"translation": 0.05, "rotation": 0.5},
-)
 
 # As many patches as the release; the towers are small beside the small decoder, in the release's proportions.
 SMALL_TOWERS = (
