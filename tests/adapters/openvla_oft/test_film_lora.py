@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d, linear
 
 from tokenprune.errors import CheckpointError
-from tokenprune_adapters.backbones.openvla_oft.film_lora import merged, read_film_towers
+from tokenprune_adapters.backbones.openvla_oft.film_lora import merge_lora, read_film_towers
 from tokenprune_adapters.backbones.prismatic.model import VisionBackbone
 from tokenprune_adapters.vision.transformer import ViTConfig
 from tokenprune_adapters.weights.tensor_files import StoredTensor, stored_pt
