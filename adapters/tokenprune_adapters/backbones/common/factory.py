@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from tokenprune.engine.adapter import Description, Findings
+from tokenprune.engine.adapter import Description
 from tokenprune.errors import ConfigError
 from tokenprune_adapters.backbones.common.backbone import BackboneBase, PolicySetup
 from tokenprune_adapters.weights.loading import empty_model
@@ -34,7 +34,7 @@ class Checkpoint(NamedTuple):
 
 
 class FactoryBase(ABC, Generic[BackboneT]):
-    """Makes the policies of one family; implements `tokenprune.engine.adapter.BackboneFactory`.
+    """Makes the policies of one family; with `verify` and `adopt`, a `tokenprune.engine.adapter.BackboneFactory`.
 
     Attributes:
         name: Registered name of the backbone.
@@ -110,26 +110,6 @@ class FactoryBase(ABC, Generic[BackboneT]):
         Raises:
             ConfigError: If an option is wrong or missing.
             CheckpointError: If the checkpoint cannot be used.
-        """
-
-    @classmethod
-    @abstractmethod
-    def verify(cls, checkpoint: Path, options: Mapping[str, Any]) -> Findings:
-        """List what a checkpoint holds and what of it does not fit the model; no weights are read.
-
-        Raises:
-            ConfigError: If an option is wrong or missing.
-            CheckpointError: If a file is missing, damaged or unsafe, or the checkpoint is of another policy.
-        """
-
-    @classmethod
-    @abstractmethod
-    def adopt(cls, module: nn.Module, options: Mapping[str, Any]) -> BackboneT:
-        """Make a policy that shares the weights of upstream's own model, which is already loaded.
-
-        Raises:
-            ConfigError: If an option is wrong or missing.
-            CheckpointError: If the model is another one, or its weights cannot be shared.
         """
 
     @classmethod

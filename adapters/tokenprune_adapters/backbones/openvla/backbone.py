@@ -52,19 +52,12 @@ class OpenVLA(BackboneBase[OpenVLAConfig, PromptTokenizer, OpenVLAModel]):
         return OpenVLAInputs(self.pixels([o["images"] for o in observations]), upload(text, self.device))
 
     def infer(self, inputs: OpenVLAInputs, query: Query) -> Tensor:
-        """Towers, projector, decoder with its cuts, then the action token by token; normalised actions `[B, 1, D]`."""
         """Towers, projector, pruned prefill, then decode steps; normalised actions `[B, 1, D]`."""
         with query.phase(Phase.VISION):
             embeddings = self.embed(inputs, query)
         cache = KVCache()
         hidden = query.decode(self.decoder, embeddings, cache)
         with query.phase(Phase.DECODE):
-            ids, sound = self._generate(hidden, cache, query)
-        with query.phase(Phase.HEAD):
-            return self.bins.actions(ids).where(sound, torch.nan)[:, None]
-        """Towers, projector, pruned prefill, then decode steps; normalised actions `[B, 1, D]`."""
-        with query.phase("vision"):
-        with query.phase("decode"):
             ids, finite = self._generate(hidden, cache, query)
         with query.phase(Phase.HEAD):
             return self.bins.actions(ids).where(finite, torch.nan)[:, None]

@@ -86,8 +86,6 @@ class OpenVLAOFT(BackboneBase[OFTConfig, PromptTokenizer, OFTModel]):
         return OFTInputs(images, text, state)
 
     def infer(self, inputs: OFTInputs, query: Query) -> Tensor:
-        """Towers, projector, decoder with its cuts, head; normalised actions `[B, T, D]`."""
-        with query.phase(Phase.VISION):
         """Towers, projector, pruned prefill, head; normalised actions `[B, T, D]`."""
         with query.phase(Phase.VISION):
             tokens = self.embed(inputs, query)
@@ -95,8 +93,6 @@ class OpenVLAOFT(BackboneBase[OFTConfig, PromptTokenizer, OFTModel]):
             return self._denoise(tokens, query)
         numbers = self.config.action.horizon * self.config.action.dims
         blank = tokens.stop.new_zeros(len(inputs.text), numbers, tokens.stop.shape[2])
-        states = query.decode(self.decoder, tokens.around(blank))
-        with query.phase(Phase.HEAD):
         states = query.decode(self.decoder, tokens.with_chunk(blank))
         with query.phase(Phase.HEAD):
             if self.config.head == "discrete":

@@ -73,8 +73,6 @@ class PI0(BackboneBase[PI0Config, GemmaTokenizer, PI0Model]):
         return self.statistics.state.normalise(np.asarray(state, dtype=np.float64))
 
     def infer(self, inputs: PI0Inputs, query: Query) -> Tensor:
-        """Tower, projector, prefix with its cuts, flow steps; normalised actions `[B, T, D]`."""
-        with query.phase(Phase.VISION):
         """Tower, projector, pruned prefill of the prefix, flow steps; normalised actions `[B, T, D]`."""
         with query.phase(Phase.VISION):
             embeddings = self.embed(inputs, self._patches(inputs, query))
