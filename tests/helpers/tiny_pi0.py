@@ -135,7 +135,7 @@ def act(policy: Policy, observations: Mapping[int, dict[str, Any]], noise: Tenso
 
     def given(query: Query, *shape: int) -> Tensor:
         assert shape == tuple(noise.shape)
-        return noise.expand(len(query._given.slots), *shape)
+        return noise.expand(len(query._inputs.slots), *shape)
 
     with patch.object(Query, "noise", given):
         return policy.act_batch(observations)
