@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.helpers import tiny_episodes
 from tests.helpers.naive_pi0 import Spec, naive
 from tests.helpers.planting import pipeline
+from tests.helpers.registries import with_stages
 from tests.helpers.tiny_pi0 import (
     INSTRUCTION,
     VARIANTS,
@@ -32,9 +33,8 @@ from tokenprune.model.flops import query_flops
 from tokenprune.model.info import BackboneInfo
 from tokenprune.pipelines.config import PipelineConfig
 from tokenprune.policy import Policy
-from tokenprune.registry.discovery import Owner, Registered, Registry
+from tokenprune.registry.discovery import Registry
 from tokenprune.registry.hookspecs import hookimpl
-from tokenprune.registry.specs import StageSpec
 from tokenprune.stages.config import CutConfig, StageConfig
 from tokenprune.stages.feature_context import FeatureContext
 from tokenprune.stages.memory import ExecutedAction
@@ -97,12 +97,7 @@ class Watching(Chosen):
 
 @cache
 def registry() -> Registry:
-    found = tiny_episodes.registry()
-    for stage in (Chosen, Blind, Watching):
-        name = f"test.{stage.__name__.lower()}"
-        spec = StageSpec(name, "selector", "for tests", f"{__name__}:{stage.__name__}")
-        found.stages[name] = Registered(spec, Owner("tests", "0", __name__))
-    return found
+    return with_stages(tiny_episodes.registry(), (Chosen, Blind, Watching), "test", "selector")
 
 
 @cache
