@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from tokenprune.errors import RolloutError, TokenPruneError
-from tokenprune.evaluation.results_file import EpisodeRecord
+from tokenprune.evaluation.records import EpisodeRecord
 from tokenprune.evaluation.starts import Start
 
 CRASHES = 3

@@ -15,7 +15,7 @@ from time import monotonic
 
 from tokenprune.errors import RolloutError
 from tokenprune.evaluation.jobs import GLANCE_S, LIMIT_S, Answer, Crash, Job, JobQueue, checked_limit, hung
-from tokenprune.evaluation.results_file import EpisodeRecord
+from tokenprune.evaluation.records import EpisodeRecord
 from tokenprune.evaluation.worker import Attempts, WorkerSpec
 
 _SPAWN = multiprocessing.get_context("spawn")

@@ -12,7 +12,7 @@ import numpy as np
 from tokenprune.engine.adapter import Observation
 from tokenprune.errors import ConfigError
 from tokenprune.evaluation.environment import Environment, Frames, Suite
-from tokenprune.evaluation.results_file import EpisodeRecord
+from tokenprune.evaluation.records import EpisodeRecord
 from tokenprune.evaluation.starts import Start, check_starts
 from tokenprune.evaluation.variant import Variant, black_views, instruction_of
 from tokenprune.model.info import ActionSpec

@@ -14,7 +14,7 @@ from tokenprune.errors import ResultError, nearest
 from tokenprune.evaluation.statistics import Paired, paired, pairs_needed, verdict, wilson
 
 if TYPE_CHECKING:
-    from tokenprune.evaluation.results_file import EpisodeRecord
+    from tokenprune.evaluation.records import EpisodeRecord
     from tokenprune.evaluation.starts import Start
 
 DENSE = "dense"

@@ -16,7 +16,7 @@ from tokenprune.errors import ConfigError, RolloutError, SimulatorError, TokenPr
 from tokenprune.evaluation.environment import Environment, Suite
 from tokenprune.evaluation.fingerprint import fingerprint
 from tokenprune.evaluation.jobs import Answer, Crash, Job
-from tokenprune.evaluation.results_file import EpisodeRecord
+from tokenprune.evaluation.records import EpisodeRecord
 from tokenprune.evaluation.run import check_fit, run_episode
 from tokenprune.evaluation.starts import Start
 from tokenprune.evaluation.variant import OTHER_INSTRUCTION, Variant, instruction_of
