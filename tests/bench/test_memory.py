@@ -12,7 +12,7 @@ import torch
 
 from tests.helpers.planting import REGISTRY
 from tests.helpers.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
-from tokenprune.bench.memory import Gauged, count_waits
+from tokenprune.bench.memory import MeteredPolicy, count_waits
 from tokenprune.pipelines.config import DENSE
 from tokenprune.policy import Policy
 
@@ -20,7 +20,7 @@ from tokenprune.policy import Policy
 def peaks_of(monkeypatch: pytest.MonkeyPatch, *sizes: int) -> list[int | None]:
     """Peaks of queries that take and give back so many bytes."""
     backbone = tiny_policy_parts(tiny_config())
-    policy = Gauged(backbone, DENSE, REGISTRY)
+    policy = MeteredPolicy(backbone, DENSE, REGISTRY)
     policy.reset(INSTRUCTION)
     left = iter(sizes)
     real = Policy.act
