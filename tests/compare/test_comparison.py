@@ -27,7 +27,7 @@ from tokenprune.policy import ActionChunk
 from tokenprune.registry.discovery import Registry
 from tokenprune.report.files import read_result, write_json
 from tokenprune.report.result import CompareResult
-from tokenprune.report.text import WIDTH, milliseconds, wrap_label
+from tokenprune.report.text import WIDTH
 
 
 @pytest.fixture(scope="module")
@@ -123,25 +123,6 @@ def test_the_table_fits_eighty_columns(result: CompareResult, capsys: pytest.Cap
     assert not any("…" in line for line in printed)
     assert "8812" in "".join(printed)
     assert "untrained" in "".join(printed)
-
-
-@pytest.mark.parametrize(("value", "text"), [(3.14159, "3.14"), (45.67, "45.7"), (612.3, "612"), (21000.0, "21s")])
-def test_milliseconds_in_four_characters(value: float, text: str) -> None:
-    assert milliseconds(value) == text
-
-
-@pytest.mark.parametrize(
-    ("label", "lines"),
-    [
-        ("specprune", ["specprune"]),
-        ("specprune.static", ["specprune", ".static"]),
-        ("fastv@keep=8,after=0", ["fastv@keep=8,", "after=0"]),
-        ("uniform_grid@keep=0.25", ["uniform_grid", "@keep=0.25"]),
-        ("fastv@keep=0.25+no-wrist", ["fastv@keep=0.25", "+no-wrist"]),
-    ],
-)
-def test_labels_break_between_their_parts(label: str, lines: list[str]) -> None:
-    assert wrap_label(label, 15).splitlines() == lines
 
 
 def test_two_pipelines_of_one_name_are_refused(episode: Episode) -> None:

@@ -97,7 +97,7 @@ def test_what_no_machine_has_is_not_waited_for(cluster):
     ],
 )
 def test_an_address_that_does_not_answer_is_given_up(monkeypatch, address, message):
-    monkeypatch.setattr(ray_engine, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(ray_engine, "CONNECT_S", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as silent, socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         given = address.format(closed=closed.getsockname()[1], silent=silent.getsockname()[1])

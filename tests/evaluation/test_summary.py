@@ -16,7 +16,7 @@ from tokenprune.errors import ResultError
 from tokenprune.evaluation.starts import Start
 from tokenprune.evaluation.statistics import paired, wilson
 from tokenprune.evaluation.summary import summarise
-from tokenprune.evaluation.table import WIDTH, broken, eval_legend, eval_table, success_tables, verdict_lines
+from tokenprune.evaluation.table import WIDTH, eval_legend, eval_table, success_tables, verdict_lines
 
 COLUMNS = [
     "variant", "environment", "task", "episodes", "missing", "successes", "success_share", "success_low",
@@ -360,19 +360,6 @@ def test_tables_of_what_is_unfinished(many):
 def test_a_label_is_shown_as_it_is_written():
     label = "fastv@names=[bold],kind=[/x]"
     assert "".join(line.split(" ")[0] for line in printed(eval_table(summarise([record(label)])))).endswith(label)
-
-
-@pytest.mark.parametrize(
-    ("label", "lines"),
-    [
-        ("specprune", ["specprune"]),
-        ("specprune.controller@keep=0.25+no-wrist", ["specprune.controller", "@keep=0.25+no-wrist"]),
-        ("fastv@keep=0.25,layer=3", ["fastv@keep=0.25,", "layer=3"]),
-        ("pipeline@first=0.123456", ["pipeline", "@first=0.123456"]),
-    ],
-)
-def test_labels_are_broken_between_their_parts(label, lines):
-    assert broken(label).split("\n") == lines
 
 
 def test_verdicts_and_legend_name_who_is_meant():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -12,22 +12,22 @@ from matplotlib.lines import Line2D
 
 from tokenprune.bench.result import BenchResult, CaseResult
 from tokenprune.errors import ResultError
-from tokenprune.viz.frame import FAINT, INK, plain, write_chart
-from tokenprune.viz.labels import DPI, MARK, label_points
+from tokenprune.viz.frame import FAINT, INK, MARK, plain, point_handle, write_chart, write_legend, write_title
+from tokenprune.viz.labels import DPI, label_points
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _WIDTH, _PANEL, _ABOVE = 1200, 600, 45
 
 
 def write_speed(result: BenchResult, path: Path) -> None:
-    """Write the chart of a result of `bench`; a file of that name is replaced.
+    """Write the chart of a result of `bench`; an existing file is replaced.
 
     Args:
         result: What `bench` measured.
         path: Ends in `.png` or `.svg`.
 
     Raises:
-        ResultError: If the ending is another one, there is nothing to draw, or the file cannot be written.
+        ResultError: If the ending is not one of `FORMATS`, there is nothing to draw, or the file cannot be written.
     """
     write_chart(lambda: draw_speed(result), path)
 
@@ -63,9 +63,12 @@ def draw_speed(result: BenchResult) -> Figure:
         )
         axes.set_title(f"{name} {preset}", fontsize=11, color=INK, loc="left")
         _panel(axes, canvas, cases, [colours[_series(case)] for case in cases])
-    title = "Latency of a query and visual tokens held"
-    figure.text(0.02, 1 - 28 / height, title, fontsize=12, va="center", color=INK, fontweight="bold")
-    _key(figure, colours, 1 - 28 / height)
+    top = 1 - 28 / height
+    write_title(figure, 0.02, top, "Latency of a query and visual tokens held")
+    handles = [point_handle(colour, name) for name, colour in colours.items()]
+    handles.append(Line2D([], [], linestyle="-", color=FAINT, label="dense time x share of its FLOPs"))
+    handles.append(Line2D([], [], linestyle=":", color=FAINT, label="floor of this device"))
+    write_legend(figure, handles, top, gap=0.5)
     return figure
 
 
@@ -92,17 +95,3 @@ def _panel(axes: Axes, canvas: FigureCanvasAgg, cases: Sequence[CaseResult], col
     axes.set_ylabel("median query (ms)", fontsize=10, color=FAINT)
     plain(axes)
     label_points(axes, canvas, points, names, tints)
-
-
-def _key(figure: Figure, colours: Mapping[str, str], height: float) -> None:
-    """Explain colours and lines."""
-    handles = [
-        Line2D([], [], marker="o", linestyle="", color=colour, markersize=MARK, label=name)
-        for name, colour in colours.items()
-    ]
-    handles.append(Line2D([], [], linestyle="-", color=FAINT, label="dense time x share of its FLOPs"))
-    handles.append(Line2D([], [], linestyle=":", color=FAINT, label="floor of this device"))
-    figure.legend(
-        handles=handles, loc="center right", bbox_to_anchor=(0.985, height), ncols=len(handles), frameon=False,
-        fontsize=9.5, labelcolor=INK, borderpad=0, handletextpad=0.5,
-    )  # fmt: skip

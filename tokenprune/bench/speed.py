@@ -96,17 +96,18 @@ def bench(
     fitting, refused = _fitting(subjects, others, settings, registry)
     blocks = sum(len(kept) + (settings.reference is not None) for by_mode in fitting for kept in by_mode.values())
     tick = begin(2 * len(settings.dtypes) * blocks * (settings.pairs + settings.warmup))
-    result = BenchResult(
-        complete=False,
-        provenance=provenance(torch.device(settings.device)),
-        settings=settings,
-        pipelines={p.label: p.resolved for p in others},
-        refused=refused,
-        results=[],
-    )
+    result: BenchResult | None = None
     for subject, by_mode in zip(subjects, fitting, strict=True):
         for dtype in settings.dtypes:
             backbone = _load(subject, settings, dtype, registry)
+            result = result or BenchResult(
+                complete=False,
+                provenance=provenance(backbone.device),
+                settings=settings,
+                pipelines={p.label: p.resolved for p in others},
+                refused=refused,
+                results=[],
+            )
             measure = partial(roof, backbone.device, backbone.dtype)
             steps = tuple(query_steps(subject.episode, backbone.info.action.horizon, settings.queries))
             for mode in settings.modes:
@@ -117,6 +118,8 @@ def bench(
                     save(result)
             del backbone, case
             _release()
+    if result is None:
+        raise ConfigError("nothing to measure; name a backbone, a dtype and a mode")
     result = result.model_copy(update={"complete": True})
     save(result)
     return result
