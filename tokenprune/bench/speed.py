@@ -177,7 +177,9 @@ def _measure(
     backbone, info = case.backbone, case.backbone.info
     itemsize = backbone.dtype.itemsize
     dense = MeteredPolicy(backbone, DENSE, registry, case.mode)
-    policies = {p.label: partial(MeteredPolicy, backbone, p.config, registry, case.mode) for p in pipelines}
+    policies: dict[str, Callable[[], MeteredPolicy]] = {
+        p.label: partial(MeteredPolicy, backbone, p.config, registry, case.mode) for p in pipelines
+    }
     if settings.reference is not None:
         policies[UPSTREAM] = lambda: MeteredPolicy(UpstreamBackbone(backbone), DENSE, registry, EXECUTIONS[0])
     roof = case.measure_roof()

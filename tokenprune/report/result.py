@@ -54,13 +54,15 @@ class RunSettings(Record):
     execution: str
 
 
-class _EpisodeResult(ResultFile):
+class EpisodeResult(ResultFile):
     """What a run and a comparison share; `settings` is None where Python code ran them on objects of its own."""
 
     provenance: Provenance
     settings: RunSettings | None
     backbone: BackboneRecord
     note: str
+    episode: QueriedEpisode
+    layout: LayoutRecord
 
 
 class RunQuery(TraceWithIds):
@@ -69,14 +71,12 @@ class RunQuery(TraceWithIds):
     actions: list[list[float]]
 
 
-class RunResult(_EpisodeResult):
+class RunResult(EpisodeResult):
     """One pipeline over a recorded episode."""
 
     command = "tokenprune run"
 
     kind: Literal["run"] = "run"
-    episode: QueriedEpisode
-    layout: LayoutRecord
     pipeline: PipelineData
     queries: list[RunQuery]
     findings: dict[str, dict[str, Any]]
@@ -139,14 +139,13 @@ class CompareRow(Record):
     replayed: int
 
 
-class CompareResult(_EpisodeResult):
+class CompareResult(EpisodeResult):
     """Pipelines beside the dense policy on the same observations; everything needed to repeat or doubt the rows."""
 
     command = "tokenprune compare"
 
     kind: Literal["compare"] = "compare"
     episode: ComparedEpisode
-    layout: LayoutRecord
     warmup_queries: int
     pipelines: dict[str, PipelineData]
     notes: dict[str, list[str]]

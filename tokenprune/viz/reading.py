@@ -24,6 +24,7 @@ def read_result(path: Path, pipeline: str | None = None) -> Result:
         ResultError: If the file is missing, no such result, damaged, or has no such pipeline.
     """
     file = read_file(path, RunResult, CompareResult)
+    assert isinstance(file, RunResult | CompareResult)
     settings, backbone, steps = file.settings, file.backbone, file.episode.steps
     if settings is None:
         raise ResultError(f"{path}: 'settings' is None, so it is not known what to draw; valid: those of a command")
