@@ -3,35 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from tokenprune.engine.adapter import Backbone, Observation
-from tokenprune.engine.executor import Executor, executor
-from tokenprune.engine.inputs import Given, Inputs
-from tokenprune.engine.query import Outcome
-from tokenprune.engine.rng import Chance
+from tokenprune.engine.control import decide, failing_later
+from tokenprune.engine.executor import Execution, Executor, executor
+from tokenprune.engine.inputs import ModelInputs, QueryInputs
+from tokenprune.engine.look_back import look_back
+from tokenprune.engine.query import QueryOutcome
+from tokenprune.engine.rng import QueryRng
 from tokenprune.engine.timing import Clock
 from tokenprune.engine.trace import QueryTrace
-from tokenprune.errors import ObservationError, StageError, TokenPruneError, nearest
+from tokenprune.errors import ObservationError, StageError, TokenPruneError
+from tokenprune.model.phase import Phase
 from tokenprune.pipelines.binding import BoundPipeline, bind
 from tokenprune.pipelines.config import DENSE, PipelineConfig
 from tokenprune.registry.discovery import Registry
-from tokenprune.stages.control_context import ControlContext, ControlDecision
 from tokenprune.stages.frames import FrameBuffer
 from tokenprune.stages.memory import EpisodeStart, ExecutedAction, Slot
 from tokenprune.stages.token_context import PastFrames
 from tokenprune.tokens.layout import TokenLayout
 from tokenprune.tokens.plan import Plan
-
-_DRAWING = "drawing"
-"""Phase of a query in which the host draws past frames; no part of the query's time."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +60,7 @@ class Policy:
             ConfigError: If the pipeline does not fit the backbone, or the device has no such execution.
         """
         self.backbone = backbone
-        self.executor: Executor = executor(execution, backbone)
+        self.executor: Executor = executor(Execution.of(execution), backbone)
         self.pipeline = bind(config, backbone.info, registry)
         self._dense = bind(DENSE, backbone.info, registry)
         self._slots: dict[int, Slot] = {}
@@ -72,7 +68,7 @@ class Policy:
     @property
     def looks_back(self) -> bool:
         """Whether any stage compares frames with past ones; a host need not give frames where none does."""
-        return self.pipeline.frames > 0
+        return self.pipeline.look_back_frames > 0
 
     def reset(self, instruction: str, slot: int = 0) -> None:
         """Begin an episode or a new task in one environment; everything remembered there is forgotten.
@@ -88,10 +84,10 @@ class Policy:
         for mode in self.pipeline.config.modes:
             self.executor.check(self.pipeline, self.pipeline.plan(layout, mode))
         number = self._slots[slot].number + 1 if slot in self._slots else 0
-        self._slots[slot] = Slot(slot, instruction, FrameBuffer(self.pipeline.frames), number)
+        self._slots[slot] = Slot(slot, instruction, FrameBuffer(self.pipeline.look_back_frames), number)
         start = EpisodeStart(slot, instruction, number)
-        for index, hook in self.pipeline.hooks["reset"]:
-            self.pipeline.call(index, "reset", hook, start)
+        for call in self.pipeline.hooks["reset"]:
+            self.pipeline.call(call, start)
 
     def act(self, observation: Observation, slot: int = 0) -> ActionChunk:
         """Query the policy for one environment.
@@ -110,22 +106,23 @@ class Policy:
         Unless a cut keeps a union: its count depends on what each environment sees, so each has a pass of its own.
         """
         started = time.perf_counter()
-        groups: dict[tuple[TokenLayout, str, int | None], list[int]] = {}
+        groups: dict[tuple[TokenLayout, str, int | None], tuple[Plan, list[int]]] = {}
         chunks: dict[int, ActionChunk] = {}
         for slot, observation in observations.items():
             self._begun(slot)
             self.backbone.check(observation)
         for slot in observations:
             layout = self.backbone.layout(self._slots[slot].instruction, observations[slot].get("state"))
-            decision = self._decide(self._slots[slot], "query")
+            decision = decide(self.pipeline, self._slots[slot], "query")
             plan = self.pipeline.plan(layout, decision.mode)
             if decision.actions is not None:
-                chunks[slot] = self._replay(self._slots[slot], plan, decision.actions, observations[slot], started)
+                chunks[slot] = self._answer(self._slots[slot], plan, decision.actions, observations[slot], started)
                 continue
-            groups.setdefault((layout, plan.mode, None if plan.graph_safe else slot), []).append(slot)
-        for (layout, mode, _), members in groups.items():
+            alone = None if plan.graph_safe else slot
+            groups.setdefault((layout, plan.mode, alone), (plan, []))[1].append(slot)
+        for plan, members in groups.values():
             slots = [self._slots[slot] for slot in members]
-            chunks |= self._query(layout, mode, slots, [observations[slot] for slot in members], started)
+            chunks |= self._query(plan, slots, [observations[slot] for slot in members], started)
             started = time.perf_counter()
         return {slot: chunks[slot] for slot in observations}
 
@@ -173,162 +170,85 @@ class Policy:
         images = frames if observation is None else observation["images"]
         if images is not None:
             episode.past.add(len(episode.executed), images)
-        with self._kept_for_later(episode):
-            for index, hook in self.pipeline.hooks["observe"]:
-                self.pipeline.call(index, "observe", hook, record)
-        return self._decide(episode, "executed").replan
+        with failing_later(self.pipeline, episode):
+            for call in self.pipeline.hooks["observe"]:
+                self.pipeline.call(call, record)
+        return decide(self.pipeline, episode, "executed").replan
 
     def _begun(self, slot: int) -> Slot:
         if slot not in self._slots:
             raise ObservationError(f"slot {slot} has no episode; call reset(instruction, slot={slot}) first")
         return self._slots[slot]
 
-    def _control(self, slot: Slot, stage: int, event: Literal["query", "executed"]) -> ControlContext:
-        since = slot.executed[slot.asked_at :]
-        memory = slot.host.setdefault(stage, {})
-        modes = self.pipeline.config.modes
-        return ControlContext(event, slot.index, modes, slot.queries, slot.executed, since, memory)
-
-    @contextmanager
-    def _kept_for_later(self, slot: Slot) -> Iterator[None]:
-        """Where a pipeline falls back, let what fails outside a query fail the next one."""
-        try:
-            yield
-        except StageError as error:
-            if self.pipeline.config.on_error == "raise":
-                raise
-            slot.failed = error
-
-    def _decide(self, slot: Slot, event: Literal["query", "executed"]) -> ControlDecision:
-        """What the first controller that does not abstain chooses; the first mode where none does."""
-        with self._kept_for_later(slot):
-            for index, hook in self.pipeline.hooks["control"]:
-                decision = self.pipeline.call(index, "control", hook, self._control(slot, index, event))
-                if decision is not None:
-                    return self._checked(decision, f"stage '{self.pipeline.names[index]}'", event)
-        return ControlDecision(self.pipeline.config.modes[0])
-
-    def _checked(self, decision: object, stage: str, event: str) -> ControlDecision:
-        if not isinstance(decision, ControlDecision):
-            raise StageError(f"{stage}: control returned {type(decision).__name__}, not a ControlDecision or None")
-        modes, actions = self.pipeline.config.modes, decision.actions
-        if decision.mode not in modes:
-            raise StageError(f"{stage} chose mode '{decision.mode}'{nearest(decision.mode, modes)}")
-        if actions is not None:
-            wanted = (self.backbone.info.action.horizon, self.backbone.info.action.dims)
-            if event != "query":
-                raise StageError(f"{stage} gave actions after an executed one; only a query can be answered")
-            if actions.shape != wanted or not np.isfinite(actions).all():
-                raise StageError(f"{stage} answered with {actions!r}; a chunk is {list(wanted)} finite numbers")
-        return decision
-
-    def _replay(
+    def _answer(
         self, slot: Slot, plan: Plan, actions: np.ndarray, observation: Observation, started: float
     ) -> ActionChunk:
         """A chunk that the controller gave, in place of a query."""
         slot.past.add(len(slot.executed), observation["images"])
         every = frozenset(range(plan.depth))
-        trace = QueryTrace(self.pipeline.config.name, replace(plan, cuts=(), calls=(), looks=(), skipped=every))
-        trace.replayed, trace.held = True, trace.plan.tokens
+        trace = QueryTrace(self.pipeline.config.name, replace(plan, cuts=(), skipped=every))
+        trace.answered, trace.held = True, trace.plan.tokens
         trace.milliseconds = (time.perf_counter() - started) * 1e3
         return ActionChunk(np.array(actions, dtype=np.float64), None, trace)
 
-    def _look_back(
-        self, slots: list[Slot], observations: Sequence[Observation], images: Mapping[str, Tensor], clock: Clock
-    ) -> dict[int, PastFrames]:
-        """What each stage compares the current frames `images` with, cropped and uploaded."""
-        past = {}
-        # Stages may look at the same step, and a step that is old enough may be the newest such one for a while.
-        crops: list[dict[int, Mapping[str, Tensor]]] = [{} for _ in slots]
-        for index, hook in self.pipeline.hooks["look_back"]:
-            steps: list[int | None] = []
-            rows: dict[str, list[Tensor]] = {view: [] for view in images}
-            for row, slot in enumerate(slots):
-                back = self.pipeline.call(index, "look_back", hook, self._control(slot, index, "query"))
-                now = len(slot.executed)
-                found = None if back is None else now if back == 0 else slot.past.find(now, back)
-                steps.append(None if found is None else now - found)
-                seen: Mapping[str, Tensor] = {}
-                if found == now:
-                    seen = {view: pixels[row] for view, pixels in images.items()}
-                elif found is not None:
-                    known = crops[row].get(found) or slot.crops.get(found)
-                    seen = crops[row][found] = known or self._pixels(slot, found, observations[row], clock)
-                for view, pixels in images.items():
-                    rows[view].append(seen.get(view, torch.zeros_like(pixels[row])))
-            past[index] = PastFrames(tuple(steps), {view: torch.stack(found) for view, found in rows.items()})
-        for slot, looked in zip(slots, crops, strict=True):
-            slot.crops = looked
-        return past
-
-    def _pixels(self, slot: Slot, step: int, observation: Observation, clock: Clock) -> Mapping[str, Tensor]:
-        if step == slot.asked_at:
-            return slot.memory.frames
-        phase = clock.enter(_DRAWING)
-        # The current state was checked before; only the images can be wrong.
-        drawn = slot.past.images(step, lambda images: self.backbone.check({**observation, "images": images}))
-        clock.enter(phase)
-        return {view: pixels[0] for view, pixels in self.backbone.pixels([drawn]).items()}
-
     def _query(
-        self, layout: TokenLayout, mode: str, slots: list[Slot], observations: Sequence[Observation], started: float
+        self, plan: Plan, slots: list[Slot], observations: Sequence[Observation], started: float
     ) -> dict[int, ActionChunk]:
         clock = Clock(self.backbone.device)
-        clock.enter("preprocess")
+        clock.enter(Phase.PREPROCESS)
         inputs = self.backbone.prepare(observations, [slot.instruction for slot in slots])
         try:
             for slot in slots:
                 if slot.failed is not None:
                     raise slot.failed
-            clock.enter("selection")
-            past = self._look_back(slots, observations, inputs.images, clock)
-            clock.enter("preprocess")
-            trace, outcome, normalised = self._run(self.pipeline, layout, mode, inputs, slots, past, clock)
+            clock.enter(Phase.SELECTION)
+            past = look_back(self.pipeline, self.backbone, slots, observations, inputs.images, clock)
+            clock.enter(Phase.PREPROCESS)
+            outcome, normalised = self._run(self.pipeline, plan, inputs, slots, past, clock)
+            trace = outcome.trace
         except StageError as error:
             if self.pipeline.config.on_error == "raise":
                 raise
-            trace, outcome, normalised = self._run(self._dense, layout, None, inputs, slots, {}, clock)
-            trace = replace(trace, pipeline=self.pipeline.config.name, fallback=str(error))
+            outcome, normalised = self._run(self._dense, self._dense.plan(plan.layout), inputs, slots, {}, clock)
+            trace = replace(outcome.trace, pipeline=self.pipeline.config.name, fallback=str(error))
         actions = self.backbone.unnormalise(normalised, observations)
-        clock.enter("history")
+        clock.enter(Phase.HISTORY)
         for row, slot in enumerate(slots):
             slot.queries += 1
             slot.asked_at = len(slot.executed)
             slot.failed = None
-            slot.memory = outcome.memories[row]
+            slot.memory = outcome.device.memories[row]
             slot.memory.frames = {view: pixels[row] for view, pixels in inputs.images.items()}
             slot.past.add(slot.asked_at, observations[row]["images"])
-        clock.enter("end")
+        clock.enter(Phase.END)
         if self.backbone.device.type == "cuda":
             torch.cuda.synchronize(self.backbone.device)
         trace.phases = clock.milliseconds()
         # A camera would have delivered by then what a simulator draws only when it is asked.
-        trace.milliseconds = (time.perf_counter() - started) * 1e3 - trace.phases.pop(_DRAWING, 0.0)
+        trace.milliseconds = (time.perf_counter() - started) * 1e3 - trace.phases.pop(Phase.DRAWING, 0.0)
         return {slot.index: ActionChunk(actions[row], normalised[row], trace) for row, slot in enumerate(slots)}
 
     def _run(
         self,
         pipeline: BoundPipeline,
-        layout: TokenLayout,
-        mode: str | None,
-        inputs: Inputs,
+        plan: Plan,
+        inputs: ModelInputs,
         slots: list[Slot],
         past: Mapping[int, PastFrames],
         clock: Clock,
-    ) -> tuple[QueryTrace, Outcome, np.ndarray]:
+    ) -> tuple[QueryOutcome, np.ndarray]:
         """One pass of the model; what it would have the slots remember is theirs only if all went well."""
-        plan = pipeline.plan(layout, mode or pipeline.config.modes[0])
         device = self.backbone.device
-        chance = Chance(slots, pipeline.config.seed, device)
-        given = Given(inputs, [slot.draft() for slot in slots], past, chance, pipeline.tables(layout, device))
-        trace, outcome = self.executor.run(pipeline, plan, given, clock)
-        trace.looked_back = {pipeline.names[index]: frames.steps for index, frames in past.items()}
-        clock.enter("head")
-        normalised = outcome.actions.double().cpu().numpy()
-        outcome.finish(trace)
+        rng = QueryRng(slots, pipeline.config.seed, device)
+        reads = QueryInputs(inputs, [slot.draft() for slot in slots], past, rng, pipeline.tables(plan.layout, device))
+        outcome = self.executor.run(pipeline, plan, reads, clock)
+        outcome.trace.looked_back = {pipeline.names[index]: frames.steps for index, frames in past.items()}
+        clock.enter(Phase.HEAD)
+        normalised = outcome.device.actions.double().cpu().numpy()
+        outcome.finish()
         if not np.isfinite(normalised).all():
             raise TokenPruneError(
                 f"backbone '{self.backbone.info.name}' returned actions that are not finite; "
                 "its weights or dtype cannot be used (float16 overflows where bfloat16 does not)"
             )
-        return trace, outcome, normalised
+        return outcome, normalised

@@ -21,8 +21,10 @@ from typing import Any
 TINY = ("openvla", "openvla-oft", "pi0", "pi05")
 QUERIES = "3"
 CLOCK_AND_MACHINE = {
-    "provenance", "created", "command", "out", "milliseconds", "query_ms", "phases_ms", "median_ms", "p95_ms", "speedup",
-    "efficiency", "selection", "phases", "prefill", "floor", "roof", "peak_mb", "latency", "wall_s", "seconds", "memory",
+    "provenance", "created", "command", "out", "milliseconds", "query_ms", "phases_ms", "median_ms", "p95_ms",
+    "speedup",
+    "efficiency", "selection", "phases", "prefill", "floor", "roof", "peak_mb", "latency", "wall_s", "seconds",
+    "memory",
 }  # fmt: skip
 
 
@@ -69,9 +71,11 @@ def compare(before: Path, after: Path) -> int:
             wrong += 1
             continue
         values = [dict(_leaves(json.loads(path.read_text(encoding="utf-8")))) for path in pair]
-        differing = [key for key in sorted(values[0].keys() | values[1].keys()) if values[0].get(key) != values[1].get(key)]
+        differing = [
+            key for key in sorted(values[0].keys() | values[1].keys()) if values[0].get(key) != values[1].get(key)
+        ]
         for key in differing[:5]:
-            print(f"{name}: {key}: {str(values[0].get(key)):.120} -> {str(values[1].get(key)):.120}")
+            print(f"{name}: {key}: {values[0].get(key)!s:.120} -> {values[1].get(key)!s:.120}")
         if len(differing) > 5:
             print(f"{name}: and {len(differing) - 5} more")
         wrong += bool(differing)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tokenprune.registry.hookspecs import hookimpl
-from tokenprune.registry.specs import PipelineSpec, Spec, StageSpec
+from tokenprune import PipelineSpec, Spec, StageSpec, hookimpl
 
 _SPECPRUNE = "SpecPrune-VLA, arXiv 2509.05614"
 _ADP = "VLA-ADP, arXiv 2509.22093 (ICLR 2026)"
@@ -13,26 +12,26 @@ _EFFICIENT = "EfficientVLA, arXiv 2506.10100 (NeurIPS 2025)"
 _STAGES = (
     StageSpec(
         "none",
-        "control",
+        "baseline",
         "asked at every cut, drops nothing: what the framework itself costs",
         f"{__name__}.baselines.none:Nothing",
     ),
-    StageSpec("random", "control", "keeps tokens at random", f"{__name__}.baselines.random:Random"),
+    StageSpec("random", "baseline", "keeps tokens at random", f"{__name__}.baselines.random:Random"),
     StageSpec(
         "uniform_grid",
-        "control",
+        "baseline",
         "keeps an evenly spread grid of each view's patches",
         f"{__name__}.baselines.uniform_grid:UniformGrid",
     ),
     StageSpec(
         "keep_view",
-        "control",
+        "baseline",
         "keeps the whole of named views and nothing of the others",
         f"{__name__}.baselines.keep_view:KeepView",
     ),
     StageSpec(
         "pool2x2",
-        "control",
+        "baseline",
         "averages squares of two by two patches",
         f"{__name__}.baselines.pooling:Pool",
         requires=frozenset({"merge"}),
@@ -138,7 +137,7 @@ _STAGES = (
     ),
     StageSpec(
         "layer_cosine",
-        "control",
+        "baseline",
         "measures how much each layer changes the tokens, drops nothing",
         f"{__name__}.layer_skip:LayerCosine",
         paper=_EFFICIENT,

@@ -13,14 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokenprune.model.info import BackboneInfo
-from tokenprune.registry.hookspecs import hookimpl
-from tokenprune.stages.config import CutConfig, Cuts, Keep
-from tokenprune.stages.stage import Stage
-from tokenprune.stages.token_context import LayerContext
-from tokenprune.tokens.plan import Plan
-from tokenprune.tokens.proposal import Proposal
-from tokenprune.tokens.selection import rows_at
+from tokenprune import BackboneInfo, CutConfig, Cuts, Keep, LayerContext, Plan, Proposal, Stage, hookimpl, rows_at
 from tokenprune_plugins.shared.similarity import likeness_flops, unit
 
 

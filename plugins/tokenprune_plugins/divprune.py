@@ -10,10 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokenprune.model.info import BackboneInfo
-from tokenprune.stages.config import CutConfig, Keep
-from tokenprune.stages.token_context import SelectContext
-from tokenprune.tokens.plan import Plan
+from tokenprune import BackboneInfo, CutConfig, Keep, Plan, SelectContext
 from tokenprune_plugins.shared.bases import Scored
 from tokenprune_plugins.shared.similarity import likeness, likeness_flops
 

@@ -12,15 +12,20 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokenprune.model.info import BackboneInfo
-from tokenprune.registry.hookspecs import hookimpl
-from tokenprune.stages.config import CutConfig, Cuts, Keep
-from tokenprune.stages.stage import Probe, Stage
-from tokenprune.stages.token_context import LayerContext
-from tokenprune.tokens.layout import TokenLayout
-from tokenprune.tokens.plan import Plan
-from tokenprune.tokens.proposal import Proposal
-from tokenprune.tokens.selection import rows_at
+from tokenprune import (
+    BackboneInfo,
+    CutConfig,
+    Cuts,
+    Keep,
+    LayerContext,
+    Plan,
+    Probe,
+    Proposal,
+    Stage,
+    TokenLayout,
+    hookimpl,
+    rows_at,
+)
 from tokenprune_plugins.shared.ranks import rank_within
 from tokenprune_plugins.shared.similarity import likeness_flops, unit
 
@@ -41,7 +46,7 @@ class EfficientVLATokens(Stage[EfficientVLATokensConfig]):
 
     def probes(self, info: BackboneInfo, layout: TokenLayout, mode: str) -> tuple[Probe, ...]:
         """The text's rows, at every layer a cut follows."""
-        return tuple(Probe(layer, "text") for layer in self.layers(info.decoder.depth))
+        return tuple(Probe(layer, "text") for layer in self.requirements(info).layers)
 
     def own_flops(self, info: BackboneInfo, plan: Plan) -> int:
         """Cosines with the key patches."""

@@ -7,14 +7,13 @@ where no tower has one (pi0's SigLIP), the attention a patch gets from all token
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field
 from torch import Tensor
 
-from tokenprune.model.info import BackboneInfo
-from tokenprune.stages.config import CutConfig, Keep
-from tokenprune.stages.token_context import SelectContext
+from tokenprune import BackboneInfo, CutConfig, Keep, SelectContext, StageNeeds
 from tokenprune_plugins.shared.bases import Scored
 
 
@@ -34,17 +33,20 @@ class FasterVLM(Scored[FasterVLMConfig]):
 
     def bind(self, info: BackboneInfo) -> None:
         """Choose the attention."""
-        (self._kind,) = self.encoder(info)
+        self._kind = self._attention(info)
 
-    def encoder(self, info: BackboneInfo) -> tuple[str, ...]:
-        """One kind."""
+    def requirements(self, info: BackboneInfo) -> StageNeeds:
+        """One kind of the towers' attention."""
+        return replace(super().requirements(info), encoder_attention=(self._attention(info),))
+
+    def _attention(self, info: BackboneInfo) -> str:
         if self.config.attention != "auto":
-            return (self.config.attention,)
-        return ("cls" if "cls" in info.encoder_attention else "received",)
+            return self.config.attention
+        return "cls" if "cls" in info.encoder_attention else "received"
 
-    def notes(self, info: BackboneInfo) -> str:
+    def caveats(self, info: BackboneInfo) -> str:
         """Which attention this is."""
-        if self.encoder(info) == ("cls",):
+        if self._attention(info) == "cls":
             return "attention of the vision tower's class token"
         return "attention from all tokens of the vision tower" + (
             ", which has no class token" if "cls" not in info.encoder_attention else ""

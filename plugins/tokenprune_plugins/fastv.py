@@ -7,13 +7,19 @@ row. In a bidirectional decoder the last row is a stop token that means nothing,
 
 from __future__ import annotations
 
-from tokenprune.model.info import BackboneInfo
-from tokenprune.registry.hookspecs import hookimpl
-from tokenprune.stages.config import CutConfig, Cuts, Keep
-from tokenprune.stages.stage import Probe, Stage, require_rows
-from tokenprune.stages.token_context import LayerContext
-from tokenprune.tokens.layout import TokenLayout
-from tokenprune.tokens.proposal import Proposal
+from tokenprune import (
+    BackboneInfo,
+    CutConfig,
+    Cuts,
+    Keep,
+    LayerContext,
+    Probe,
+    Proposal,
+    Stage,
+    TokenLayout,
+    hookimpl,
+    require_rows,
+)
 from tokenprune_plugins.shared.attention_rows import RowsOrAuto, rows_note, rows_read
 
 
@@ -34,14 +40,14 @@ class FastV(Stage[FastVConfig]):
         """Refuse rows that the decoder does not have beside the image."""
         require_rows(self.config.rows, info)
 
-    def notes(self, info: BackboneInfo) -> str:
+    def caveats(self, info: BackboneInfo) -> str:
         """Which rows are read on this backbone."""
         return rows_note(self.config.rows, info.decoder.causal)
 
     def probes(self, info: BackboneInfo, layout: TokenLayout, mode: str) -> tuple[Probe, ...]:
         """The rows, at every layer a cut follows."""
         return tuple(
-            Probe(layer, rows_read(self.config.rows, info.decoder.causal)) for layer in self.layers(info.decoder.depth)
+            Probe(layer, rows_read(self.config.rows, info.decoder.causal)) for layer in self.requirements(info).layers
         )
 
     @hookimpl

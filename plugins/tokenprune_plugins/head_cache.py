@@ -7,10 +7,11 @@ every branch's output reused nothing else of a layer is left to run.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pydantic import Field
 
-from tokenprune.stages.config import StageConfig
-from tokenprune.stages.stage import Stage
+from tokenprune import BackboneInfo, Stage, StageConfig, StageNeeds
 
 
 class HeadCacheConfig(StageConfig):
@@ -24,6 +25,6 @@ class HeadCache(Stage[HeadCacheConfig]):
 
     Config = HeadCacheConfig
 
-    def head_interval(self) -> int:
-        """As configured."""
-        return self.config.interval
+    def requirements(self, info: BackboneInfo) -> StageNeeds:
+        """One of several flow steps."""
+        return replace(super().requirements(info), flow_interval=self.config.interval)

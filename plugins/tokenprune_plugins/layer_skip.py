@@ -7,17 +7,24 @@ paper leaves out the least important ones, no two of them neighbours. The last l
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from tokenprune.model.info import BackboneInfo
-from tokenprune.registry.hookspecs import hookimpl
-from tokenprune.stages.config import Layers, StageConfig, layers_of
-from tokenprune.stages.stage import Stage
-from tokenprune.stages.token_context import LayerContext, SelectContext
+from tokenprune import (
+    BackboneInfo,
+    LayerContext,
+    Layers,
+    SelectContext,
+    Stage,
+    StageConfig,
+    StageNeeds,
+    hookimpl,
+    layer_indices,
+)
 
 
 class LayerSkipConfig(StageConfig):
@@ -31,13 +38,14 @@ class LayerSkip(Stage[LayerSkipConfig]):
 
     Config = LayerSkipConfig
 
-    def skips(self, depth: int) -> tuple[int, ...]:
-        """As configured."""
-        return layers_of(self.config.layers, depth)
+    def requirements(self, info: BackboneInfo) -> StageNeeds:
+        """The layers it is told to leave out."""
+        layers = layer_indices(self.config.layers, info.decoder.depth, "layers")
+        return replace(super().requirements(info), skipped_layers=layers)
 
-    def notes(self, info: BackboneInfo) -> str:
+    def caveats(self, info: BackboneInfo) -> str:
         """Which layers these are in this decoder."""
-        skipped = self.skips(info.decoder.depth)
+        skipped = self.requirements(info).skipped_layers
         return f"leaves out {', '.join(map(str, skipped))} of {info.decoder.depth} layers"
 
 
@@ -57,25 +65,22 @@ class LayerCosine(Stage[LayerCosineConfig]):
         super().__init__(config)
         self._measured: dict[int, list[Tensor]] = {}
 
-    def recordable(self) -> bool:
-        """What is measured is collected on the host."""
-        return False
-
-    def layers(self, depth: int) -> tuple[int, ...]:
-        """A look at the embeddings, and at every layer whose output is made."""
-        return tuple(range(-1, depth - 1))
+    def requirements(self, info: BackboneInfo) -> StageNeeds:
+        """A look at the embeddings, and at every layer whose output is made; it collects on the host."""
+        needs = super().requirements(info).also_called_after(range(-1, info.decoder.depth - 1))
+        return replace(needs, graph_safe=False)
 
     @hookimpl
     def select_tokens(self, ctx: SelectContext) -> None:
         """Note what enters layer 0."""
-        ctx.notes["entered"] = ctx.hidden
+        ctx.scratch["entered"] = ctx.hidden
 
     @hookimpl
     def score_layer(self, ctx: LayerContext) -> None:
         """Compare what entered with what leaves."""
-        entered, left = ctx.notes["entered"].double(), ctx.hidden.double()
+        entered, left = ctx.scratch["entered"].double(), ctx.hidden.double()
         self._measured.setdefault(ctx.layer, []).append(1 - cosine_similarity(entered, left, dim=-1).mean())
-        ctx.notes["entered"] = ctx.hidden
+        ctx.scratch["entered"] = ctx.hidden
 
     def findings(self) -> Mapping[str, object]:  # cold: after the queries
         """Importance of each layer but the last, mean over queries, and the layers that matter least."""

@@ -20,6 +20,7 @@ mean over heads, takes its place.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -27,12 +28,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from tokenprune.model.info import BackboneInfo
-from tokenprune.stages.config import CutConfig, Keep
-from tokenprune.stages.token_context import SelectContext
-from tokenprune.tokens.budget import UNION
-from tokenprune.tokens.plan import Plan
-from tokenprune.tokens.proposal import Proposal
+from tokenprune import UNION, BackboneInfo, CutConfig, Keep, Plan, Proposal, Removal, SelectContext, StageNeeds
 from tokenprune_plugins.shared.bases import Anywhere
 from tokenprune_plugins.shared.ranks import rank_within
 from tokenprune_plugins.shared.similarity import likeness, likeness_flops
@@ -56,21 +52,22 @@ class PruMerge(Anywhere[PruMergeConfig]):
 
     def bind(self, info: BackboneInfo) -> None:
         """Choose the attention."""
-        self._kind, _ = self.encoder(info)
+        self._kind = self._attention(info)
 
-    def merges(self) -> bool:
-        """What leaves is merged."""
-        return True
+    def requirements(self, info: BackboneInfo) -> StageNeeds:
+        """One kind of attention, and keys of full width; what leaves is merged."""
+        return replace(
+            super().requirements(info), encoder_attention=(self._attention(info), "keys_whole"), removal=Removal.MERGE
+        )
 
-    def encoder(self, info: BackboneInfo) -> tuple[str, ...]:
-        """One kind of attention, and keys of full width."""
+    def _attention(self, info: BackboneInfo) -> str:
         auto = "cls" if "cls_whole" in info.encoder_attention else "received"
         kind = auto if self.config.attention == "auto" else self.config.attention
-        return ("cls_whole" if kind == "cls" else kind, "keys_whole")
+        return "cls_whole" if kind == "cls" else kind
 
-    def notes(self, info: BackboneInfo) -> str:
+    def caveats(self, info: BackboneInfo) -> str:
         """Which attention this is."""
-        if self.encoder(info)[0] == "cls_whole":
+        if self._attention(info) == "cls_whole":
             return "attention of the vision tower's class token, heads not split"
         return "attention from all tokens of the vision tower, mean over heads" + (
             ", which has no class token" if "cls_whole" not in info.encoder_attention else ""
@@ -84,7 +81,7 @@ class PruMerge(Anywhere[PruMergeConfig]):
     def propose(self, ctx: SelectContext) -> Proposal:
         """Patches that stand out, and what the others are merged into."""
         attention, keys = ctx.encoder_attention(self._kind), ctx.encoder_attention("keys_whole")
-        view = ctx.tables.view_of[ctx.prunable]
+        view = ctx.views_of
         wanted = standing_out(attention, view, len(ctx.layout.views), self.config.spread)
         score, protect = ranked(attention, view, wanted)
 

@@ -10,11 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tokenprune.model.info import BackboneInfo
-from tokenprune.stages.config import CutConfig, Cuts, Keep
-from tokenprune.stages.stage import Probe, require_rows
-from tokenprune.stages.token_context import SelectContext
-from tokenprune.tokens.layout import TokenLayout
+from tokenprune import BackboneInfo, CutConfig, Cuts, Keep, Probe, SelectContext, TokenLayout, require_rows
 from tokenprune_plugins.shared.attention_rows import RowsOrAuto, rows_note, rows_read
 from tokenprune_plugins.shared.bases import Scored
 
@@ -36,7 +32,7 @@ class PyramidDrop(Scored[PyramidDropConfig]):
         """Refuse rows that the decoder does not have beside the image."""
         require_rows(self.config.rows, info)
 
-    def notes(self, info: BackboneInfo) -> str:
+    def caveats(self, info: BackboneInfo) -> str:
         """Which rows are read on this backbone."""
         return rows_note(self.config.rows, info.decoder.causal)
 

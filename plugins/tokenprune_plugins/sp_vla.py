@@ -15,17 +15,13 @@ without the model, is `sp_vla.scheduler`; the pipeline `sp_vla-scheduled` has bo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from tokenprune.model.info import BackboneInfo
-from tokenprune.stages.config import CutConfig, Keep
-from tokenprune.stages.memory import Slot
-from tokenprune.stages.token_context import SelectContext
-from tokenprune.tokens.budget import UNION
-from tokenprune.tokens.proposal import Proposal
+from tokenprune import UNION, BackboneInfo, CutConfig, Keep, Proposal, SelectContext, Slot, StageNeeds
 from tokenprune_plugins.shared.bases import Anywhere
 from tokenprune_plugins.shared.canny import canny
 
@@ -69,15 +65,15 @@ class SPVLA(Anywhere[SPVLAConfig]):
             )
         self._vertical = translation[2]
 
-    def encoder(self, info: BackboneInfo) -> tuple[str, ...]:
-        """What patches get from all tokens."""
-        return ("received",)
+    def requirements(self, info: BackboneInfo) -> StageNeeds:
+        """The attention that patches get from all tokens of the towers."""
+        return replace(super().requirements(info), encoder_attention=("received",))
 
     def host_state(self, slot: Slot) -> float:
         """The vertical speed; it is seldom the same again."""
         return self._speed(slot)
 
-    def notes(self, info: BackboneInfo) -> str:
+    def caveats(self, info: BackboneInfo) -> str:
         """What the speed is measured in."""
         return "vertical speed in the action's own units"
 

@@ -13,11 +13,7 @@ from __future__ import annotations
 import numpy as np
 from pydantic import Field, model_validator
 
-from tokenprune.model.info import BackboneInfo
-from tokenprune.registry.hookspecs import hookimpl
-from tokenprune.stages.config import StageConfig
-from tokenprune.stages.control_context import ControlContext, ControlDecision
-from tokenprune.stages.stage import Stage
+from tokenprune import BackboneInfo, ControlContext, ControlDecision, Stage, StageConfig, hookimpl
 
 
 class SchedulerConfig(StageConfig):
@@ -54,7 +50,7 @@ class Scheduler(Stage[SchedulerConfig]):
         self._gripper = None if action.gripper is None else action.gripper[0]
         self._horizon = action.horizon
 
-    def notes(self, info: BackboneInfo) -> str:
+    def caveats(self, info: BackboneInfo) -> str:
         """How much is extrapolated at once."""
         return f"answers with {info.action.horizon} extrapolated actions"
 

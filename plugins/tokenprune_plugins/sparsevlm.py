@@ -13,18 +13,28 @@ stands where its cluster's centre stood.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokenprune.model.info import BackboneInfo
-from tokenprune.registry.hookspecs import hookimpl
-from tokenprune.stages.config import CutConfig, Cuts, Keep
-from tokenprune.stages.stage import Probe, Stage
-from tokenprune.stages.token_context import LayerContext, SelectContext
-from tokenprune.tokens.layout import TokenLayout
-from tokenprune.tokens.plan import Plan
-from tokenprune.tokens.proposal import Proposal
+from tokenprune import (
+    BackboneInfo,
+    CutConfig,
+    Cuts,
+    Keep,
+    LayerContext,
+    Plan,
+    Probe,
+    Proposal,
+    Removal,
+    SelectContext,
+    Stage,
+    StageNeeds,
+    TokenLayout,
+    hookimpl,
+)
 from tokenprune_plugins.shared.merging import into
 from tokenprune_plugins.shared.recycling import fold, recycled
 from tokenprune_plugins.shared.similarity import likeness_flops
@@ -55,17 +65,16 @@ class SparseVLM(Stage[SparseVLMConfig]):
         if self.config.heads is not None and self.config.heads > info.decoder.heads:
             raise ValueError(f"heads: {self.config.heads}, but the decoder of '{info.name}' has {info.decoder.heads}")
 
-    def merges(self) -> bool:
-        """Only what is recycled."""
-        return self.config.recycle
-
-    def layers(self, depth: int) -> tuple[int, ...]:
-        """Layers of the cuts, and a look at the embeddings."""
-        return (-1, *super().layers(depth))
+    def requirements(self, info: BackboneInfo) -> StageNeeds:
+        """The cuts, and a look at the embeddings; what is recycled is merged."""
+        return replace(
+            super().requirements(info).also_called_after([-1]),
+            removal=Removal.MERGE if self.config.recycle else Removal.DROP,
+        )
 
     def probes(self, info: BackboneInfo, layout: TokenLayout, mode: str) -> tuple[Probe, ...]:
         """The text's rows, at every cut; those that are no raters do not count."""
-        return tuple(Probe(layer, "text") for layer in self.layers(info.decoder.depth) if layer >= 0)
+        return tuple(Probe(layer, "text") for layer in self.requirements(info).layers if layer >= 0)
 
     def own_flops(self, info: BackboneInfo, plan: Plan) -> int:
         """Products of patches and text, and distances of what is recycled."""
@@ -79,12 +88,12 @@ class SparseVLM(Stage[SparseVLMConfig]):
     @hookimpl
     def select_tokens(self, ctx: SelectContext) -> None:
         """Choose the raters."""
-        ctx.notes["raters"] = raters(ctx.patches, ctx.rows("text"))
+        ctx.scratch["raters"] = raters(ctx.patches, ctx.rows("text"))
 
     @hookimpl
     def score_layer(self, ctx: LayerContext) -> Proposal:
         """What the raters attend to."""
-        score = rated(ctx.attention_rows("text"), ctx.notes["raters"], self.config.heads)
+        score = rated(ctx.attention_rows("text"), ctx.scratch["raters"], self.config.heads)
         cut = ctx.plan.cut_after[ctx.layer]
         if not self.config.recycle or cut.keep == cut.found:
             return Proposal(score=score)

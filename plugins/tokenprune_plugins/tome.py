@@ -9,17 +9,26 @@ it. A merged token keeps the position of its token of B.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from tokenprune.model.info import BackboneInfo
-from tokenprune.registry.hookspecs import hookimpl
-from tokenprune.stages.config import CutConfig, Cuts, Keep
-from tokenprune.stages.stage import Stage
-from tokenprune.stages.token_context import LayerContext, SelectContext
-from tokenprune.tokens.plan import Plan
-from tokenprune.tokens.proposal import Proposal
-from tokenprune.tokens.selection import rows_at
+from tokenprune import (
+    BackboneInfo,
+    CutConfig,
+    Cuts,
+    Keep,
+    LayerContext,
+    Plan,
+    Proposal,
+    Removal,
+    SelectContext,
+    Stage,
+    StageNeeds,
+    hookimpl,
+    rows_at,
+)
 from tokenprune_plugins.shared.merging import into
 from tokenprune_plugins.shared.similarity import likeness, likeness_flops
 
@@ -36,13 +45,9 @@ class ToMe(Stage[ToMeConfig]):
 
     Config = ToMeConfig
 
-    def merges(self) -> bool:
-        """What leaves is merged."""
-        return True
-
-    def layers(self, depth: int) -> tuple[int, ...]:
-        """Layers of the cuts, and a look that begins to count patches."""
-        return (-1, *super().layers(depth))
+    def requirements(self, info: BackboneInfo) -> StageNeeds:
+        """The cuts, and a look that begins to count patches; what leaves is merged."""
+        return replace(super().requirements(info).also_called_after([-1]), removal=Removal.MERGE)
 
     def bind(self, info: BackboneInfo) -> None:
         """Find the cuts.
@@ -67,7 +72,7 @@ class ToMe(Stage[ToMeConfig]):
     @hookimpl
     def select_tokens(self, ctx: SelectContext) -> Proposal | None:
         """Begin to count, and merge by embeddings where there is a cut."""
-        ctx.notes["size"] = torch.ones_like(ctx.prunable, dtype=torch.promote_types(ctx.hidden.dtype, torch.float32))
+        ctx.scratch["size"] = torch.ones_like(ctx.prunable, dtype=torch.promote_types(ctx.hidden.dtype, torch.float32))
         return self._propose(ctx, ctx.patches) if ctx.layer in self._cuts else None
 
     @hookimpl
@@ -76,8 +81,8 @@ class ToMe(Stage[ToMeConfig]):
         return self._propose(ctx, rows_at(ctx.k.mean(1), ctx.tokens.to_current(ctx.prunable)))
 
     def _propose(self, ctx: SelectContext, metric: Tensor) -> Proposal:
-        places = ctx.tables.place[ctx.prunable]
-        size = ctx.notes["size"].gather(1, places)
+        places = ctx.places
+        size = ctx.scratch["size"].gather(1, places)
         best, partner = pairs(metric)
         second = torch.arange(metric.shape[1], device=metric.device) % 2 == 1
 
@@ -86,7 +91,7 @@ class ToMe(Stage[ToMeConfig]):
             kept = torch.zeros_like(second.expand_as(partner)).scatter(1, chosen, True)
             destination = torch.where(kept, own, partner)
             total = torch.zeros_like(size).scatter_add(1, destination, size)
-            ctx.notes["size"] = ctx.notes["size"].scatter(1, places, total)
+            ctx.scratch["size"] = ctx.scratch["size"].scatter(1, places, total)
             return into(destination, size, chosen)
 
         return Proposal(score=-best, protect=second.expand_as(partner), merge=merge)

@@ -18,6 +18,7 @@ trained.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -25,16 +26,21 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import interpolate, one_hot
 
-from tokenprune.errors import MissingError
-from tokenprune.model.info import BackboneInfo
-from tokenprune.registry.hookspecs import hookimpl
-from tokenprune.stages.config import CutConfig, Keep
-from tokenprune.stages.memory import Slot
-from tokenprune.stages.stage import Stage
-from tokenprune.stages.token_context import SelectContext
-from tokenprune.tokens.budget import UNION
-from tokenprune.tokens.plan import Plan
-from tokenprune.tokens.proposal import Proposal
+from tokenprune import (
+    UNION,
+    BackboneInfo,
+    CutConfig,
+    Keep,
+    MissingError,
+    Plan,
+    Proposal,
+    Removal,
+    SelectContext,
+    Slot,
+    Stage,
+    StageNeeds,
+    hookimpl,
+)
 from tokenprune_plugins.shared.clip import Clip, load
 from tokenprune_plugins.shared.ranks import rank_within
 
@@ -76,9 +82,10 @@ class TRIM(Stage[TRIMConfig]):
             )
         self._clip = load(self.config.model, self.config.checkpoint, self.config.layer)
 
-    def merges(self) -> bool:
+    def requirements(self, info: BackboneInfo) -> StageNeeds:
         """What leaves is averaged, if the mean is wanted."""
-        return self.config.aggregate
+        removal = Removal.MERGE if self.config.aggregate else Removal.DROP
+        return replace(super().requirements(info), removal=removal)
 
     def host_state(self, slot: Slot) -> str:
         """The instruction, whose embedding is looked up."""
@@ -88,7 +95,7 @@ class TRIM(Stage[TRIMConfig]):
         """The image tower, once a view; the text tower is spared while the instruction stays the same."""
         return len(plan.layout.views) * self._clip.flops
 
-    def notes(self, info: BackboneInfo) -> str:
+    def caveats(self, info: BackboneInfo) -> str:
         """What runs beside the policy."""
         return (
             f"a CLIP runs beside the policy: {self._clip.flops / 1e9:.4g} GFLOP a view in every query, counted among "

@@ -14,14 +14,21 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from tokenprune.model.info import BackboneInfo
-from tokenprune.registry.hookspecs import hookimpl
-from tokenprune.stages.config import StageConfig, layer_of
-from tokenprune.stages.feature_context import FeatureContext
-from tokenprune.stages.memory import Slot, flags
-from tokenprune.stages.stage import Probe, Stage
-from tokenprune.stages.token_context import LayerContext
-from tokenprune.tokens.layout import TokenLayout
+from tokenprune import (
+    BackboneInfo,
+    FeatureContext,
+    Layer,
+    LayerContext,
+    Probe,
+    Slot,
+    Stage,
+    StageConfig,
+    StageNeeds,
+    TokenLayout,
+    flags,
+    hookimpl,
+    layer_index,
+)
 
 
 class TTFConfig(StageConfig):
@@ -31,7 +38,7 @@ class TTFConfig(StageConfig):
         default=0.03, ge=0, le=1, description="Mean change of grey values from which a patch changed."
     )
     attended_top: int = Field(default=70, ge=0, description="Patches that text attended to most, which are always new.")
-    attended_layer: int | str = Field(default="47%", description="Layer whose attention says so.")
+    attended_layer: Layer = Field(default="47%", description="Layer whose attention says so.")
     keyframe: int = Field(default=5, ge=1, description="Every so many queries all features are new.")
 
 
@@ -42,15 +49,15 @@ class TTF(Stage[TTFConfig]):
 
     def bind(self, info: BackboneInfo) -> None:
         """Find the layer in this decoder."""
-        (self._layer,) = self.layers(info.decoder.depth)
+        self._layer = layer_index(self.config.attended_layer, info.decoder.depth, "attended_layer")
 
     def host_state(self, slot: Slot) -> bool:
         """Whether the query is a keyframe."""
         return slot.queries % self.config.keyframe == 0
 
-    def layers(self, depth: int) -> tuple[int, ...]:
+    def requirements(self, info: BackboneInfo) -> StageNeeds:
         """The layer that says what matters."""
-        return (layer_of(self.config.attended_layer, depth),)
+        return super().requirements(info).also_called_after([self._layer])
 
     def probes(self, info: BackboneInfo, layout: TokenLayout, mode: str) -> tuple[Probe, ...]:
         """The text's rows."""

@@ -10,19 +10,25 @@ counted.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokenprune.model.info import BackboneInfo
-from tokenprune.registry.hookspecs import hookimpl
-from tokenprune.stages.config import CutConfig, Keep
-from tokenprune.stages.stage import Stage
-from tokenprune.stages.token_context import SelectContext
-from tokenprune.tokens.plan import Plan
-from tokenprune.tokens.proposal import Proposal
+from tokenprune import (
+    BackboneInfo,
+    CutConfig,
+    Keep,
+    Plan,
+    Proposal,
+    Removal,
+    SelectContext,
+    Stage,
+    StageNeeds,
+    hookimpl,
+)
 from tokenprune_plugins.shared.ranks import rank_within
 from tokenprune_plugins.shared.similarity import likeness, likeness_flops
 
@@ -44,23 +50,24 @@ class VisionZip(Stage[VisionZipConfig]):
 
     def bind(self, info: BackboneInfo) -> None:
         """Choose the attention."""
-        self._kind, _ = self.encoder(info)
+        self._kind = self._attention(info)
 
-    def merges(self) -> bool:
-        """What leaves is folded into a target."""
-        return True
+    def requirements(self, info: BackboneInfo) -> StageNeeds:
+        """One kind of attention, and keys; what leaves is folded into a target."""
+        return replace(
+            super().requirements(info), encoder_attention=(self._attention(info), "keys"), removal=Removal.MERGE
+        )
 
-    def encoder(self, info: BackboneInfo) -> tuple[str, ...]:
-        """One kind of attention, and keys."""
-        auto = "cls" if "cls" in info.encoder_attention else "received"
-        return (auto if self.config.attention == "auto" else self.config.attention, "keys")
-
-    def notes(self, info: BackboneInfo) -> str:
+    def caveats(self, info: BackboneInfo) -> str:
         """Which attention this is."""
         return {
             "cls": "attention of the vision tower's class token",
             "received": "attention from all tokens of the vision tower",
-        }[self.encoder(info)[0]]
+        }[self._attention(info)]
+
+    def _attention(self, info: BackboneInfo) -> str:
+        auto = "cls" if "cls" in info.encoder_attention else "received"
+        return auto if self.config.attention == "auto" else self.config.attention
 
     def own_flops(self, info: BackboneInfo, plan: Plan) -> int:
         """Cosines of all pairs of keys."""

@@ -19,13 +19,19 @@ import numpy as np
 from pydantic import Field
 from torch import Tensor
 
-from tokenprune.model.info import BackboneInfo
-from tokenprune.registry.hookspecs import hookimpl
-from tokenprune.stages.config import CutConfig, Keep, StageConfig
-from tokenprune.stages.control_context import ControlContext, ControlDecision
-from tokenprune.stages.stage import Probe, Stage
-from tokenprune.stages.token_context import SelectContext
-from tokenprune.tokens.layout import TokenLayout
+from tokenprune import (
+    BackboneInfo,
+    ControlContext,
+    ControlDecision,
+    CutConfig,
+    Keep,
+    Probe,
+    SelectContext,
+    Stage,
+    StageConfig,
+    TokenLayout,
+    hookimpl,
+)
 from tokenprune_plugins.shared.bases import Scored
 
 

@@ -14,17 +14,29 @@ the most similar patches go first. Where the arm's camera moves, hardly anything
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokenprune.model.info import BackboneInfo
-from tokenprune.registry.hookspecs import hookimpl
-from tokenprune.stages.config import CutConfig, Cuts, Keep, layer_of
-from tokenprune.stages.stage import Probe, Stage
-from tokenprune.stages.token_context import LayerContext, SelectContext
-from tokenprune.tokens.layout import TokenLayout
-from tokenprune.tokens.proposal import Proposal
+from tokenprune import (
+    BackboneInfo,
+    CutConfig,
+    Cuts,
+    Keep,
+    Layer,
+    LayerContext,
+    Probe,
+    Proposal,
+    Removal,
+    SelectContext,
+    Stage,
+    StageNeeds,
+    TokenLayout,
+    hookimpl,
+    layer_index,
+)
 from tokenprune_plugins.shared.patch_change import patch_similarity
 from tokenprune_plugins.shared.ranks import rank_in_views, rank_within
 
@@ -37,7 +49,7 @@ class VLACacheConfig(CutConfig):
     unchanged: float = Field(default=0.996, description="Cosine of a patch's pixels from which it is static.")
     top: int = Field(default=100, ge=0, description="Static patches of each camera, the most similar ones.")
     relevant_top: int = Field(default=100, ge=0, description="Patches that text attends to, which are computed anew.")
-    relevant_layer: int | str = Field(default="47%", description="Layer whose attention says so.")
+    relevant_layer: Layer = Field(default="47%", description="Layer whose attention says so.")
     shares: tuple[float, ...] | None = Field(
         default=None, description="Share of the static patches that is reused from each cut on; measured if left out."
     )
@@ -49,10 +61,6 @@ class VLACache(Stage[VLACacheConfig]):
 
     Config = VLACacheConfig
 
-    def reuses(self) -> bool:
-        """What leaves stays visible."""
-        return True
-
     def bind(self, info: BackboneInfo) -> None:
         """Find the layers in this decoder.
 
@@ -63,15 +71,18 @@ class VLACache(Stage[VLACacheConfig]):
         if shares is not None and (len(shares) != len(self.config.after) or not all(0 <= s <= 1 for s in shares)):
             raise ValueError(f"shares: give one from 0 to 1 for each of the {len(self.config.after)} cuts")
         self._depth = info.decoder.depth
-        self._relevant = layer_of(self.config.relevant_layer, self._depth)
+        self._relevant = layer_index(self.config.relevant_layer, self._depth, "relevant_layer")
         self._cuts = self.cuts(self._depth)
         self._measured = range(self._depth - 1) if shares is None else range(0)
 
-    def layers(self, depth: int) -> tuple[int, ...]:
-        """A look at the pictures, the cuts, the layer that says what is relevant, and those that are measured."""
-        measured = range(depth - 1) if self.config.shares is None else range(0)
-        relevant = layer_of(self.config.relevant_layer, depth)
-        return tuple(sorted({-1, *super().layers(depth), relevant, *measured}))
+    def requirements(self, info: BackboneInfo) -> StageNeeds:
+        """The cuts, the pictures, the layer that says what is relevant, and those that are measured.
+
+        What leaves stays visible.
+        """
+        measured = range(self._depth - 1) if self.config.shares is None else range(0)
+        needs = super().requirements(info).also_called_after([-1, self._relevant, *measured])
+        return replace(needs, removal=Removal.REUSE)
 
     def probes(self, info: BackboneInfo, layout: TokenLayout, mode: str) -> tuple[Probe, ...]:
         """The text's rows; the first query of an episode measures every layer besides."""
@@ -91,8 +102,8 @@ class VLACache(Stage[VLACacheConfig]):
         relevant = rank_within(attended, seen) < self.config.relevant_top
         static = similar >= self.config.unchanged
         static = static & (rank_in_views(ctx, similar, static) < self.config.top) & ~relevant
-        ctx.notes["rank"] = rank_within(similar, static)
-        ctx.notes["static"] = static.sum(1)
+        ctx.scratch["rank"] = rank_within(similar, static)
+        ctx.scratch["static"] = static.sum(1)
 
     @hookimpl
     def score_layer(self, ctx: LayerContext) -> Proposal | None:
@@ -107,20 +118,20 @@ class VLACache(Stage[VLACacheConfig]):
         if any(slot.queries == 0 for slot in ctx.slots):
             # Nothing can be reused yet, and the layers behind this one are still to be measured.
             return Proposal(protect=torch.ones_like(ctx.prunable, dtype=torch.bool))
-        rank = ctx.notes["rank"].gather(1, ctx.tables.place[ctx.prunable])
-        reused = (self._share(ctx) * ctx.notes["static"]).floor()
+        rank = ctx.scratch["rank"].gather(1, ctx.places)
+        reused = (self._share(ctx) * ctx.scratch["static"]).floor()
         return Proposal(score=rank.double(), protect=rank >= reused[:, None])
 
     def _share(self, ctx: LayerContext) -> Tensor:
         """Share of the static patches that is reused from this cut on `[B]`."""
         place = self._cuts.index(ctx.layer)
         if self.config.shares is not None:
-            return torch.full_like(ctx.notes["static"], self.config.shares[place], dtype=torch.float64)
+            return torch.full_like(ctx.scratch["static"], self.config.shares[place], dtype=torch.float64)
         if not place:
             entropies = [ctx.once(f"entropy.{layer}", ctx.row_entropy) for layer in self._measured]
             measured = shares(torch.stack(entropies), self.config.damping)
-            ctx.notes["shares"] = torch.stack([measured[cut] for cut in self._cuts])
-        return ctx.notes["shares"][place]
+            ctx.scratch["shares"] = torch.stack([measured[cut] for cut in self._cuts])
+        return ctx.scratch["shares"][place]
 
 
 def shares(entropies: Tensor, damping: float) -> Tensor:

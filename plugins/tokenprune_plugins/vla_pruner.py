@@ -10,21 +10,33 @@ pruned counts 0 there, as in the released code; only the other score can bring i
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pydantic import Field
 from torch import Tensor
 
-from tokenprune.model.info import BackboneInfo
-from tokenprune.registry.hookspecs import hookimpl
-from tokenprune.stages.config import CutConfig, Cuts, Keep, Layers, layers_of
-from tokenprune.stages.control_context import ControlContext, ControlDecision
-from tokenprune.stages.memory import ExecutedAction
-from tokenprune.stages.query_record import QueryRecord
-from tokenprune.stages.stage import Probe, Stage
-from tokenprune.stages.token_context import LayerContext, SelectContext
-from tokenprune.tokens.layout import TokenLayout
-from tokenprune.tokens.plan import Plan
-from tokenprune.tokens.proposal import Proposal
-from tokenprune.tokens.selection import rows_at
+from tokenprune import (
+    BackboneInfo,
+    ControlContext,
+    ControlDecision,
+    CutConfig,
+    Cuts,
+    ExecutedAction,
+    Keep,
+    LayerContext,
+    Layers,
+    Plan,
+    Probe,
+    Proposal,
+    QueryRecord,
+    SelectContext,
+    Stage,
+    StageNeeds,
+    TokenLayout,
+    hookimpl,
+    layer_indices,
+    rows_at,
+)
 from tokenprune_plugins.divprune import farthest_first
 from tokenprune_plugins.shared.ranks import rank_within
 from tokenprune_plugins.shared.similarity import likeness_flops
@@ -54,19 +66,19 @@ class VLAPruner(Stage[VLAPrunerConfig]):
 
     Config = VLAPrunerConfig
 
-    def layers(self, depth: int) -> tuple[int, ...]:
-        """Layers of the cuts, and a look at the embeddings."""
-        return (-1, *super().layers(depth))
+    def requirements(self, info: BackboneInfo) -> StageNeeds:
+        """The cuts, a look at the embeddings, and the action tokens' attention at the action layers."""
+        needs = super().requirements(info).also_called_after([-1])
+        return replace(needs, action_attention=self._action_layers(info.decoder.depth))
 
-    def watches(self, depth: int) -> tuple[int, ...]:
-        """The action layers."""
-        return layers_of(self.config.action_layers, depth)
+    def _action_layers(self, depth: int) -> tuple[int, ...]:
+        return layer_indices(self.config.action_layers, depth, "action_layers")
 
     def probes(self, info: BackboneInfo, layout: TokenLayout, mode: str) -> tuple[Probe, ...]:
         """Every row at the layers of cuts that drop anything, and the watched rows where they are in the layout."""
         depth = info.decoder.depth
         own = tuple(Probe(layer, "all") for layer in self.drops(depth, mode))
-        watched = self.watches(depth) if "action" in layout.row_names else ()
+        watched = self._action_layers(depth) if "action" in layout.row_names else ()
         return own + tuple(Probe(layer, "action") for layer in watched)
 
     def own_flops(self, info: BackboneInfo, plan: Plan) -> int:
@@ -82,7 +94,7 @@ class VLAPruner(Stage[VLAPrunerConfig]):
     @hookimpl
     def select_tokens(self, ctx: SelectContext) -> None:
         """Note the embeddings."""
-        ctx.notes["embeddings"] = ctx.patches
+        ctx.scratch["embeddings"] = ctx.patches
 
     @hookimpl
     def score_layer(self, ctx: LayerContext) -> Proposal | None:
@@ -93,7 +105,7 @@ class VLAPruner(Stage[VLAPrunerConfig]):
         member = rank_within(ctx.received_attention()) < cut.keep
         member = member | (rank_within(self._acted_on(ctx)) < cut.keep)
         # Embeddings were noted for every prunable token; earlier cuts may have taken some.
-        embeddings = rows_at(ctx.notes["embeddings"], ctx.tables.place[ctx.prunable])
+        embeddings = rows_at(ctx.scratch["embeddings"], ctx.places)
         return Proposal(score=farthest_first(embeddings, cut.keep, member))
 
     @hookimpl
@@ -107,7 +119,7 @@ class VLAPruner(Stage[VLAPrunerConfig]):
 
     def bind(self, info: BackboneInfo) -> None:
         """Find the watched layers in this decoder."""
-        self._watched = self.watches(info.decoder.depth)
+        self._watched = self._action_layers(info.decoder.depth)
 
     def _acted_on(self, ctx: LayerContext) -> Tensor:
         ages = range(self.config.window)

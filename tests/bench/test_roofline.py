@@ -11,6 +11,7 @@ from tokenprune.bench.roofline import Roof, floor
 from tokenprune.loading import load_backbone
 from tokenprune.model.flops import layer_weights
 from tokenprune.model.info import ActionSpec, BackboneInfo, DecoderShape, FollowUp
+from tokenprune.model.phase import Phase
 from tokenprune.tokens.layout import Role, Segment, TokenLayout
 from tokenprune.tokens.plan import Cut, Plan
 
@@ -63,7 +64,7 @@ def test_parts_outside_the_decoder_likewise():
 
 def test_passes_behind_the_layout_read_their_weights_each_time():
     shape = replace(SHAPE, hidden=4, mlp=5)
-    follow = FollowUp("flow", shape, ((1, 0), (5, 1), (5, 1)), steps=2, norms=100)
+    follow = FollowUp(Phase.FLOW, shape, ((1, 0), (5, 1), (5, 1)), steps=2, norms=100)
     # 4 * 4 * 8 + 3 * 4 * 5 = 188 weights, and 50 of the adaptive norms in the two flow steps.
     found = floor(replace(INFO, follow_up=follow), plan_of(LAYOUT), Roof(1e12, 1e3, 1, 1), itemsize=2)
     assert found.follow_up == pytest.approx(3 * 2 * (188 + 2 * 238))

@@ -28,7 +28,7 @@ from tokenprune.bench.table import bench_text, needs_table, speed_table
 from tokenprune.bench.upstream import UPSTREAM
 from tokenprune.cli import app
 from tokenprune.compare.episode import load_episode
-from tokenprune.engine.executor import EXECUTIONS
+from tokenprune.engine.executor import Execution
 from tokenprune.errors import ConfigError, EpisodeError, ResultError, TokenPruneError
 from tokenprune.pipelines.loader import load_pipeline
 from tokenprune.report.files import read_result, write_json
@@ -235,7 +235,7 @@ def test_the_command_writes_file_chart_and_profile(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "error", "message"),
     [
-        (["--mode", "fast"], ConfigError, "unknown mode 'fast'; valid: " + ", ".join(sorted(EXECUTIONS))),
+        (["--mode", "fast"], ConfigError, "unknown mode 'fast'; valid: " + ", ".join(sorted(Execution))),
         (["--mode", "cuda_graph"], ConfigError, "mode 'cuda_graph' needs a CUDA device, got 'cpu'"),
         (["--preset", "tiny", "--preset", "small"], ConfigError, "2 times for 1 backbones"),
         (["--chart", "speed.jpeg"], ResultError, r"its ending is '.jpeg'; valid: .png, .svg"),

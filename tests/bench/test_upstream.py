@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.helpers.planting import REGISTRY
-from tokenprune.bench.upstream import EagerDecoder, UpstreamBackbone
+from tokenprune.bench.upstream import UpstreamBackbone, UpstreamRunner
 from tokenprune.loading import load_backbone
 from tokenprune.pipelines.config import DENSE
 from tokenprune.policy import Policy
@@ -60,19 +60,18 @@ def test_in_bfloat16_they_differ_no_more_than_bfloat16_does(name, options):
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_every_map_is_kept_and_logits_are_made_where_upstream_makes_them(name, options, monkeypatch):
     backbone = load_backbone(name, REGISTRY, None, "tiny", "cpu", "float32", 0, options)
-    kept = []
-    real = EagerDecoder.run
+    runners = []
+    real = UpstreamRunner.__call__
 
     def run(self, *given, **named):
-        kept.append(self.kept)
+        runners.append(self)
         return real(self, *given, **named)
 
-    monkeypatch.setattr(EagerDecoder, "run", run)
+    monkeypatch.setattr(UpstreamRunner, "__call__", run)
     chunk = asked(UpstreamBackbone(backbone))[0]
-    first, info, n = kept[0], backbone.info, chunk.trace.plan.layout.n_tokens
-    maps = [one for one in first if one.dim() == 4]
-    logits = [one for one in first if one.dim() == 3]
-    assert all(one is first for one in kept[: len(kept) // 2])
+    info, n = backbone.info, chunk.trace.plan.layout.n_tokens
+    maps, logits = runners[0].maps, runners[0].logits
+    assert all(one is runners[0] for one in runners[: len(runners) // 2])
     passes = info.repeats + (0 if info.follow_up is None else len(info.follow_up.passes))
     assert len(maps) == passes * info.decoder.depth
     assert tuple(maps[0].shape) == (1, info.decoder.heads, n, n)

@@ -120,9 +120,9 @@ def test_validate_against_a_backbone(tmp_path: Path) -> None:
 
 
 def test_schema_is_written(tmp_path: Path) -> None:
-    done = call("schema", "--out", "tokenprune.pipelines.schema.json", cwd=tmp_path)
+    done = call("schema", "--out", "tokenprune.schema.json", cwd=tmp_path)
     assert done.returncode == 0
-    schema = json.loads((tmp_path / "tokenprune.pipelines.schema.json").read_text(encoding="utf-8"))
+    schema = json.loads((tmp_path / "tokenprune.schema.json").read_text(encoding="utf-8"))
     assert "fastv" in json.dumps(schema)
 
 

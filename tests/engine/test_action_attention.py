@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from tests.helpers.planting import REGISTRY, pipeline
 from tests.helpers.stages import TestConfig
 from tests.helpers.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
+from tokenprune.model.info import BackboneInfo
 from tokenprune.policy import Policy
 from tokenprune.registry.discovery import Owner, Registered
 from tokenprune.registry.hookspecs import hookimpl
 from tokenprune.registry.specs import StageSpec
 from tokenprune.stages.memory import ExecutedAction
+from tokenprune.stages.needs import StageNeeds
 from tokenprune.stages.query_record import QueryRecord
 from tokenprune.stages.stage import Stage
 from tokenprune.stages.token_context import LayerContext
@@ -27,8 +31,8 @@ class Watching(Stage[TestConfig]):
     records: list[QueryRecord] = []  # noqa: RUF012 - read by the tests
     recalled: list[tuple[torch.Tensor, torch.Tensor]] = []  # noqa: RUF012
 
-    def watches(self, depth: int) -> tuple[int, ...]:
-        return (LAYER,)
+    def requirements(self, info: BackboneInfo) -> StageNeeds:
+        return replace(super().requirements(info), action_attention=(LAYER,))
 
     @hookimpl
     def observe(self, record: QueryRecord | ExecutedAction) -> None:

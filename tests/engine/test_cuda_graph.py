@@ -19,8 +19,8 @@ from tests.helpers.look import look
 from tests.helpers.planting import REGISTRY, pipeline
 from tests.helpers.stages import TestConfig
 from tests.helpers.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
-from tokenprune.engine.executor import Recorded
-from tokenprune.engine.query import Outcome
+from tokenprune.engine.executor import GraphExecutor
+from tokenprune.engine.query import DeviceOutcome
 from tokenprune.engine.tensor_tree import copy_tensors, tensors_in
 from tokenprune.errors import CapabilityError, ConfigError
 from tokenprune.pipelines.config import PipelineConfig
@@ -36,7 +36,7 @@ def both(backbone: Any, config: PipelineConfig, rounds: list[tuple[Any, ...]]) -
     A round is `("reset", instruction, slot)` or `("act", seed, slots)`.
     """
     policies = [Policy(backbone, config, REGISTRY) for _ in range(2)]
-    policies[1].executor = Recorded(backbone, taped)
+    policies[1].executor = GraphExecutor(backbone, taped)
     chunks: list[list[ActionChunk]] = [[], []]
     for policy, own in zip(policies, chunks, strict=True):
         for what, first, second in rounds:
@@ -120,12 +120,12 @@ def test_a_mode_switch_and_a_reset_record_nothing_twice(monkeypatch: pytest.Monk
     config = load_pipeline("specprune", REGISTRY).config
     recorded: list[None] = []
 
-    def counting(run: Callable[[], Outcome]) -> Any:
+    def counting(run: Callable[[], DeviceOutcome]) -> Any:
         recorded.append(None)
         return taped(run)
 
     policy = Policy(backbone, config, REGISTRY)
-    policy.executor = Recorded(backbone, counting)
+    policy.executor = GraphExecutor(backbone, counting)
     modes = set()
     for episode in range(4):
         policy.reset(INSTRUCTION)
@@ -157,8 +157,8 @@ def test_what_a_stage_reads_on_the_host_keeps_recordings_apart(monkeypatch: pyte
     backbone = tiny_policy_parts(tiny_config(depth=4))
     config = pipeline(TTFConfig(use="ttf", keyframe=3, threshold=0.1))
     same(both(backbone, config, EPISODE))
-    monkeypatch.setattr("tokenprune.engine.cuda_graph.recording_key", lambda pipeline, plan, given: plan.mode)
-    monkeypatch.setattr("tokenprune.engine.executor.recording_key", lambda pipeline, plan, given: plan.mode)
+    monkeypatch.setattr("tokenprune.engine.cuda_graph.graph_key", lambda pipeline, plan, given: plan.mode)
+    monkeypatch.setattr("tokenprune.engine.executor.graph_key", lambda pipeline, plan, given: plan.mode)
     with pytest.raises((AssertionError, RuntimeError, ValueError)):
         same(both(backbone, config, EPISODE))
 
@@ -166,7 +166,7 @@ def test_what_a_stage_reads_on_the_host_keeps_recordings_apart(monkeypatch: pyte
 def test_noise_is_new_in_every_replay() -> None:
     backbone, seen, _ = BACKBONES["pi0"]()
     policy = Policy(backbone, pipeline(), REGISTRY)
-    policy.executor = Recorded(backbone, taped)
+    policy.executor = GraphExecutor(backbone, taped)
     policy.reset(INSTRUCTION)
     chunks = [policy.act(seen) for _ in range(4)]
     assert [chunk.trace.execution for chunk in chunks] == ["eager", "eager", "cuda_graph", "cuda_graph"]
@@ -177,7 +177,7 @@ def test_noise_is_new_in_every_replay() -> None:
 def test_a_count_that_depends_on_data_is_refused_before_a_query(name: str) -> None:
     backbone = tiny_policy_parts(tiny_config(depth=8))
     policy = Policy(backbone, load_pipeline(name, REGISTRY).config, REGISTRY)
-    policy.executor = Recorded(backbone, taped)
+    policy.executor = GraphExecutor(backbone, taped)
     with pytest.raises(ConfigError, match="cuda_graph needs counts that are known before the query"):
         policy.reset(INSTRUCTION)
 
@@ -185,7 +185,7 @@ def test_a_count_that_depends_on_data_is_refused_before_a_query(name: str) -> No
 def test_a_stage_that_works_on_the_host_is_refused() -> None:
     backbone = tiny_policy_parts(tiny_config(depth=8))
     policy = Policy(backbone, load_pipeline("layer_cosine", REGISTRY).config, REGISTRY)
-    policy.executor = Recorded(backbone, taped)
+    policy.executor = GraphExecutor(backbone, taped)
     with pytest.raises(ConfigError, match="cuda_graph cannot hold 'layer_cosine'"):
         policy.reset(INSTRUCTION)
 
@@ -220,11 +220,11 @@ def test_copies_around_a_replay_are_few_launches() -> None:
         copy_tensors(places, given["numbers"])
 
 
-def full(run: Callable[[], Outcome]) -> Any:
+def full(run: Callable[[], DeviceOutcome]) -> Any:
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-def full_and_broken(run: Callable[[], Outcome]) -> Any:
+def full_and_broken(run: Callable[[], DeviceOutcome]) -> Any:
     """The capture cannot even be ended after an allocation in it has failed."""
     try:
         full(run)
@@ -232,14 +232,14 @@ def full_and_broken(run: Callable[[], Outcome]) -> Any:
         raise RuntimeError("operation failed due to a previous error during capture")
 
 
-def broken(run: Callable[[], Outcome]) -> Any:
+def broken(run: Callable[[], DeviceOutcome]) -> Any:
     raise RuntimeError("operation not permitted when stream is capturing")
 
 
 def test_a_recording_that_fails_otherwise_is_an_error() -> None:
     backbone = tiny_policy_parts(tiny_config())
     policy = Policy(backbone, pipeline(), REGISTRY)
-    policy.executor = Recorded(backbone, broken)
+    policy.executor = GraphExecutor(backbone, broken)
     policy.reset(INSTRUCTION)
     with pytest.raises(RuntimeError, match="not permitted"):
         policy.act(observation(backbone.config))
@@ -249,7 +249,7 @@ def test_a_recording_that_fails_otherwise_is_an_error() -> None:
 def test_without_memory_for_a_graph_queries_run_call_by_call(full: Any) -> None:
     backbone = tiny_policy_parts(tiny_config())
     policy = Policy(backbone, pipeline(TestConfig(use="test.memory")), REGISTRY)
-    policy.executor = Recorded(backbone, full)
+    policy.executor = GraphExecutor(backbone, full)
     policy.reset(INSTRUCTION)
     with pytest.warns(UserWarning, match="no memory to record pipeline 'drawn', mode 'default'"):
         first = policy.act(observation(backbone.config))

@@ -17,8 +17,8 @@ from tokenprune.errors import StageError
 from tokenprune.pipelines.loader import load_pipeline
 from tokenprune.policy import Policy
 from tokenprune.testing.waiting import no_waiting
+from tokenprune_plugins.shared import ranks
 from tokenprune_plugins.shared.ranks import rank_within
-from tokenprune_plugins.specprune import signals
 
 
 def queries(name: str, *overrides: str) -> None:
@@ -65,5 +65,5 @@ def test_a_planted_wait_is_refused() -> None:
     def waiting(score: torch.Tensor, member: torch.Tensor | None = None) -> torch.Tensor:
         return real(score, member) if score.any() else real(-score, member)
 
-    with patch.object(signals, "rank_within", waiting), pytest.raises(StageError, match="is read"):
+    with patch.object(ranks, "rank_within", waiting), pytest.raises(StageError, match="is read"):
         queries("specprune")

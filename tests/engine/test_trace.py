@@ -13,7 +13,8 @@ from tokenprune.engine.timing import Clock, GraphClock
 from tokenprune.engine.trace import ProbeRecord, QueryTrace, attention_kernel
 from tokenprune.errors import TraceError
 from tokenprune.pipelines.planning import make_plan
-from tokenprune.stages.config import CutConfig
+from tokenprune.stages.config import CutConfig, cut_layer
+from tokenprune.stages.needs import StageNeeds
 from tokenprune.stages.stage import Stage
 from tokenprune.tokens.layout import Role, Segment, TokenLayout
 from tokenprune.tokens.plan import Plan
@@ -32,7 +33,8 @@ def plan() -> Plan:
         CutConfig.model_validate({"use": "x", "keep": keep, "after": after})
         for keep, after in ((9, "embedding"), (4, 1))
     ]
-    return make_plan([Stage(c) for c in configs], ["x", "y"], layout, "default", 4)
+    needs = [StageNeeds((cut_layer(c.after[0], 4),)) for c in configs]
+    return make_plan([Stage(c) for c in configs], needs, ["x", "y"], layout, "default", 4)
 
 
 def test_a_query_that_ran_to_plan_passes(plan: Plan) -> None:
@@ -71,7 +73,7 @@ class Watch:
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     by_hand = Watch()
-    monkeypatch.setattr("tokenprune.engine.trace.time", by_hand)
+    monkeypatch.setattr("tokenprune.engine.timing.time", by_hand)
     return by_hand
 
 

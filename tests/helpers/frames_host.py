@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,14 @@ import torch
 from tests.helpers import stages
 from tests.helpers.planting import pipeline
 from tests.helpers.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
+from tokenprune.model.info import BackboneInfo
 from tokenprune.policy import Policy
 from tokenprune.registry.discovery import Owner, Registered, Registry
 from tokenprune.registry.hookspecs import hookimpl
 from tokenprune.registry.specs import StageSpec
 from tokenprune.stages.config import CutConfig, Keep
 from tokenprune.stages.control_context import ControlContext
+from tokenprune.stages.needs import StageNeeds
 from tokenprune.stages.stage import Stage
 from tokenprune.stages.token_context import SelectContext
 from tokenprune.tokens.proposal import Proposal
@@ -41,8 +44,8 @@ class Look(Stage[LookConfig]):
         super().__init__(config)
         self.noted: list[dict[str, tuple[torch.Tensor, ...]]] = []
 
-    def frames(self) -> int:
-        return self.config.far
+    def requirements(self, info: BackboneInfo) -> StageNeeds:
+        return replace(super().requirements(info), look_back_frames=self.config.far)
 
     @hookimpl
     def look_back(self, ctx: ControlContext) -> int | None:

@@ -64,7 +64,7 @@ class Cuts:
         return self.keep[max(self.keep)] if self.keep else [list(range(self.n))] * self.batch
 
     def run(
-        self, model: LlamaModel, embeddings: Tensor, causal: bool, positions: Positions = "preserve",
+        self, model: LlamaModel, embeddings: Tensor, causal: bool, positions: Positions = Positions.PRESERVE,
         cache: KVCache | None = None,
     ) -> Decoded:  # fmt: skip
         first = self.keep.get(-1, [list(range(self.n))] * self.batch)

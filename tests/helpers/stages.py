@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
+from tokenprune.model.info import BackboneInfo
 from tokenprune.registry.discovery import Owner, Registered, Registry
 from tokenprune.registry.hookspecs import hookimpl
 from tokenprune.registry.specs import StageSpec
 from tokenprune.stages.config import CutConfig, Keep
+from tokenprune.stages.needs import StageNeeds
 from tokenprune.stages.stage import Stage
 from tokenprune.stages.token_context import LayerContext, SelectContext
+from tokenprune.tokens.plan import Removal
 from tokenprune.tokens.proposal import Proposal
 
 
@@ -103,8 +108,8 @@ class Careless(Stage[TestConfig]):
 
     Config = TestConfig
 
-    def reuses(self) -> bool:
-        return True
+    def requirements(self, info: BackboneInfo) -> StageNeeds:
+        return replace(super().requirements(info), removal=Removal.REUSE)
 
     @hookimpl
     def score_layer(self, ctx: LayerContext) -> Proposal:

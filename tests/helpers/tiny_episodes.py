@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tests.helpers import stages
 from tests.helpers.tiny_oft import INSTRUCTION, tiny_config, tiny_policy_parts
+from tokenprune.model.info import BackboneInfo
 from tokenprune.pipelines.config import PipelineConfig
 from tokenprune.pipelines.loader import load_pipeline, parse_pipeline
 from tokenprune.policy import ActionChunk, Policy
@@ -21,6 +22,7 @@ from tokenprune.registry.specs import StageSpec
 from tokenprune.stages.config import StageConfig
 from tokenprune.stages.control_context import ControlContext, ControlDecision
 from tokenprune.stages.memory import ExecutedAction
+from tokenprune.stages.needs import StageNeeds
 from tokenprune.stages.query_record import QueryRecord
 from tokenprune.stages.stage import Stage
 from tokenprune.stages.token_context import LayerContext
@@ -100,8 +102,8 @@ class Failing(Stage[FailingConfig]):
 
     Config = FailingConfig
 
-    def layers(self, depth: int) -> tuple[int, ...]:
-        return (self.config.layer,)
+    def requirements(self, info: BackboneInfo) -> StageNeeds:
+        return super().requirements(info).also_called_after([self.config.layer])
 
     @hookimpl
     def score_layer(self, ctx: LayerContext) -> None:

@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tokenprune.model.info import BackboneInfo
 from tokenprune.pipelines.config import PipelineConfig
 from tokenprune.policy import ActionChunk, Policy
 from tokenprune.registry.discovery import Owner, Registered, Registry
 from tokenprune.registry.hookspecs import hookimpl
 from tokenprune.registry.specs import StageSpec
 from tokenprune.stages.config import CutConfig, StageConfig
+from tokenprune.stages.needs import StageNeeds
 from tokenprune.stages.query_record import ActionAttention
 from tokenprune.stages.stage import Stage
 from tokenprune.stages.token_context import LayerContext, SelectContext
@@ -134,8 +136,8 @@ class Watcher(Stage[WatcherConfig]):
     Config = WatcherConfig
     attention: Mapping[int, ActionAttention]
 
-    def watches(self, depth: int) -> tuple[int, ...]:
-        return self.config.layers
+    def requirements(self, info: BackboneInfo) -> StageNeeds:
+        return replace(super().requirements(info), action_attention=self.config.layers)
 
     @hookimpl
     def observe(self, record: Any) -> None:

@@ -11,6 +11,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from tokenprune.registry.hookspecs import hookimpl
 from tokenprune.registry.specs import BackboneSpec, EnvironmentSpec, StageSpec
 from tokenprune.stages.config import CutConfig, Keep
 from tokenprune.stages.control_context import ControlContext, ControlDecision
+from tokenprune.stages.needs import StageNeeds
 from tokenprune.stages.stage import Stage
 from tokenprune.stages.token_context import SelectContext
 from tokenprune.tokens.layout import Role, Segment, TokenLayout
@@ -153,8 +155,8 @@ class Moody(Stage[MoodyConfig]):
 
     Config = MoodyConfig
 
-    def frames(self) -> int:
-        return self.config.back
+    def requirements(self, info: BackboneInfo) -> StageNeeds:
+        return replace(super().requirements(info), look_back_frames=self.config.back)
 
     @hookimpl
     def look_back(self, ctx: ControlContext) -> int | None:

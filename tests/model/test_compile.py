@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.helpers.drawing import random, tiny_llama
 from tokenprune.model.attention import attention_rows
-from tokenprune.model.decoder import finish, project, rotary
+from tokenprune.model.decoder import Positions, finish, project, rotary
 from tokenprune.tokens.proposal import Proposal, Quota, resolve
 from tokenprune.tokens.selection import OriginalIds, TokenSelection, apply
 
@@ -27,7 +27,7 @@ def block(first: nn.Module, second: nn.Module, causal: bool, votes: bool) -> Cal
     fixed, rows = torch.tensor(FIXED), torch.tensor([list(ROWS)])
 
     def layer(module: nn.Module, hidden: Tensor, tokens: TokenSelection) -> tuple[Tensor, Tensor, Tensor]:
-        cos, sin = rotary(tokens, "preserve", DIM, 500.0, hidden.dtype)
+        cos, sin = rotary(tokens, Positions.PRESERVE, DIM, 500.0, hidden.dtype)
         q, k, v, _ = project(module, hidden, cos, sin, DIM)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
         return finish(module, hidden, mixed), q, k

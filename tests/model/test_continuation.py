@@ -11,7 +11,7 @@ from transformers import LlamaModel
 
 from tests.helpers.drawing import batches, decoder_of, llamas, random, seeds, tiny_llama
 from tests.helpers.masked_decoder import Cuts, FakePruner, close, cuts, masked_dense, pattern
-from tokenprune.model.decoder import Decoded
+from tokenprune.model.decoder import Decoded, Positions
 from tokenprune.model.kv_cache import KVCache
 from tokenprune.tokens.selection import OriginalIds, TokenSelection
 
@@ -58,7 +58,7 @@ def test_a_causal_decoder_is_read_at_its_end(model: LlamaModel, batch: int, n: i
             decoder.run(x, everything, read=OriginalIds(torch.tensor([[0, 1]] * batch)))
 
 
-@pytest.mark.parametrize("positions", ["preserve", "compact"])
+@pytest.mark.parametrize("positions", list(Positions))
 @given(data=st.data(), model=llamas(), batch=batches, n=st.integers(2, 8), new=st.integers(1, 3), seed=seeds)
 def test_tokens_behind_a_ragged_cache_equal_a_masked_dense_model(
     positions: str, data: st.DataObject, model: LlamaModel, batch: int, n: int, new: int, seed: int
@@ -72,7 +72,7 @@ def test_tokens_behind_a_ragged_cache_equal_a_masked_dense_model(
         tokens = TokenSelection(OriginalIds(torch.full((batch, 1), n + step)), n + step + 1)
         made.append(decoder.run(x[:, n + step : n + step + 1], tokens, cache=cache, positions=positions).hidden)
     gone = torch.cat([plan.last_layer_that_sees(), torch.full((batch, new), 10**6)], dim=1)
-    expected = masked_dense(model, x, gone, pattern(n + new, True), renumber=positions == "compact")
+    expected = masked_dense(model, x, gone, pattern(n + new, True), renumber=positions is Positions.COMPACT)
     close(torch.cat(made, dim=1), expected[:, n:], 1e-10)
 
 

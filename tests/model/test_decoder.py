@@ -10,6 +10,7 @@ from transformers import LlamaModel
 
 from tests.helpers.drawing import batches, decoder_of, llamas, random, seeds, tiny_llama
 from tests.helpers.masked_decoder import NEVER, Cuts, FakePruner, at, close, cuts, masked_dense, pattern
+from tokenprune.model.decoder import Positions
 from tokenprune.model.kv_cache import KVCache
 from tokenprune.tokens.selection import OriginalIds, TokenSelection
 
@@ -103,7 +104,7 @@ def test_compact_positions_equal_a_renumbered_model(
 ) -> None:
     plan = data.draw(cuts(len(model.layers), n, batch))
     x = random(seed, batch, n, model.config.hidden_size)
-    decoded = plan.run(model, x, causal, "compact")
+    decoded = plan.run(model, x, causal, Positions.COMPACT)
     expected = masked_dense(model, x, plan.last_layer_that_sees(), pattern(n, causal), renumber=True)
     close(decoded.hidden, at(expected, plan.survivors()), 1e-10)
     assert decoded.tokens.ids.tolist() == plan.survivors()
@@ -115,7 +116,7 @@ def test_i10_original_positions_reach_rope(causal: bool, after: int) -> None:
     model, x = tiny_llama(depth=3), random(1, 1, 8, 16)
     plan = Cuts(8, 1, {after: [[0, 3, 4, 7]]})
     preserved = plan.run(model, x, causal).hidden
-    renumbered = plan.run(model, x, causal, "compact").hidden
+    renumbered = plan.run(model, x, causal, Positions.COMPACT).hidden
     assert (preserved - renumbered).abs().max() > 1e-3, "a renumbering would not be noticed"
     expected = masked_dense(model, x, plan.last_layer_that_sees(), pattern(8, causal))
     close(preserved, at(expected, plan.survivors()), 1e-10)

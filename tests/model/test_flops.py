@@ -15,8 +15,10 @@ from tokenprune.model.decoder import Decoder, project_rows
 from tokenprune.model.flops import Probed, layer_flops, probe_flops, query_flops
 from tokenprune.model.info import ActionSpec, BackboneInfo, DecoderShape, FollowUp
 from tokenprune.model.kv_cache import FrozenKV, KVCache, LayerKV
+from tokenprune.model.phase import Phase
 from tokenprune.pipelines.planning import make_plan
 from tokenprune.stages.config import CutConfig
+from tokenprune.stages.needs import StageNeeds
 from tokenprune.stages.stage import Stage
 from tokenprune.tokens.layout import Role, Segment, TokenLayout
 from tokenprune.tokens.plan import Plan
@@ -80,7 +82,7 @@ def test_a_query_counts_its_plan() -> None:
         [Segment(Role.VISION, 0, 16, "primary", (4, 4), prunable=True), Segment(Role.TEXT, 0, 5)]
     )
     selector = Stage(CutConfig.model_validate({"use": "x", "keep": 4, "after": 0}))
-    plan = make_plan([selector], ["x"], layout, "default", shape.depth)
+    plan = make_plan([selector], [StageNeeds((0,))], ["x"], layout, "default", shape.depth)
     action = ActionSpec(horizon=1, groups={"all": (0,)})
     info = BackboneInfo("tiny", "test", True, shape, ("primary",), action, other_flops={"vision": 1000, "head": 7})
     query = query_flops(info, plan, (Probed(0, 2), Probed(2, 3)))
@@ -106,8 +108,8 @@ def test_what_follows_counts_the_keys_that_pruning_left() -> None:
         {"readout": range(21, 21)},
     )
     selector = Stage(CutConfig.model_validate({"use": "x", "keep": 4, "after": 0}))
-    plan = make_plan([selector], ["x"], layout, "default", shape.depth)
-    follow = FollowUp("flow", replace(shape, hidden=8, mlp=12), ((1, 0), (3, 1), (3, 1)))
+    plan = make_plan([selector], [StageNeeds((0,))], ["x"], layout, "default", shape.depth)
+    follow = FollowUp(Phase.FLOW, replace(shape, hidden=8, mlp=12), ((1, 0), (3, 1), (3, 1)))
     action = ActionSpec(horizon=1, groups={"all": (0,)})
     query = query_flops(BackboneInfo("tiny", "test", True, shape, ("primary",), action, follow_up=follow), plan)
 

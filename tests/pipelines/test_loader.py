@@ -364,7 +364,7 @@ from tokenprune.pipelines.loader import load_pipeline, pipeline_schema
 from tokenprune.registry.discovery import Owner, Registered, Registry
 from tokenprune.registry.specs import StageSpec
 found = Registry()
-found.stages["light"] = Registered(StageSpec("light", "control", "", "light:Light"), Owner("light", "1", "light"))
+found.stages["light"] = Registered(StageSpec("light", "baseline", "", "light:Light"), Owner("light", "1", "light"))
 loaded, schema = load_pipeline("pipe.yaml", found), pipeline_schema(found)
 print(loaded.config.stages[0].use, *schema["$defs"], "torch" in sys.modules)
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import pytest
 from hypothesis import assume, given
@@ -12,8 +13,10 @@ from hypothesis import strategies as st
 
 from tests.helpers.drawing import layouts
 from tokenprune.errors import ConfigError
+from tokenprune.model.info import ActionSpec, BackboneInfo, DecoderShape
 from tokenprune.pipelines.planning import make_plan
-from tokenprune.stages.config import CutConfig, StageConfig, ViewBudget, layer_of
+from tokenprune.stages.config import CutConfig, StageConfig, ViewBudget, cut_layer
+from tokenprune.stages.needs import StageNeeds
 from tokenprune.stages.stage import Stage
 from tokenprune.tokens.layout import Role, Segment, TokenLayout
 from tokenprune.tokens.plan import Plan
@@ -35,8 +38,21 @@ class Scorer(Selector):
 class Watcher(Scorer):
     """Looks at two layers more than it cuts after."""
 
-    def layers(self, depth: int) -> tuple[int, ...]:
-        return (0, depth - 1, *super().layers(depth))
+    def requirements(self, info: BackboneInfo) -> StageNeeds:
+        return super().requirements(info).also_called_after([0, info.decoder.depth - 1])
+
+
+def planned(
+    stages: list[Stage[Any]], names: list[str], layout: TokenLayout, mode: str, depth: int, **more: object
+) -> Plan:
+    needs = [stage.requirements(info_of(depth)) for stage in stages]
+    return make_plan(stages, needs, names, layout, mode, depth, **more)
+
+
+def info_of(depth: int) -> BackboneInfo:
+    """A backbone of which only the depth matters."""
+    shape = DecoderShape(depth, 8, 1, 1, 8, 8, causal=True)
+    return BackboneInfo("test", "test", True, shape, ("primary",), ActionSpec(1, {"all": (0,)}))
 
 
 def cut(keep: object, after: object = "embedding", **more: object) -> CutConfig:
@@ -44,9 +60,7 @@ def cut(keep: object, after: object = "embedding", **more: object) -> CutConfig:
 
 
 def plan_of(configs: list[CutConfig], layout: TokenLayout, depth: int, mode: str = "default", **more: object) -> Plan:
-    return make_plan(
-        [Selector(c) for c in configs], [f"s{i}" for i in range(len(configs))], layout, mode, depth, **more
-    )
+    return planned([Selector(c) for c in configs], [f"s{i}" for i in range(len(configs))], layout, mode, depth, **more)
 
 
 def layout_of(fixed: int, **views: int) -> TokenLayout:
@@ -140,12 +154,12 @@ def test_the_published_cascade_of_shares_of_the_sequence() -> None:
 
 @pytest.mark.parametrize(("depth", "layers"), [(32, [10, 15, 20, 25]), (18, [6, 8, 11, 14]), (6, [2, 3, 4, 4])])
 def test_shares_of_the_depth_fit_decoders_of_any_depth(depth: int, layers: list[int]) -> None:
-    assert [layer_of(f"{percent}%", depth) for percent in (31, 47, 62, 78)] == layers
+    assert [cut_layer(f"{percent}%", depth) for percent in (31, 47, 62, 78)] == layers
 
 
 @given(st.integers(2, 80), st.integers(0, 10000))
 def test_a_share_is_the_nearest_layer_that_can_be_cut(depth: int, hundredths: int) -> None:
-    layer = layer_of(f"{hundredths / 100}%", depth)
+    layer = cut_layer(f"{hundredths / 100}%", depth)
     exact = Fraction(hundredths, 10000) * depth
     nearest = min(abs(other - exact) for other in range(depth - 1))
     assert 0 <= layer <= depth - 2
@@ -154,15 +168,15 @@ def test_a_share_is_the_nearest_layer_that_can_be_cut(depth: int, hundredths: in
 
 def test_a_decoder_of_one_layer_cannot_be_cut() -> None:
     with pytest.raises(ValueError, match="decoder of 1 layers"):
-        layer_of("0%", 1)
+        cut_layer("0%", 1)
 
 
 @pytest.mark.parametrize("after", [31, 32])
 def test_a_cut_after_the_last_layer_is_refused(after: int) -> None:
-    with pytest.raises(ValueError, match="decoder of 32 layers can be cut after layers 0 to 30"):
-        layer_of(after, 32)
-    assert layer_of(30, 32) == 30
-    assert layer_of("embedding", 32) == -1
+    with pytest.raises(ValueError, match="valid in a decoder of 32 layers: 0 to 30"):
+        cut_layer(after, 32)
+    assert cut_layer(30, 32) == 30
+    assert cut_layer("embedding", 32) == -1
 
 
 def test_a_stage_whose_shares_meet_at_one_layer_cuts_there_once() -> None:
@@ -356,10 +370,9 @@ def test_every_union_cut_has_a_count_of_its_own_however_many_stages_meet_there()
     assert [c.union for c in both.cuts] == [False, False]
 
 
-def test_stages_are_asked_only_after_layers_they_declare() -> None:
+def test_only_stages_with_a_cut_meet_at_it() -> None:
     stages = [Scorer(cut(8, ["embedding", 1])), Selector(cut(8, 1)), Watcher(cut(8, 2)), Selector(StageConfig(use="x"))]
-    plan = make_plan(stages, ["a", "b", "c", "d"], layout_of(4, primary=16), "default", 4)
-    assert plan.calls == ((2,), (0,), (2,), (2,))
+    plan = planned(stages, ["a", "b", "c", "d"], layout_of(4, primary=16), "default", 4)
     assert [(c.after, c.stages) for c in plan.cuts] == [(-1, (0,)), (1, (0, 1)), (2, (2,))]
 
 

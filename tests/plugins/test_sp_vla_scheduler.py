@@ -14,6 +14,7 @@ from tests.helpers.planting import REGISTRY, pipeline
 from tests.helpers.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
 from tokenprune.compare.row import make_row
 from tokenprune.errors import StageError
+from tokenprune.pipelines.binding import HookCall
 from tokenprune.pipelines.config import DENSE
 from tokenprune.policy import ActionChunk, Policy
 from tokenprune.report.describe import trace_flops
@@ -114,7 +115,7 @@ def scheduled(**settings: object) -> Policy:
 def test_the_model_does_not_run_where_it_answers() -> None:
     policy = scheduled(share=0.0)
     chunks = run(policy, 3)
-    assert [chunk.trace.replayed for chunk in chunks] == [False, True, False]
+    assert [chunk.trace.answered for chunk in chunks] == [False, True, False]
     answer, gripper = chunks[1], INFO.action.gripper
     assert answer.actions.shape == (HORIZON, DIMS)
     assert answer.normalised is None
@@ -165,7 +166,9 @@ def test_a_wrong_answer_never_becomes_an_action(
     monkeypatch.setattr(Answers, "event", event)
     policy = Policy(BACKBONE, pipeline(SchedulerConfig(use="sp_vla.scheduler"), on_error=on_error), REGISTRY)
     stage = Answers(SchedulerConfig(use="sp_vla.scheduler"))
-    object.__setattr__(policy.pipeline, "hooks", {**policy.pipeline.hooks, "control": ((0, stage.control),)})
+    object.__setattr__(
+        policy.pipeline, "hooks", {**policy.pipeline.hooks, "control": (HookCall("control", 0, stage.control),)}
+    )
     if on_error == "raise":
         with pytest.raises(StageError, match=r"sp_vla.scheduler"):
             run(policy, 2)

@@ -292,4 +292,4 @@ def test_the_image_tower_is_counted(files: dict[str, str]) -> None:
     merging = 2 * 9 * PATCHES * OFT.config.body.decoder.hidden
     assert query_flops(OFT.info, plan).probe == plan.own_flops + merging
     (stage,) = policy.pipeline.stages
-    assert "counted among the probes" in stage.notes(OFT.info)
+    assert "counted among the probes" in stage.caveats(OFT.info)

@@ -20,10 +20,9 @@ from tests.helpers.paths import ROOT
 from tests.helpers.planting import REGISTRY, pipeline, pipelines, prop
 from tests.helpers.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
 from tokenprune import policy
-from tokenprune.engine import cuts as cutting
-from tokenprune.engine import query as runtime
+from tokenprune.engine import cuts, query
 from tokenprune.model import decoder
-from tokenprune.model.decoder import Decoder
+from tokenprune.model.decoder import Decoder, Positions
 from tokenprune.model.kv_cache import KVCache
 from tokenprune.pipelines.config import DENSE, PipelineConfig
 from tokenprune.tokens.selection import CurrentIds, OriginalIds, TokenSelection
@@ -81,7 +80,7 @@ def test_I10_original_positions_reach_the_rotary_embedding() -> None:
 
 def test_I10_notices_renumbering() -> None:
     real = decoder.rotary
-    i10.notices(decoder, "rotary", lambda tokens, positions, *rest: real(tokens, "compact", *rest))
+    i10.notices(decoder, "rotary", lambda tokens, positions, *rest: real(tokens, Positions.COMPACT, *rest))
 
 
 ANYWHERE = (
@@ -110,13 +109,13 @@ def test_I11_keeping_everything_is_dense_bit_for_bit() -> None:
 
 
 def test_I11_notices_the_last_bit() -> None:
-    real = cutting.Cutting._apply
+    real = cuts.StagePruner._apply
 
     def rounding(self: Any, *args: Any) -> Any:
         hidden, tokens = real(self, *args)
         return hidden * (1 + 2**-50), tokens
 
-    i11.notices(cutting.Cutting, "_apply", rounding)
+    i11.notices(cuts.StagePruner, "_apply", rounding)
 
 
 @prop(policies(), examples=15)
@@ -136,13 +135,13 @@ def test_I12_a_pipeline_leaves_the_model_untouched() -> None:
 
 
 def test_I12_notices_a_weight_that_moved() -> None:
-    real = runtime.Query.decode
+    real = query.Query.decode
 
     def careless(self: Any, run: Decoder, *args: Any) -> Any:
         run.norm.weight.mul_(1.001)
         return real(self, run, *args)
 
-    i12.notices(runtime.Query, "decode", careless)
+    i12.notices(query.Query, "decode", careless)
 
 
 @prop(policies(), st.integers(0, 2**31 - 1), examples=15)
@@ -167,13 +166,13 @@ def test_I13_notices_global_random_numbers() -> None:
 def i14(config: PipelineConfig, dtype: torch.dtype) -> None:
     backbone = tiny_policy_parts(tiny_config(), dtype=dtype)
     states: list[Tensor] = []
-    real = runtime.Query.decode
+    real = query.Query.decode
 
-    def decode(self: runtime.Query, *given: Any) -> Tensor:
+    def decode(self: query.Query, *given: Any) -> Tensor:
         states.append(real(self, *given))
         return states[0]
 
-    with patch.object(runtime.Query, "decode", decode):
+    with patch.object(query.Query, "decode", decode):
         act(backbone, config, [observation(backbone.config)], INSTRUCTION)
     assert states[0].dtype == dtype
     assert states[0].device == backbone.device
@@ -184,15 +183,8 @@ def test_I14_dtype_and_device_stay() -> None:
 
 
 def test_I14_notices_a_silent_upcast() -> None:
-    real = cutting.apply
-
-    def upcast(tokens: TokenSelection, *rest: Any) -> Any:
-        return real(tokens, *rest)
-
-    moved = cutting.moved
-    fault = lambda ctx, layer, tokens, prunable, hidden: moved(ctx, layer, tokens, prunable, hidden.double())  # noqa: E731
-    with patch.object(cutting, "apply", upcast):
-        i14.notices(cutting, "moved", fault)
+    real = cuts.rows_at
+    i14.notices(cuts, "rows_at", lambda values, at: real(values, at).double())
 
 
 LINT = [sys.executable, str(ROOT / "tools" / "lint_hot.py")]
@@ -217,8 +209,8 @@ def test_I15_notices_a_planted_wait(tmp_path: Path) -> None:
 @prop(policies(), examples=15)
 def i16(case: tuple[OpenVLAOFT, PipelineConfig, list[dict[str, Any]], str]) -> None:
     cache = KVCache()
-    real = runtime.Query.decode
-    with patch.object(runtime.Query, "decode", lambda self, run, embeddings: real(self, run, embeddings, cache)):
+    real = query.Query.decode
+    with patch.object(query.Query, "decode", lambda self, run, embeddings: real(self, run, embeddings, cache)):
         trace = act(*case)[0].trace
     assert cache.lengths == trace.held
     for layer, entry in enumerate(cache.layers):

@@ -196,7 +196,7 @@ def test_capabilities_are_checked_when_bound(backbone: OpenVLAOFT, registry: Reg
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (HalfConfig(use="random", after=(7,)), "a decoder of 3 layers can be cut after layers 0 to 1"),
+        (HalfConfig(use="random", after=(7,)), "valid in a decoder of 3 layers: 0 to 1"),
         (FastVConfig(use="fastv", after=("embedding",)), "no select_tokens"),
         (stages.TestConfig(use="test.broken", after=(1,)), "no score_layer"),
     ],

@@ -15,7 +15,7 @@ from tests.helpers.backbones import BACKBONES
 from tests.helpers.paths import ROOT
 from tests.helpers.planting import REGISTRY
 from tests.helpers.tiny_oft import INSTRUCTION
-from tokenprune.engine.executor import RECORDINGS, Recorded
+from tokenprune.engine.executor import MAX_GRAPHS, GraphExecutor
 from tokenprune.pipelines.loader import load_pipeline
 from tokenprune.policy import Policy
 from tokenprune.report.files import read_result
@@ -79,16 +79,16 @@ def test_a_result_is_read_back() -> None:
 
 def test_recordings_are_let_go() -> None:
     policy = tokenprune.load("openvla-oft", preset="tiny", pipeline="random", dtype="float32")
-    policy.executor = recorded = Recorded(policy.backbone, taped)
+    policy.executor = recorded = GraphExecutor(policy.backbone, taped)
     seen = random_observation(policy.backbone, np.random.default_rng(0))
-    for words in range(1, RECORDINGS + 5):
+    for words in range(1, MAX_GRAPHS + 5):
         policy.reset(" ".join(["put"] * words))
         policy.act(seen)
-    assert len(recorded._recordings) == RECORDINGS
-    kept = [weakref.ref(one) for one in recorded._recordings.values()]
+    assert len(recorded._graphs) == MAX_GRAPHS
+    kept = [weakref.ref(one) for one in recorded._graphs.values()]
     gc.disable()
     try:
-        recorded._recordings.clear()
+        recorded._graphs.clear()
         assert not any(one() for one in kept)
     finally:
         gc.enable()

@@ -178,7 +178,7 @@ def test_each_stage_has_its_own_frame() -> None:
 def test_as_many_frames_are_kept_as_any_stage_looks_back_at() -> None:
     looks = [LookConfig(use="test.look", back=9, far=far) for far in (2, 5)]
     policy = Policy(BACKBONE, pipeline(*looks), REGISTRY)
-    assert policy.pipeline.frames == 5
+    assert policy.pipeline.look_back_frames == 5
     policy.reset(INSTRUCTION)
     for step in range(1, 13):
         policy.executed(np.zeros(7), observation=sight(step))
@@ -199,7 +199,7 @@ def test_a_stage_without_look_back_sees_none_and_is_not_in_the_trace() -> None:
 def test_nothing_is_stored_where_no_stage_looks_back() -> None:
     policy = Policy(BACKBONE, pipeline(HalfConfig(use="uniform_grid")), REGISTRY)
     policy.reset(INSTRUCTION)
-    assert policy.pipeline.frames == 0
+    assert policy.pipeline.look_back_frames == 0
     for step in range(1, 4):
         assert policy.act(sight(step)).trace.looked_back == {}
         policy.executed(np.zeros(7), observation=sight(step))

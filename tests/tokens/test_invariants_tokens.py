@@ -16,11 +16,13 @@ from tests.helpers.planting import REGISTRY, pipeline, pipelines, prop
 from tests.helpers.tiny_oft import INSTRUCTION, tiny_config
 from tokenprune.engine import combine as resolution
 from tokenprune.engine import cuts as cutting
-from tokenprune.engine import query as runtime
-from tokenprune.engine.rng import Chance
+from tokenprune.engine.inputs import QueryInputs
+from tokenprune.engine.query import Query
+from tokenprune.engine.rng import QueryRng
 from tokenprune.engine.timing import Clock
 from tokenprune.model.decoder import Decoded, Decoder
 from tokenprune.model.kv_cache import KVCache, LayerKV
+from tokenprune.model.phase import Phase
 from tokenprune.pipelines.binding import bind
 from tokenprune.pipelines.config import PipelineConfig
 from tokenprune.stages.frames import FrameBuffer
@@ -53,18 +55,18 @@ class Passing(Decoder):
         return replace(self.passed, hidden=rows_at(hidden, tokens.to_current(how["read"])))
 
 
-def passed(layout: TokenLayout, config: PipelineConfig, batch: int, depth: int = 4) -> tuple[runtime.Query, Decoded]:
+def passed(layout: TokenLayout, config: PipelineConfig, batch: int, depth: int = 4) -> tuple[Query, Decoded]:
     """A query through a passing decoder; every token's hidden state is its original id."""
     info = tiny_config(depth=depth).info("tiny", untrained=True)
     bound = bind(config, info, REGISTRY)
     slots = [Slot(index, INSTRUCTION, FrameBuffer(0)) for index in range(batch)]
     clock = Clock(torch.device("cpu"))
-    clock.enter("test")
+    clock.enter(Phase.PREPROCESS)
     tables = LayoutTables(layout, torch.device("cpu"))
-    given = runtime.Given(
-        SimpleNamespace(images={}), slots, {}, Chance(slots, config.seed, torch.device("cpu")), tables
+    given = QueryInputs(
+        SimpleNamespace(images={}), slots, {}, QueryRng(slots, config.seed, torch.device("cpu")), tables
     )
-    query = runtime.Query(bound, bound.plan(layout), given, clock)
+    query = Query(bound, bound.plan(layout), given, clock)
     embeddings = torch.arange(layout.n_tokens, dtype=torch.float64)[None, :, None].expand(batch, -1, 2).clone()
     decoder = Passing(depth)
     query.read = query.decode(decoder, embeddings)
@@ -100,7 +102,7 @@ def i2(layout: TokenLayout, after: int, keep: int, batch: int) -> None:
         assert set(layout.fixed) <= set(row)
         if len(protected) <= keep:
             assert protected <= set(row)
-    query.outcome(query.read).finish(query.trace)
+    query.outcome(query.read).finish()
     assert query.trace.overfull.get(min(after, 2), 0) == max(0, len(protected) - min(keep, len(layout.prunable))) or (
         keep >= len(layout.prunable)
     )
@@ -298,6 +300,6 @@ def test_I18_notices_positions_of_the_unpruned_sequence() -> None:
     def shifted(self: Any, batch: int) -> Any:
         # What a layout shortened by its first cut would say, taken for positions of the whole sequence.
         missing = self._plan.layout.n_tokens - self._plan.tokens[-1]
-        return OriginalIds((self._given.tables.rows["readout"] - missing).clamp(min=0).expand(batch, -1))
+        return OriginalIds((self._inputs.tables.rows["readout"] - missing).clamp(min=0).expand(batch, -1))
 
-    i18.notices(runtime.Query, "_readout", shifted)
+    i18.notices(Query, "_readout", shifted)

@@ -111,7 +111,7 @@ def floor(info: BackboneInfo, plan: Plan, roof: Roof, itemsize: int) -> Floor:
         weights[-1] = _entering_weights(info.decoder)
     follow_up = 0.0
     if (follow := info.follow_up) is not None:
-        for rows, before, norms in follow.ran(plan.head_interval):
+        for rows, before, norms in follow.ran(plan.flow_interval):
             # Adaptive norms multiply a single condition vector, so they read one weight per two FLOPs.
             read = layer_weights(follow.decoder) + norms // 2
             works = (layer_flops(follow.decoder, rows, n + before + rows) + norms for n in plan.keys if n)

@@ -47,7 +47,7 @@ def speed_row(
 ) -> SpeedRow:
     """Summarise one pipeline's queries beside the dense ones; those that a controller answered have no floor."""
     traces = [chunk.trace for chunk in own.chunks]
-    ran = [trace for trace in traces if not trace.replayed]
+    ran = [trace for trace in traces if not trace.answered]
     rates = np.array([trace_flops(info, trace).total / trace.milliseconds * 1e3 for trace in ran])
     floors = np.array([floor(info, trace.plan, roof, itemsize).total for trace in ran])
     rate = _median(rates)

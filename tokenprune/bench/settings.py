@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenprune.engine.executor import EXECUTIONS
+from tokenprune.engine.executor import Execution
 from tokenprune.errors import ConfigError, nearest
 from tokenprune.model.device import DTYPES
 
@@ -21,7 +21,7 @@ class BenchSettings:
 
     Attributes:
         dtypes: Names from `tokenprune.model.device.DTYPES`, or `auto`.
-        modes: Names from `EXECUTIONS`.
+        modes: Names of `Execution`.
         device: torch device.
         pairs: Measured queries per pipeline, each with a dense query beside it.
         warmup: Pairs of queries before the measured ones.
@@ -33,7 +33,7 @@ class BenchSettings:
     """
 
     dtypes: tuple[str, ...] = ("auto",)
-    modes: tuple[str, ...] = EXECUTIONS[:1]
+    modes: tuple[str, ...] = (Execution.EAGER,)
     device: str = "cpu"
     pairs: int = 10
     warmup: int = 2
@@ -49,13 +49,13 @@ class BenchSettings:
         Raises:
             ConfigError: Naming the setting, what it is and what it could be.
         """
-        named = [("mode", self.modes, EXECUTIONS), ("dtype", self.dtypes, (*DTYPES, "auto"))]
+        named = [("mode", self.modes, tuple(Execution)), ("dtype", self.dtypes, (*DTYPES, "auto"))]
         named += [("reference", () if self.reference is None else (self.reference,), REFERENCES)]
         for setting, names, valid in named:
             for name in names:
                 if name not in valid:
                     raise ConfigError(f"unknown {setting} '{name}'{nearest(name, valid)}")
-        graphs = [mode for mode in self.modes if mode.endswith("cuda_graph")]
+        graphs = [mode for mode in self.modes if Execution(mode).graph]
         if graphs and not self.device.startswith("cuda"):
             raise ConfigError(f"mode '{graphs[0]}' needs a CUDA device, got '{self.device}'")
         for setting, number in (("pairs", self.pairs), ("warmup", self.warmup)):

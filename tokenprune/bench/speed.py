@@ -20,7 +20,7 @@ from tokenprune.compare.comparison import beside_dense
 from tokenprune.compare.episode import Episode
 from tokenprune.compare.replay import Tick, check_views, query_steps, replay
 from tokenprune.engine.adapter import Backbone
-from tokenprune.engine.executor import EXECUTIONS, check_plan
+from tokenprune.engine.executor import Execution, check_plan
 from tokenprune.errors import CapabilityError, ConfigError, LayoutError
 from tokenprune.loading import load_backbone
 from tokenprune.pipelines.binding import bind
@@ -143,7 +143,7 @@ def _fitting(
                 try:
                     bound = bind(pipeline.config, info, registry)
                     for token_mode in pipeline.config.modes:
-                        check_plan(mode, bound, bound.plan(layout, token_mode))
+                        check_plan(Execution(mode), bound, bound.plan(layout, token_mode))
                 except (CapabilityError, ConfigError, LayoutError) as error:
                     refusal = Refusal(backbone=subject.backbone, pipeline=pipeline.label, why=str(error))
                     refused += [] if refusal in refused else [refusal]
@@ -181,7 +181,7 @@ def _measure(
         p.label: partial(MeteredPolicy, backbone, p.config, registry, case.mode) for p in pipelines
     }
     if settings.reference is not None:
-        policies[UPSTREAM] = lambda: MeteredPolicy(UpstreamBackbone(backbone), DENSE, registry, EXECUTIONS[0])
+        policies[UPSTREAM] = lambda: MeteredPolicy(UpstreamBackbone(backbone), DENSE, registry, Execution.EAGER)
     roof = case.measure_roof()
     traces: dict[str, PipelineTrace] = {}
     pairs: dict[str, tuple[MeteredQueries, MeteredQueries]] = {}
@@ -206,7 +206,7 @@ def _measure(
             mode=case.mode,
             episode=QueriedEpisode(name=episode.name, instruction=episode.instruction, steps=list(case.steps)),
             layout=describe_layout(layout),
-            follow_up=None if info.follow_up is None else info.follow_up.name,
+            follow_up=None if info.follow_up is None else info.follow_up.phase,
             roof=roof,
             curve=curve(info, layout, roof, itemsize),
             rows=rows,

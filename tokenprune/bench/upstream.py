@@ -14,72 +14,67 @@ import torch
 from torch import Tensor
 
 from tokenprune.engine.adapter import Backbone, Observation
-from tokenprune.engine.inputs import Inputs
+from tokenprune.engine.inputs import ModelInputs
 from tokenprune.engine.query import Query
 from tokenprune.model.decoder import Decoded, Decoder, Positions, Pruner, finish, project, rotary
-from tokenprune.model.kv_cache import KVCache, LayerKV, Memory
+from tokenprune.model.kv_cache import LayerKV, Memory
 from tokenprune.tokens.layout import TokenLayout
 from tokenprune.tokens.selection import OriginalIds, TokenSelection, rows_at
 
 UPSTREAM = "upstream reconstruction (ours)"
 
 
-class EagerDecoder(Decoder):
-    """The same layers without a fused kernel, with every row computed, and nothing pruned.
+class UpstreamRunner:
+    """Runs a decoder's layers as upstream does: no fused kernel, every row computed, nothing pruned.
 
     Attributes:
-        kept: Attention maps `[B, H, n, m]` of all layers, and the logits `[B, n, V]`.
+        maps: Attention maps `[B, H, n, m]` of every layer and pass, held as upstream's outputs hold them.
+        logits: Logits `[B, n, V]` of the layout's tokens, held as upstream's outputs hold them.
     """
 
-    def __init__(self, decoder: Decoder, kept: list[Tensor], vocabulary: Tensor | None = None) -> None:
-        """Share the modules of a decoder; every token is multiplied by `vocabulary` `[V, D]` if it is given."""
-        super().__init__(
-            decoder.layers,
-            decoder.norm,
-            head_dim=decoder.head_dim,
-            rope_theta=decoder.rope_theta,
-            causal=decoder.causal,
-        )
-        self.kept = kept
+    def __init__(self, vocabulary: Tensor | None) -> None:
+        """Multiply every token of the layout by the output layer `vocabulary` `[V, D]` where there is one."""
+        self.maps: list[Tensor] = []
+        self.logits: list[Tensor] = []
         self._vocabulary = vocabulary
 
-    def run(
+    def __call__(
         self,
+        decoder: Decoder,
         hidden: Tensor,
         tokens: TokenSelection,
         pruner: Pruner | None = None,
         cache: Memory | None = None,
         *,
-        positions: Positions = "preserve",
+        positions: Positions = Positions.PRESERVE,
         read: OriginalIds | None = None,
         condition: Tensor | None = None,
         skip: Container[int] = (),
-        compiled: bool = False,
     ) -> Decoded:
-        """Run every layer over all tokens `[B, n, D]`; arguments as in `Decoder.run`, whose result this equals."""
+        """Run every layer over all tokens `[B, n, D]`; arguments and result as in `Decoder.run`."""
         behind = cache.lengths if cache is not None else ()
-        cos, sin = rotary(tokens, positions, self.head_dim, self.rope_theta, hidden.dtype, *behind[:1])
-        for index, layer in enumerate(self.layers):
-            q, k, v, gate = project(layer, hidden, cos, sin, self.head_dim, condition)
+        cos, sin = rotary(tokens, positions, decoder.head_dim, decoder.rope_theta, hidden.dtype, *behind[:1])
+        for index, layer in enumerate(decoder.layers):
+            q, k, v, gate = project(layer, hidden, cos, sin, decoder.head_dim, condition)
             kv = LayerKV(k, v, tokens.ids)
             kv = kv if cache is None else cache.extend(index, kv)
-            hidden = finish(layer, hidden, self._attend(q, kv, tokens.ids), gate, condition)
-        normed = self.finish(hidden, condition)
-        if self._vocabulary is not None:
-            self.kept.append((normed @ self._vocabulary.T).float())
+            hidden = finish(layer, hidden, self._attend(decoder, q, kv, tokens.ids), gate, condition)
+        normed = decoder.finish(hidden, condition)
+        if self._vocabulary is not None and not behind:
+            self.logits.append((normed @ self._vocabulary.T).float())
         rows = normed if read is None else rows_at(normed, tokens.to_current(read))
-        return Decoded(rows, hidden, tokens, (hidden.shape[1],) * len(self.layers))
+        return Decoded(rows, hidden, tokens, (hidden.shape[1],) * len(decoder.layers))
 
-    def _attend(self, q: Tensor, kv: LayerKV, ids: OriginalIds) -> Tensor:
+    def _attend(self, decoder: Decoder, q: Tensor, kv: LayerKV, ids: OriginalIds) -> Tensor:
         """Return attention output `[B, H, n, d]`; keys and values repeat per query head, softmax is in float32."""
         repeats = q.shape[1] // kv.k.shape[1]
         k, v = (part.repeat_interleave(repeats, dim=1) if repeats > 1 else part for part in (kv.k, kv.v))
-        logits = q @ k.transpose(2, 3) * self.head_dim**-0.5
-        if self.causal:
+        logits = q @ k.transpose(2, 3) * decoder.head_dim**-0.5
+        if decoder.causal:
             future = kv.ids[:, None, None] > ids[:, None, :, None]
             logits = logits + torch.zeros_like(logits).masked_fill(future, torch.finfo(q.dtype).min)
         weights = logits.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
-        self.kept.append(weights)
+        self.maps.append(weights)
         return cast(Tensor, weights @ v)
 
 
@@ -109,41 +104,18 @@ class UpstreamBackbone:
         """Crop frames and upload them."""
         return self._backbone.pixels(images)
 
-    def prepare(self, observations: Sequence[Observation], instructions: Sequence[str]) -> Inputs:
+    def prepare(self, observations: Sequence[Observation], instructions: Sequence[str]) -> ModelInputs:
         """Preprocess observations and upload them."""
         return self._backbone.prepare(observations, instructions)
 
     def infer(self, inputs: Any, query: Query) -> Tensor:  # noqa: ANN401 - the adapter's own Inputs
         """Run the model; all attention maps are held until the query ends, as upstream's outputs hold them."""
-        return self._backbone.infer(inputs, cast(Query, _EagerQuery(query, self._vocabulary)))
+        runner = UpstreamRunner(self._vocabulary)
+        query.runner = runner
+        actions = self._backbone.infer(inputs, query)
+        query.trace.kernel = f"eager, {len(runner.maps)} maps kept ({self.device.type})"
+        return actions
 
     def unnormalise(self, actions: np.ndarray, observations: Sequence[Observation]) -> np.ndarray:
         """Return normalised actions in the environment's units."""
         return self._backbone.unnormalise(actions, observations)
-
-
-class _EagerQuery:
-    """A query that runs an eager decoder in place of the decoder that the adapter passes."""
-
-    def __init__(self, query: Query, vocabulary: Tensor | None) -> None:
-        self._query = query
-        self._vocabulary = vocabulary
-        self._kept: list[Tensor] = []
-
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever a query has
-        return getattr(self._query, name)
-
-    def decode(self, decoder: Decoder, embeddings: Tensor, cache: KVCache | None = None) -> Tensor:
-        hidden = self._query.decode(EagerDecoder(decoder, self._kept, self._vocabulary), embeddings, cache)
-        self._query.trace.kernel = f"eager, {len(self.maps)} maps kept ({embeddings.device.type})"
-        return hidden
-
-    def repeat(self, decoder: Decoder, embeddings: Tensor) -> Tensor:
-        return self._query.repeat(EagerDecoder(decoder, self._kept, self._vocabulary), embeddings)
-
-    def follow(self, decoder: Decoder, *given: Any, **named: Any) -> Tensor:  # noqa: ANN401 - as in `Query.follow`
-        return self._query.follow(EagerDecoder(decoder, self._kept), *given, **named)
-
-    @property
-    def maps(self) -> list[Tensor]:
-        return [kept for kept in self._kept if kept.dim() == 4]

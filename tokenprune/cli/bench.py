@@ -95,12 +95,12 @@ def bench(
     from tokenprune.bench.settings import BenchSettings
     from tokenprune.bench.speed import bench as measure
     from tokenprune.bench.table import bench_text
-    from tokenprune.engine.executor import EXECUTIONS
+    from tokenprune.engine.executor import Execution
     from tokenprune.pipelines.loader import load_pipeline
 
     settings = BenchSettings(
         dtypes=tuple(dict.fromkeys(dtypes or ("auto",))),
-        modes=tuple(dict.fromkeys(modes or EXECUTIONS[:1])),
+        modes=tuple(dict.fromkeys(modes or (Execution.EAGER,))),
         device=device,
         pairs=pairs,
         warmup=warmup,

@@ -101,15 +101,14 @@ def explain(
             for s in layout.segments
         ],
         "hooks": [
-            {"hook": hook, "stage": bound.names[index], "from": _owner(found, bound.names[index])}
+            {"hook": hook, "stage": bound.names[call.stage], "from": _owner(found, bound.names[call.stage])}
             for hook, calls in bound.hooks.items()
-            for index, _ in calls
-            if hook != "select_tokens" or -1 in bound.stages[index].cuts(info.decoder.depth)
+            for call in calls
         ],
         "notes": [
             f"{name}: {note}"
             for name, stage in zip(bound.names, bound.stages, strict=True)
-            if (note := stage.notes(info))
+            if (note := stage.caveats(info))
         ],
         "modes": {mode: _mode(bound, info, layout, mode) for mode in loaded.config.modes},
         **_limits(info, layout),
@@ -162,7 +161,7 @@ def _limits(info: BackboneInfo, layout: TokenLayout) -> dict[str, Any]:
         dense = query_flops(info, Plan.dense(layout, info.decoder.depth))
         shape, passes = info.follow_up.decoder, info.follow_up.passes
         limits["unprunable"] = {
-            "phase": info.follow_up.name,
+            "phase": info.follow_up.phase,
             "passes": len(passes),
             "most_tokens": max(rows for rows, _ in passes),
             "share_of_dense_flops": dense.follow_up / dense.total,
@@ -213,7 +212,7 @@ def _mode(bound: BoundPipeline, info: BackboneInfo, layout: TokenLayout, mode: s
         "gflops": {
             **{part: n / 1e9 for part, n in own.other.items()},
             "decoder": own.decoder / 1e9,
-            **({info.follow_up.name: own.follow_up / 1e9} if info.follow_up is not None else {}),
+            **({info.follow_up.phase: own.follow_up / 1e9} if info.follow_up is not None else {}),
             "probes": own.probe / 1e9,
             "total": own.total / 1e9,
             "dense": dense.total / 1e9,

@@ -104,7 +104,7 @@ def compare(
     console, follow_up = Console(width=WIDTH, highlight=False), opened.info.follow_up
     console.print(compare_table(result.rows))
     console.print()
-    console.print(phase_table(result.rows, None if follow_up is None else follow_up.name))
+    console.print(phase_table(result.rows, None if follow_up is None else follow_up.phase))
     print()
     print(compare_legend(result.rows, result.note))
     for label, said in result.notes.items():

@@ -9,6 +9,7 @@ import numpy as np
 
 from tokenprune.engine.trace import QueryTrace
 from tokenprune.model.info import BackboneInfo
+from tokenprune.model.phase import Phase
 from tokenprune.policy import ActionChunk
 from tokenprune.report.describe import trace_flops
 from tokenprune.report.result import CompareRow, Gain
@@ -23,7 +24,7 @@ def make_row(label: str, own: Sequence[ActionChunk], dense: Sequence[ActionChunk
     baseline = np.array([chunk.trace.milliseconds for chunk in dense])
     spent, spent_dense = ([trace_flops(info, c.trace) for c in chunks] for chunks in (own, dense))
     flops = np.mean([f.total for f in spent])
-    replayed = sum(trace.replayed for trace in traces)
+    replayed = sum(trace.answered for trace in traces)
     whole = _gain(times, baseline, [f.total for f in spent], [f.total for f in spent_dense], replayed > 0)
     prefill = _gain(
         np.array([_prefill(trace) for trace in traces]),
@@ -69,8 +70,8 @@ def _gain(
 
 
 def _prefill(trace: QueryTrace) -> float:
-    return trace.phases.get("decoder", 0.0) + trace.phases.get("selection", 0.0)
+    return trace.phases.get(Phase.DECODER, 0.0) + trace.phases.get(Phase.SELECTION, 0.0)
 
 
 def _own_work(trace: QueryTrace) -> float:
-    return trace.phases.get("selection", 0.0) + trace.phases.get("history", 0.0)
+    return trace.phases.get(Phase.SELECTION, 0.0) + trace.phases.get(Phase.HISTORY, 0.0)

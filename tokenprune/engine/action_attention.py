@@ -1,4 +1,4 @@
-"""The action tokens' attention, collected at the layers some stage watches, for `observe`."""
+"""The action tokens' attention, kept at the layers that some stage wants to observe."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from tokenprune.stages.query_record import ActionAttention
 from tokenprune.tokens.selection import CurrentIds, OriginalIds, TokenSelection
 
 
-class Watch:
+class AttentionLog:
     """Attention of one query's action tokens: rows side by side, repeated passes over the same rows averaged."""
 
     def __init__(self, layers: frozenset[int]) -> None:
-        """Nothing is collected yet."""
+        """Attention is logged at these layers."""
         self.layers = layers
         self._prunable: dict[int, OriginalIds] = {}
         self._rows: dict[int, dict[int, list[Tensor]]] = {}
 
-    def note(self, layer: int, behind: int, weights: Tensor, prunable: OriginalIds) -> None:
+    def add(self, layer: int, behind: int, weights: Tensor, prunable: OriginalIds) -> None:
         """Add `[B, H, R, P]` of rows whose first is `behind` places behind the layout."""
         self._prunable[layer] = prunable
         self._rows.setdefault(layer, {}).setdefault(behind, []).append(weights)
 
     def result(self) -> dict[int, ActionAttention]:
-        """What was collected, by layer."""
+        """The attention of each layer."""
         return {
             layer: ActionAttention(
                 torch.cat([torch.stack(rows[behind]).mean(0) for behind in sorted(rows)], dim=2), self._prunable[layer]
@@ -37,36 +37,42 @@ class Watch:
         }
 
 
-class Watcher:
-    """A `Pruner` that cuts nothing and looks at tokens behind the layout."""
+class AttentionLogger:
+    """A `Pruner` that cuts nothing and logs the attention of tokens behind the layout.
+
+    Args:
+        log: Where attention is added.
+        behind: Place of the first token behind the layout.
+        prunable_at: Original ids `[B, P]` of the prunable tokens a layer holds.
+        note_probe: Called with the layer and the numbers of rows and keys whenever attention is computed.
+    """
 
     def __init__(
         self,
-        watch: Watch,
+        log: AttentionLog,
         behind: int,
         prunable_at: Callable[[int], OriginalIds],
-        probed: Callable[[int, int, int], None],
+        note_probe: Callable[[int, int, int], None],
     ) -> None:
-        """`probed` is told of the layer and the numbers of rows and keys whenever attention is computed."""
-        self._watch = watch
+        self._log = log
         self._behind = behind
         self._prunable_at = prunable_at
-        self._probed = probed
+        self._note_probe = note_probe
 
     def acts_after(self, layer: int) -> bool:
-        """Whether some stage watches the layer."""
-        return layer in self._watch.layers
+        """Whether the layer's attention is logged."""
+        return layer in self._log.layers
 
     def after_layer(
         self, layer: int, hidden: Tensor, tokens: TokenSelection, q: Tensor, seen: LayerKV
     ) -> tuple[Tensor, TokenSelection]:
         """Compute the rows' attention; everything they attend to is before them or among them."""
         batch, _, n, _ = q.shape
-        self._probed(layer, n, seen.k.shape[2])
+        self._note_probe(layer, n, seen.k.shape[2])
         rows = CurrentIds(torch.arange(n, device=q.device).expand(batch, n))
         weights = attention_rows(q, seen.k, rows, causal=False)
         prunable = self._prunable_at(layer)
         columns = TokenSelection(seen.ids, seen.ids.shape[1]).to_current(prunable)
         picked = weights.gather(3, columns[:, None, None].expand(*weights.shape[:3], -1))
-        self._watch.note(layer, self._behind, picked, prunable)
+        self._log.add(layer, self._behind, picked, prunable)
         return hidden, tokens

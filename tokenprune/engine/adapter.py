@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenprune.engine.inputs import Inputs
+from tokenprune.engine.inputs import ModelInputs
 from tokenprune.engine.query import Query
 from tokenprune.model.info import BackboneInfo
 from tokenprune.tokens.layout import TokenLayout
@@ -51,7 +51,7 @@ class Backbone(Protocol):
         """Crop the frames `{view: uint8 [H, W, 3]}` of several environments and upload them, uint8 `[B, 3, S, S]`."""
         ...
 
-    def prepare(self, observations: Sequence[Observation], instructions: Sequence[str]) -> Inputs:
+    def prepare(self, observations: Sequence[Observation], instructions: Sequence[str]) -> ModelInputs:
         """Preprocess checked observations whose layouts are equal, and upload them."""
         ...
 

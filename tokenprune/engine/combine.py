@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import SelectionError, StageError
-from tokenprune.pipelines.binding import BoundPipeline
+from tokenprune.pipelines.binding import BoundPipeline, HookCall
 from tokenprune.stages.token_context import SelectContext
-from tokenprune.tokens.plan import Cut
+from tokenprune.tokens.plan import Cut, Removal
 from tokenprune.tokens.proposal import Proposal, Quota, resolve
 
 Proposals = Sequence[tuple[int, Proposal]]
@@ -71,9 +71,9 @@ def merged(
         names = " and ".join(name for name, _, _ in merging)
         raise StageError(f"{names} both merge tokens {where}; only one of them can")
     name, index, merge = merging[0]
-    if not pipeline.stages[index].merges():
-        raise StageError(f"stage '{name}' {where} merges tokens, but its `merges` says that it does not")
-    weights: Tensor = pipeline.call(index, "merge", merge, chosen, where)
+    if pipeline.needs[index].removal is not Removal.MERGE:
+        raise StageError(f"stage '{name}' {where} merges tokens, but its requirements lack `removal=Removal.MERGE`")
+    weights: Tensor = pipeline.call(HookCall("merge", index, merge), chosen, where)
     wanted = [*chosen.shape, context.prunable.shape[1]]
     if list(weights.shape) != wanted:
         raise StageError(f"stage '{name}' {where}: weights to merge by have shape {list(weights.shape)}, not {wanted}")

@@ -1,4 +1,4 @@
-"""A query recorded once on the device and replayed with other observations in the same places."""
+"""A query captured once as a CUDA graph and replayed with other observations in the same buffers."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tokenprune.engine.inputs import Given
-from tokenprune.engine.query import Outcome, Query
-from tokenprune.engine.rng import HeldChance
+from tokenprune.engine.inputs import QueryInputs
+from tokenprune.engine.query import DeviceOutcome, Query, QueryOutcome
+from tokenprune.engine.rng import BufferedRng
 from tokenprune.engine.tensor_tree import copy_tensors, map_tensors, structure
 from tokenprune.engine.timing import Clock, GraphClock
 from tokenprune.engine.trace import QueryTrace
+from tokenprune.model.decoder import DecoderRunner
+from tokenprune.model.phase import Phase
 from tokenprune.pipelines.binding import BoundPipeline
 from tokenprune.tokens.plan import Plan
 
 if TYPE_CHECKING:
     from tokenprune.engine.adapter import Backbone
 
-Recorder = Callable[[Callable[[], Outcome]], tuple[Outcome, Callable[[], None]]]
-"""Records what a function does on the device; returns the tensors it leaves and what fills them anew."""
+Capture = Callable[[Callable[[], DeviceOutcome]], tuple[DeviceOutcome, Callable[[], None]]]
+"""Captures what a function does on the device; returns the tensors it leaves and what computes them anew."""
 
 
-def cuda_graph(run: Callable[[], Outcome]) -> tuple[Outcome, Callable[[], None]]:
-    """Record into a CUDA graph, whose memory other graphs share: only one of them runs at a time."""
+def cuda_graph(run: Callable[[], DeviceOutcome]) -> tuple[DeviceOutcome, Callable[[], None]]:
+    """Capture a CUDA graph, whose memory other graphs share: only one of them runs at a time."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=_shared_pool()):
         outcome = run()
@@ -39,11 +41,11 @@ def _shared_pool() -> Any:  # noqa: ANN401 - a handle of torch's own
     return torch.cuda.graph_pool_handle()
 
 
-class Recording:
+class QueryGraph:
     """One query of a pipeline in one mode, for observations of one structure.
 
-    Every stage has been asked while it was recorded; a replay asks nobody. So whatever a stage reads on the host must
-    be the same as it was then: see `Stage.host_state`.
+    Stages are asked while it is captured; a replay asks none. So whatever a stage reads on the host must be the same in
+    every replay: see `Stage.host_state`.
     """
 
     def __init__(
@@ -51,63 +53,63 @@ class Recording:
         backbone: Backbone,
         pipeline: BoundPipeline,
         plan: Plan,
-        given: Given,
-        recorder: Recorder,
-        compiled: bool = False,
+        inputs: QueryInputs,
+        capture: Capture,
+        runner: DecoderRunner,
     ) -> None:
-        """Record a query like the one `given`, which has run before: nothing may be made for the first time here."""
-        self._given = _buffers(given)
+        """Capture a query with these inputs. One like it has run before, so that no cached constant is made here."""
+        self._inputs = _buffers(inputs)
         self._trace = QueryTrace(pipeline.config.name, plan)
         self._clock = GraphClock(backbone.device)
 
-        def run() -> Outcome:
+        def run() -> DeviceOutcome:
             # Run on drafts of the buffers: what a query leaves must not be where it reads.
-            own = replace(self._given, slots=[slot.draft() for slot in self._given.slots])
-            query = Query(pipeline, plan, own, self._clock, compiled=compiled)
-            self._clock.enter("replay")
-            actions = backbone.infer(own.inputs, query)
-            self._clock.enter("history")
+            own = self._inputs.drafted()
+            query = Query(pipeline, plan, own, self._clock, runner)
+            self._clock.enter(Phase.REPLAY)
+            actions = backbone.infer(own.model, query)
+            self._clock.enter(Phase.HISTORY)
             outcome = query.outcome(actions)
-            self._clock.enter("end")
-            self._trace = query.trace
-            return outcome
+            self._clock.enter(Phase.END)
+            self._trace = outcome.trace
+            return outcome.device
 
-        self._outcome, self._again = recorder(run)
+        self._outcome, self._replay = capture(run)
 
-    def replay(self, given: Given, clock: Clock) -> tuple[QueryTrace, Outcome]:
+    def replay(self, inputs: QueryInputs, clock: Clock) -> QueryOutcome:
         """Run it on another observation of the same structure."""
-        clock.enter("replay")
+        clock.enter(Phase.REPLAY)
         clock.split(self._clock)
-        copy_tensors(_read(self._given), _read(given))
-        assert isinstance(self._given.chance, HeldChance)
-        self._given.chance.refill(given.chance)
-        self._again()
-        # The next replay writes to the same places.
+        copy_tensors(_read(self._inputs), _read(inputs))
+        assert isinstance(self._inputs.rng, BufferedRng)
+        self._inputs.rng.refill(inputs.rng)
+        self._replay()
+        # The next replay writes to the same buffers.
         outcome = map_tensors(torch.empty_like, self._outcome)
         copy_tensors(outcome, self._outcome)
-        trace = replace(self._trace, kept=dict(outcome.kept), reasons={k: dict(v) for k, v in outcome.reasons.items()})
-        return trace, outcome
+        reasons = {after: dict(named) for after, named in outcome.reasons.items()}
+        return QueryOutcome(outcome, replace(self._trace, kept=dict(outcome.kept), reasons=reasons))
 
 
-def recording_key(pipeline: BoundPipeline, plan: Plan, given: Given) -> Hashable:
-    """What must be alike for a recording to stand for a query."""
-    host = tuple(stage.host_state(slot) for stage in pipeline.stages for slot in given.slots)
-    backs = tuple((index, tuple(step is None for step in past.steps)) for index, past in given.past.items())
-    return id(pipeline), plan.layout, plan.mode, host, backs, structure(_read(given))
+def graph_key(pipeline: BoundPipeline, plan: Plan, inputs: QueryInputs) -> Hashable:
+    """What must be equal for a captured graph to stand for a query."""
+    host = tuple(stage.host_state(slot) for stage in pipeline.stages for slot in inputs.slots)
+    backs = tuple((index, tuple(step is None for step in past.steps)) for index, past in inputs.past.items())
+    return id(pipeline), plan.layout, plan.mode, host, backs, structure(_read(inputs))
 
 
-def _read(given: Given) -> tuple[object, list[object], Mapping[int, Mapping[str, Tensor]]]:
-    """Everything in it that differs from query to query, but its random numbers."""
-    pixels = {index: past.pixels for index, past in given.past.items()}
-    return given.inputs, [slot.memory for slot in given.slots], pixels
+def _read(inputs: QueryInputs) -> tuple[object, list[object], Mapping[int, Mapping[str, Tensor]]]:
+    """Everything in it that differs from query to query, except its random numbers."""
+    pixels = {index: past.pixels for index, past in inputs.past.items()}
+    return inputs.model, [slot.memory for slot in inputs.slots], pixels
 
 
-def _buffers(given: Given) -> Given:
-    """Places of its own for everything a query reads."""
-    return Given(
-        inputs=map_tensors(torch.clone, given.inputs),
-        slots=[replace(slot, memory=map_tensors(torch.clone, slot.memory)) for slot in given.slots],
-        past=map_tensors(torch.clone, given.past),
-        chance=HeldChance(given.chance),
-        tables=given.tables,
+def _buffers(inputs: QueryInputs) -> QueryInputs:
+    """A copy of everything a query reads."""
+    return QueryInputs(
+        model=map_tensors(torch.clone, inputs.model),
+        slots=[replace(slot, memory=map_tensors(torch.clone, slot.memory)) for slot in inputs.slots],
+        past=map_tensors(torch.clone, inputs.past),
+        rng=BufferedRng(inputs.rng),
+        tables=inputs.tables,
     )

@@ -1,41 +1,74 @@
-"""How a query runs on the device: call by call, through compiled layers, or as one recorded graph."""
+"""How a query runs on the device: operation by operation, through compiled layers, or as one CUDA graph."""
 
 from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
 from collections.abc import Hashable
-from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, Protocol, get_args
+from enum import StrEnum
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from tokenprune.engine.cuda_graph import Recorder, Recording, cuda_graph, recording_key
-from tokenprune.engine.inputs import Given
-from tokenprune.engine.query import Outcome, Query
+from tokenprune.engine.cuda_graph import Capture, QueryGraph, cuda_graph, graph_key
+from tokenprune.engine.inputs import QueryInputs
+from tokenprune.engine.query import Query, QueryOutcome
 from tokenprune.engine.timing import Clock
 from tokenprune.engine.trace import QueryTrace
 from tokenprune.errors import ConfigError, nearest
+from tokenprune.model.decoder import Decoder, DecoderRunner
+from tokenprune.model.phase import Phase
 from tokenprune.pipelines.binding import BoundPipeline
 from tokenprune.tokens.plan import Plan
 
 if TYPE_CHECKING:
     from tokenprune.engine.adapter import Backbone
 
-Execution = Literal["eager", "compile", "cuda_graph", "compiled_cuda_graph"]
+MAX_GRAPHS = 16
+"""Graphs that are kept, the last used ones: a pipeline with two modes needs four to eight of them."""
 
 
-EXECUTIONS: tuple[str, ...] = get_args(Execution)
+class Execution(StrEnum):
+    """How the operations of a query are launched."""
 
+    EAGER = "eager"
+    COMPILE = "compile"
+    CUDA_GRAPH = "cuda_graph"
+    COMPILED_CUDA_GRAPH = "compiled_cuda_graph"
 
-RECORDINGS = 16
-"""Recordings that are kept, the last used ones: a pipeline with two modes needs four to eight of them."""
+    @property
+    def compiled(self) -> bool:
+        """Whether layers run compiled."""
+        return self in (Execution.COMPILE, Execution.COMPILED_CUDA_GRAPH)
+
+    @property
+    def graph(self) -> bool:
+        """Whether a query is one CUDA graph."""
+        return self in (Execution.CUDA_GRAPH, Execution.COMPILED_CUDA_GRAPH)
+
+    @property
+    def runner(self) -> DecoderRunner:
+        """What runs the decoder's layers."""
+        return partial(Decoder.run, compiled=True) if self.compiled else Decoder.run
+
+    @classmethod
+    def of(cls, name: str) -> Execution:
+        """The execution of a name.
+
+        Raises:
+            ConfigError: If there is none.
+        """
+        try:
+            return cls(name)
+        except ValueError as error:
+            raise ConfigError(f"no execution '{name}'{nearest(name, cls)}") from error
 
 
 class Executor(Protocol):
     """Runs queries."""
 
-    name: str
+    execution: Execution
 
     def check(self, pipeline: BoundPipeline, plan: Plan) -> None:
         """Refuse a plan that cannot run this way.
@@ -45,99 +78,104 @@ class Executor(Protocol):
         """
         ...
 
-    def run(self, pipeline: BoundPipeline, plan: Plan, given: Given, clock: Clock) -> tuple[QueryTrace, Outcome]:
+    def run(self, pipeline: BoundPipeline, plan: Plan, inputs: QueryInputs, clock: Clock) -> QueryOutcome:
         """Run one query; the clock is in no phase of the model's before or after."""
         ...
 
 
-class CallByCall:
+class EagerExecutor:
     """Every operation is launched by itself; layers may be compiled."""
 
-    def __init__(self, backbone: Backbone, compiled: bool = False) -> None:
-        """Nothing is compiled before it runs."""
-        self.name = "compile" if compiled else "eager"
+    def __init__(self, backbone: Backbone, execution: Execution = Execution.EAGER) -> None:
+        """Layers are compiled at their first query."""
+        self.execution = execution
         self._backbone = backbone
-        self._compiled = compiled
 
     def check(self, pipeline: BoundPipeline, plan: Plan) -> None:
         """Every plan can."""
 
-    def run(self, pipeline: BoundPipeline, plan: Plan, given: Given, clock: Clock) -> tuple[QueryTrace, Outcome]:
+    def run(self, pipeline: BoundPipeline, plan: Plan, inputs: QueryInputs, clock: Clock) -> QueryOutcome:
         """Run the model through its hook points."""
-        query = Query(pipeline, plan, given, clock, compiled=self._compiled)
-        actions = self._backbone.infer(given.inputs, query)
-        clock.enter("history")
-        outcome = query.outcome(actions)
-        query.trace.execution = self.name
-        return query.trace, outcome
+        query = Query(pipeline, plan, inputs, clock, self.execution.runner)
+        actions = self._backbone.infer(inputs.model, query)
+        clock.enter(Phase.HISTORY)
+        query.trace.execution = self.execution
+        return query.outcome(actions)
 
 
-class Recorded:
-    """The first query of each kind runs call by call and is recorded; later ones are replays."""
+class GraphExecutor:
+    """The first query of each kind runs eagerly and is captured; later ones are replays.
 
-    def __init__(self, backbone: Backbone, recorder: Recorder = cuda_graph, *, compiled: bool = False) -> None:
-        """Nothing is recorded yet; layers may be compiled before they are.
+    Args:
+        backbone: On a CUDA device, unless something else captures.
+        capture: What captures.
+        execution: With a graph; layers may be compiled before they are captured.
 
-        Raises:
-            ConfigError: If graphs are to be CUDA's and the backbone is elsewhere.
-        """
-        self.name = "compiled_cuda_graph" if compiled else "cuda_graph"
-        if recorder is cuda_graph and backbone.device.type != "cuda":
-            raise ConfigError(f"execution: {self.name} needs a CUDA device; the policy is on '{backbone.device}'")
-        self._first = CallByCall(backbone, compiled)
-        self._compiled = compiled
+    Raises:
+        ConfigError: If graphs are to be CUDA's and the backbone is elsewhere.
+    """
+
+    def __init__(
+        self, backbone: Backbone, capture: Capture = cuda_graph, execution: Execution = Execution.CUDA_GRAPH
+    ) -> None:
+        if capture is cuda_graph and backbone.device.type != "cuda":
+            raise ConfigError(f"execution: {execution} needs a CUDA device; the policy is on '{backbone.device}'")
+        self.execution = execution
+        self._first = EagerExecutor(backbone, Execution.COMPILE if execution.compiled else Execution.EAGER)
         self._backbone = backbone
-        self._recorder = recorder
-        self._recordings: OrderedDict[Hashable, Recording | None] = OrderedDict()
+        self._capture = capture
+        self._graphs: OrderedDict[Hashable, QueryGraph | None] = OrderedDict()
 
     def check(self, pipeline: BoundPipeline, plan: Plan) -> None:
-        """Only what is known before the query can be recorded."""
-        check_plan(self.name, pipeline, plan)
+        """A graph can hold only what is known before the query."""
+        check_plan(self.execution, pipeline, plan)
 
-    def run(self, pipeline: BoundPipeline, plan: Plan, given: Given, clock: Clock) -> tuple[QueryTrace, Outcome]:
-        """Replay what is recorded for queries like this; record it where nothing is."""
-        key = recording_key(pipeline, plan, given)
-        recording = self._recordings.get(key)
-        if recording is not None:
-            self._recordings.move_to_end(key)
-            trace, outcome = recording.replay(given, clock)
-            clock.enter("history")
-            trace.execution = self.name
-            return trace, outcome
+    def run(self, pipeline: BoundPipeline, plan: Plan, inputs: QueryInputs, clock: Clock) -> QueryOutcome:
+        """Replay the graph of queries like this; capture it where there is none."""
+        key = graph_key(pipeline, plan, inputs)
+        graph = self._graphs.get(key)
+        if graph is not None:
+            self._graphs.move_to_end(key)
+            outcome = graph.replay(inputs, clock)
+            clock.enter(Phase.HISTORY)
+            outcome.trace.execution = self.execution
+            return outcome
         # As it was before the query writes to its drafts.
-        again = None if key in self._recordings else replace(given, slots=[slot.draft() for slot in given.slots])
-        trace, outcome = self._first.run(pipeline, plan, given, clock)
-        if again is not None:
-            clock.enter("recording")
-            self._recordings[key] = self._record(pipeline, plan, again, trace)
-            clock.enter("history")
-            if len(self._recordings) > RECORDINGS:
-                self._recordings.popitem(last=False)
-        return trace, outcome
+        untouched = None if key in self._graphs else inputs.drafted()
+        outcome = self._first.run(pipeline, plan, inputs, clock)
+        if untouched is not None:
+            clock.enter(Phase.CAPTURE)
+            self._graphs[key] = self._captured(pipeline, plan, untouched, outcome.trace)
+            clock.enter(Phase.HISTORY)
+            if len(self._graphs) > MAX_GRAPHS:
+                self._graphs.popitem(last=False)
+        return outcome
 
-    def _record(self, pipeline: BoundPipeline, plan: Plan, given: Given, trace: QueryTrace) -> Recording | None:
+    def _captured(
+        self, pipeline: BoundPipeline, plan: Plan, inputs: QueryInputs, trace: QueryTrace
+    ) -> QueryGraph | None:
         try:
-            return Recording(self._backbone, pipeline, plan, given, self._recorder, self._compiled)
+            return QueryGraph(self._backbone, pipeline, plan, inputs, self._capture, self.execution.runner)
         except RuntimeError as error:
             # An allocation that fails may leave a capture that fails to end, and then that is what is raised.
             if not any(isinstance(one, torch.OutOfMemoryError) for one in (error, error.__context__)):
                 raise
-            trace.execution = f"{self._first.name} (no memory for a graph)"
+            trace.execution = f"{self._first.execution} (no memory for a graph)"
             warnings.warn(
-                f"no memory to record pipeline '{pipeline.config.name}', mode '{plan.mode}', as a CUDA graph; "
-                "queries like this one run call by call",
+                f"no memory to capture pipeline '{pipeline.config.name}', mode '{plan.mode}', as a CUDA graph; "
+                "queries like this one run eagerly",
                 stacklevel=2,
             )
             return None
 
 
-def check_plan(execution: str, pipeline: BoundPipeline, plan: Plan) -> None:
+def check_plan(execution: Execution, pipeline: BoundPipeline, plan: Plan) -> None:
     """Refuse a plan that cannot be executed so.
 
     Raises:
-        ConfigError: If it is to be recorded, and a count depends on data or a stage says that it cannot be recorded.
+        ConfigError: If it is to be a graph, and a count depends on data or a stage says that it works on the host.
     """
-    if not execution.endswith("cuda_graph"):
+    if not execution.graph:
         return
     where = f"pipeline '{pipeline.config.name}', mode '{plan.mode}': execution: {execution}"
     unsafe = [pipeline.names[index] for cut in plan.cuts if cut.union for index in cut.stages]
@@ -146,18 +184,17 @@ def check_plan(execution: str, pipeline: BoundPipeline, plan: Plan) -> None:
             f"{where} needs counts that are known before the query, and 'keep: union' of '{unsafe[0]}' depends on "
             "what is seen; give it a count or a ratio, or use execution: eager"
         )
-    for stage, name in zip(pipeline.stages, pipeline.names, strict=True):
-        if not stage.recordable():
+    for needs, name in zip(pipeline.needs, pipeline.names, strict=True):
+        if not needs.graph_safe:
             raise ConfigError(f"{where} cannot hold '{name}', which works on the host; use execution: eager")
 
 
-def executor(name: str, backbone: Backbone) -> Executor:
-    """The executor of a name.
+def executor(execution: Execution, backbone: Backbone) -> Executor:
+    """What runs queries this way.
 
     Raises:
-        ConfigError: If there is none, or the backbone's device cannot do it.
+        ConfigError: If the backbone's device cannot do it.
     """
-    if name not in EXECUTIONS:
-        raise ConfigError(f"no execution '{name}'{nearest(name, EXECUTIONS)}")
-    compiled = name.startswith("compile")
-    return Recorded(backbone, compiled=compiled) if name.endswith("cuda_graph") else CallByCall(backbone, compiled)
+    if execution.graph:
+        return GraphExecutor(backbone, execution=execution)
+    return EagerExecutor(backbone, execution)

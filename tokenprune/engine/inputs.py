@@ -1,21 +1,21 @@
-"""What a query is given, on the device."""
+"""What a query reads, on the device."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
 
-from tokenprune.engine.rng import Chance
+from tokenprune.engine.rng import QueryRng
 from tokenprune.stages.memory import Slot
 from tokenprune.stages.token_context import PastFrames
 from tokenprune.tokens.layout_tables import LayoutTables
 
 
-class Inputs(Protocol):
-    """Observations made ready; adapters keep more in their own type.
+class ModelInputs(Protocol):
+    """Preprocessed observations; each adapter keeps more in its own type.
 
     Attributes:
         images: Per view, the cropped pixels the patches align to, uint8 `[B, 3, S, S]`.
@@ -25,19 +25,23 @@ class Inputs(Protocol):
 
 
 @dataclass(frozen=True)
-class Given:
+class QueryInputs:
     """Everything a query reads.
 
     Attributes:
-        inputs: The adapter's.
-        slots: Drafts of the environments, a batch row each; what the query remembers is written there.
+        model: The adapter's inputs.
+        slots: Drafts of the environments, one per batch row; what the query remembers is written there.
         past: Frames that each stage looks back at, by its index.
-        chance: Random numbers.
+        rng: Random numbers.
         tables: The layout as tensors.
     """
 
-    inputs: Inputs
+    model: ModelInputs
     slots: Sequence[Slot]
     past: Mapping[int, PastFrames]
-    chance: Chance
+    rng: QueryRng
     tables: LayoutTables
+
+    def drafted(self) -> QueryInputs:
+        """The same inputs with drafts of the slots, for a query that may fail and then must have changed nothing."""
+        return replace(self, slots=[slot.draft() for slot in self.slots])

@@ -4,63 +4,73 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tokenprune.engine.action_attention import Watcher
-from tokenprune.engine.cuts import Cutting, SameCuts
-from tokenprune.engine.inputs import Given
+from tokenprune.engine.action_attention import AttentionLogger
+from tokenprune.engine.cuts import RepeatedCuts, StagePruner, stage_memory
+from tokenprune.engine.inputs import QueryInputs
 from tokenprune.engine.timing import Clock
 from tokenprune.engine.trace import ProbeRecord, QueryTrace
 from tokenprune.errors import StageError, TraceError
-from tokenprune.model.decoder import Decoder, Positions
+from tokenprune.model.decoder import Decoder, DecoderRunner
 from tokenprune.model.kv_cache import KVCache, LastKV, Memory, ReusedKV
+from tokenprune.model.phase import Phase
 from tokenprune.pipelines.binding import BoundPipeline
 from tokenprune.stages.feature_context import FeatureContext
-from tokenprune.stages.memory import Remembered
+from tokenprune.stages.memory import SlotMemory
 from tokenprune.stages.query_record import QueryRecord
 from tokenprune.tokens.plan import Plan
 from tokenprune.tokens.selection import OriginalIds, TokenSelection
 
 
 @dataclass(frozen=True)
-class Outcome:
+class DeviceOutcome:
     """What a query leaves on the device.
 
     Attributes:
         actions: Normalised actions `[B, T, D]`.
-        memories: What each environment is to remember.
-        kept: As in `QueryTrace`.
-        reasons: Likewise.
-        nan: As in `Cutting`.
-        overfull: Likewise.
+        memories: Memory of each environment after the query.
+        kept: Prunable original ids kept at each cut `[B, K]`, by the layer it follows.
+        reasons: Per cut, boolean `[B, K]` over the kept ids, by the name a stage gave.
+        nan: Stage and place of each score, and whether anything in it is NaN.
+        overfull: Per cut, protected tokens beyond what it keeps, the most of any row; negative where there was room.
     """
 
     actions: Tensor
-    memories: tuple[Remembered, ...]
+    memories: tuple[SlotMemory, ...]
     kept: Mapping[int, Tensor]
     reasons: Mapping[int, Mapping[str, Tensor]]
     nan: Sequence[tuple[str, Tensor]]
     overfull: Mapping[int, Tensor]
 
-    def finish(self, trace: QueryTrace) -> None:  # cold: after the actions have left the device
-        """Read what was noted on the device.
+
+@dataclass(frozen=True)
+class QueryOutcome:
+    """All that a query leaves: tensors on the device, and its trace on the host."""
+
+    device: DeviceOutcome
+    trace: QueryTrace
+
+    def finish(self) -> None:  # cold: after the actions have left the device
+        """Read what was noted on the device into the trace.
 
         Raises:
             StageError: If a stage gave a NaN score.
         """
-        noted = [bad.long() for _, bad in self.nan] + [count.long() for count in self.overfull.values()]
+        scores, overfull = self.device.nan, self.device.overfull
+        noted = [bad.long() for _, bad in scores] + [count.long() for count in overfull.values()]
         if not noted:
             return
         # One copy instead of one for each.
         numbers = torch.stack(noted).tolist()
-        for (what, _), bad in zip(self.nan, numbers, strict=False):
+        for (what, _), bad in zip(scores, numbers, strict=False):
             if bad:
                 raise StageError(f"{what} gave a NaN score")
-        trace.overfull = {
-            after: max(count, 0) for after, count in zip(self.overfull, numbers[len(self.nan) :], strict=True)
+        self.trace.overfull = {
+            after: max(count, 0) for after, count in zip(overfull, numbers[len(scores) :], strict=True)
         }
 
 
@@ -68,45 +78,49 @@ class Query:
     """What an adapter calls back while it runs its model.
 
     Attributes:
-        positions: The pipeline's position policy.
         trace: Filled as the query goes.
+        runner: Runs the decoder's layers; a backbone may put another in its place before it decodes.
         tokens: What the last layer held, once the decoder has run.
     """
 
     tokens: TokenSelection
 
     def __init__(
-        self, pipeline: BoundPipeline, plan: Plan, given: Given, clock: Clock, *, compiled: bool = False
+        self,
+        pipeline: BoundPipeline,
+        plan: Plan,
+        inputs: QueryInputs,
+        clock: Clock,
+        runner: DecoderRunner = Decoder.run,
     ) -> None:
-        """Start a query, perhaps through compiled layers; nothing runs yet."""
-        self.positions: Positions = pipeline.config.positions
+        """Prepare a query; nothing runs yet."""
         self.trace = QueryTrace(pipeline.config.name, plan)
+        self.runner = runner
         self._pipeline = pipeline
-        self._given = given
+        self._inputs = inputs
         self._clock = clock
-        self._cutting = Cutting(pipeline, plan, given, self.trace, clock)
+        self._pruner = StagePruner(pipeline, plan, inputs, self.trace, clock)
         self._features: dict[str, Tensor] = {}
         self._added: Tensor | None = None
         self._encoder: dict[str, dict[str, Tensor]] = {}
-        self._compiled = compiled
 
-    def phase(self, name: str) -> AbstractContextManager[None]:
+    def phase(self, phase: Phase) -> AbstractContextManager[None]:
         """Time a phase; time inside it that belongs to another phase counts there."""
-        return self._clock.phase(name)
+        return self._clock.phase(phase)
 
     def transform(self, view: str, features: Tensor) -> Tensor:
         """Pass the features `[B, N, D]` of one view through `transform_features`."""
-        given = self._given
-        for index, hook in self._pipeline.hooks["transform_features"]:
-            with self.phase("selection"):
-                shown = (view, features, given.inputs.images[view], self._plan.layout, given.tables, given.slots)
-                context = FeatureContext(*shown, scope=f"{index}.")
-                changed = self._pipeline.call(index, "transform_features", hook, context)
+        inputs = self._inputs
+        for call in self._pipeline.hooks["transform_features"]:
+            with self.phase(Phase.SELECTION):
+                images, memory = inputs.model.images[view], stage_memory(inputs, f"{call.stage}.")
+                context = FeatureContext(view, features, images, self._plan.layout, inputs.slots, inputs.tables, memory)
+                changed = self._pipeline.call(call, context)
             if changed is None:
                 continue
             if changed.shape != features.shape:
                 raise StageError(
-                    f"stage '{self._pipeline.names[index]}': transform_features of view '{view}' returned "
+                    f"stage '{self._pipeline.names[call.stage]}': transform_features of view '{view}' returned "
                     f"{list(changed.shape)}; it must keep {list(features.shape)}"
                 )
             features = changed
@@ -117,17 +131,17 @@ class Query:
     @property
     def encoder_kinds(self) -> frozenset[str]:
         """Attention of the vision towers that stages ask for."""
-        return self._pipeline.encoder
+        return self._pipeline.encoder_attention
 
-    def note_encoder(self, views: Sequence[str], seen: Mapping[str, Tensor]) -> None:
+    def note_encoder(self, views: Sequence[str], maps: Mapping[str, Tensor]) -> None:
         """Take the attention `[views * B, N]` that patches got in the towers, by kind, views one behind the other."""
-        self.trace.encoder = tuple(sorted(seen))
-        for kind, values in seen.items():
+        self.trace.encoder = tuple(sorted(maps))
+        for kind, values in maps.items():
             self._encoder[kind] = dict(zip(views, values.chunk(len(views)), strict=True))
 
     def noise(self, *shape: int) -> Tensor:
         """Standard normal numbers `[B, *shape]`, float32: the same for every pipeline, other ones for every query."""
-        return self._given.chance.noise(*shape)
+        return self._inputs.rng.noise(*shape)
 
     def decode(self, decoder: Decoder, embeddings: Tensor, cache: KVCache | None = None) -> Tensor:
         """Cut before layer 0, run the decoder with its cuts, and check what was held against the plan.
@@ -143,23 +157,22 @@ class Query:
         Raises:
             TraceError: If any layer held another number of tokens than planned.
         """
-        with self.phase("selection"):
-            hidden, tokens = self._cutting.begin(decoder, embeddings, self._encoder)
-        with self.phase("decoder"):
-            read = self._readout(len(embeddings))
+        with self.phase(Phase.SELECTION):
+            hidden, tokens = self._pruner.begin(decoder, embeddings, self._encoder)
+        with self.phase(Phase.DECODER):
             memory: Memory | None = cache
             if self._plan.reuses:
-                (slot,) = self._given.slots
-                memory = self._cutting.reused = ReusedKV(slot.memory.kv, cache)
-            decoded = decoder.run(
+                (slot,) = self._inputs.slots
+                memory = self._pruner.reused = ReusedKV(slot.memory.kv, cache)
+            decoded = self.runner(
+                decoder,
                 hidden,
                 tokens,
-                self._cutting,
+                self._pruner,
                 memory,
-                positions=self.positions,
-                read=read,
+                positions=self._pipeline.config.positions,
+                read=self._readout(len(embeddings)),
                 skip=self._plan.skipped,
-                compiled=self._compiled,
             )
         self.tokens = decoded.tokens
         self.trace.held, self.trace.plan = decoded.held, self._plan
@@ -172,15 +185,18 @@ class Query:
         Returns:
             Hidden states `[B, R, D]` at the layout's `readout` rows.
         """
-        with self.phase("decoder"):
-            again = SameCuts(self._cutting.held)
-            hidden, tokens = again.begin(embeddings)
-            read = self._readout(len(embeddings))
-            skip = self._plan.skipped
-            run = decoder.run(
-                hidden, tokens, again, positions=self.positions, read=read, skip=skip, compiled=self._compiled
-            )
-            return run.hidden
+        with self.phase(Phase.DECODER):
+            cuts = RepeatedCuts(self._pruner.held)
+            hidden, tokens = cuts.begin(embeddings)
+            return self.runner(
+                decoder,
+                hidden,
+                tokens,
+                cuts,
+                positions=self._pipeline.config.positions,
+                read=self._readout(len(embeddings)),
+                skip=self._plan.skipped,
+            ).hidden
 
     def follow(
         self,
@@ -200,7 +216,7 @@ class Query:
             behind: Place of the first of them behind the end of the layout, unpruned; positions go on from there.
             memory: Keys and values of everything before them.
             condition: What adaptive norms depend on `[B, C]`.
-            actions: Whether they are action tokens, whose attention stages may watch.
+            actions: Whether they are action tokens, whose attention stages may observe.
 
         Returns:
             Normalised hidden states `[B, n, D]`.
@@ -209,10 +225,10 @@ class Query:
             TraceError: If the memory does not hold what the plan left.
         """
         if actions:
-            spare = (self.trace.ran + self.trace.spared) % self._plan.head_interval > 0
+            spare = (self.trace.ran + self.trace.spared) % self._plan.flow_interval > 0
             self.trace.ran, self.trace.spared = self.trace.ran + (not spare), self.trace.spared + spare
             if spare:
-                assert self._added is not None
+                assert self._added is not None, "the first flow step runs"
                 return decoder.finish(embeddings + self._added, condition)
         if not self.trace.cached:
             self.trace.cached = memory.lengths
@@ -221,68 +237,69 @@ class Query:
         batch, n, _ = embeddings.shape
         first = self._plan.layout.n_tokens + behind
         ids = OriginalIds(torch.arange(first, first + n, device=embeddings.device).expand(batch, n))
-        tokens, watcher = TokenSelection(ids, first + n), None
-        if actions and self._cutting.watch.layers:
-            watcher = Watcher(self._cutting.watch, behind, self._prunable_at, self._watched)
-        run = decoder.run(
+        logger = None
+        if actions and self._pruner.attention.layers:
+            logger = AttentionLogger(self._pruner.attention, behind, self._prunable_at, self._note_observed)
+        run = self.runner(
+            decoder,
             embeddings,
-            tokens,
-            watcher,
+            TokenSelection(ids, first + n),
+            logger,
             memory,
-            positions=self.positions,
+            positions=self._pipeline.config.positions,
             condition=condition,
             skip=self._plan.skipped,
-            compiled=self._compiled,
         )
-        if actions and self._plan.head_interval > 1:
+        if actions and self._plan.flow_interval > 1:
             self._added = run.stream - embeddings
         return run.hidden
 
-    def outcome(self, actions: Tensor) -> Outcome:
+    def outcome(self, actions: Tensor) -> QueryOutcome:
         """Let observers see the finished query, and leave what the next one may need."""
-        hooks = self._pipeline.hooks["observe"]
-        given = self._given
-        if hooks:
+        self._observe(actions)
+        slots, reused = self._inputs.slots, self._pruner.reused
+        for row, slot in enumerate(slots):
+            slot.memory.features = {view: features[row] for view, features in self._features.items()}
+            slot.memory.kv = None
+        if reused is not None:
+            slots[0].memory.kv = LastKV(self._plan.layout.prunable, tuple(reused.now.layers))
+        memories = tuple(slot.memory for slot in slots)
+        trace, pruner = self.trace, self._pruner
+        left = DeviceOutcome(actions, memories, trace.kept, trace.reasons, pruner.nan, pruner.overfull)
+        return QueryOutcome(left, trace)
+
+    def _observe(self, actions: Tensor) -> None:
+        calls = self._pipeline.hooks["observe"]
+        if not calls:
+            return
+        inputs = self._inputs
+        attention = self._pruner.attention.result()
+        for call in calls:
             record = QueryRecord(
-                slots=tuple(slot.index for slot in given.slots),
+                slots=tuple(slot.index for slot in inputs.slots),
                 mode=self._plan.mode,
                 layout=self._plan.layout,
                 tokens=self.tokens,
                 actions=actions,
-                attention=self._cutting.watch.result(),
-                memories=given.slots,
-                tables=given.tables,
+                attention=attention,
+                _tables=inputs.tables,
+                _memory=stage_memory(inputs, f"{call.stage}."),
             )
-            for index, hook in hooks:
-                self._pipeline.call(index, "observe", hook, replace(record, scope=f"{index}."))
-        for row, slot in enumerate(given.slots):
-            slot.memory.features = {view: features[row] for view, features in self._features.items()}
-            slot.memory.kv = None
-        reused = self._cutting.reused
-        if reused is not None:
-            given.slots[0].memory.kv = LastKV(self._plan.layout.prunable, tuple(reused.now.layers))
-        return Outcome(
-            actions,
-            tuple(slot.memory for slot in given.slots),
-            self.trace.kept,
-            self.trace.reasons,
-            self._cutting.nan,
-            self._cutting.overfull,
-        )
+            self._pipeline.call(call, record)
 
     @property
     def _plan(self) -> Plan:
-        return self._cutting.plan
+        return self._pruner.plan
 
     def _prunable_at(self, layer: int) -> OriginalIds:
         before = [after for after in self.trace.kept if after < layer]
         if before:
             return OriginalIds(self.trace.kept[max(before)])
-        return OriginalIds(self._given.tables.prunable.expand(len(self._given.slots), -1))
+        return OriginalIds(self._inputs.tables.prunable.expand(len(self._inputs.slots), -1))
 
-    def _watched(self, layer: int, rows: int, keys: int) -> None:
+    def _note_observed(self, layer: int, rows: int, keys: int) -> None:
         self.trace.probes.append(ProbeRecord("observe", layer, "action", rows, behind=keys - self._plan.keys[layer]))
 
     def _readout(self, batch: int) -> OriginalIds:
-        rows = self._given.tables.rows
+        rows = self._inputs.tables.rows
         return OriginalIds(rows.get("readout", rows["last"]).expand(batch, -1))

@@ -1,4 +1,4 @@
-"""What is random in a query: drawn on the host, so the same on every device, and uploaded like the observation."""
+"""Random numbers of a query: drawn on the host, so the same on every device, and uploaded like the observation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tokenprune.model.device import upload
 from tokenprune.stages.memory import Slot
 
 
-class Chance:
+class QueryRng:
     """Random numbers of one query, a row for each environment.
 
     Attributes:
@@ -34,10 +34,10 @@ class Chance:
         return self.drawn[-1]
 
 
-class HeldChance(Chance):
+class BufferedRng(QueryRng):
     """Buffers that each query's random numbers are copied into."""
 
-    def __init__(self, first: Chance) -> None:
+    def __init__(self, first: QueryRng) -> None:
         """Hold the numbers of a query that has run; another asks for as many, in the same order."""
         self.seeds = first.seeds.clone()
         self.drawn = [noise.clone() for noise in first.drawn]
@@ -47,11 +47,11 @@ class HeldChance(Chance):
         """The buffer of the next drawing."""
         return next(self._asked)
 
-    def refill(self, chance: Chance) -> None:
+    def refill(self, rng: QueryRng) -> None:
         """Take the numbers of another query."""
-        self.seeds.copy_(chance.seeds, non_blocking=True)
+        self.seeds.copy_(rng.seeds, non_blocking=True)
         for buffer in self.drawn:
-            buffer.copy_(chance.noise(*buffer.shape[1:]), non_blocking=True)
+            buffer.copy_(rng.noise(*buffer.shape[1:]), non_blocking=True)
 
 
 def mix(*numbers: int) -> int:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from tokenprune.model.phase import Phase
+
 
 class Clock:
     """Time by phase without waiting for the device: each phase lasts until the next one is entered.
@@ -21,12 +23,12 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         """Nothing is timed until the first `enter`."""
         self._cuda = device.type == "cuda"
-        self._marks: list[tuple[str, Any]] = []
-        self._inside: list[tuple[str, Clock]] = []
+        self._marks: list[tuple[Phase | None, Any]] = []
+        self._inside: list[tuple[Phase, Clock]] = []
 
-    def enter(self, phase: str) -> str:
-        """Begin a phase and return the name of the one that ended (empty at the first)."""
-        before = self._marks[-1][0] if self._marks else ""
+    def enter(self, phase: Phase | None) -> Phase | None:
+        """Begin a phase and return the name of the one that ended (None at the first)."""
+        before = self._marks[-1][0] if self._marks else None
         self._marks.append((phase, self._mark()))
         return before
 
@@ -38,7 +40,7 @@ class Clock:
         return mark
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: Phase) -> Iterator[None]:
         """Time a phase; time inside it that belongs to another phase counts there."""
         before = self.enter(name)
         try:
@@ -48,17 +50,21 @@ class Clock:
 
     def split(self, clock: Clock) -> None:
         """Let another clock say which phases made up the phase at hand; what it does not account for is left to it."""
-        self._inside.append((self._marks[-1][0], clock))
+        phase = self._marks[-1][0]
+        assert phase is not None, "a clock splits a phase that has begun"
+        self._inside.append((phase, clock))
 
-    def milliseconds(self) -> dict[str, float]:
+    def milliseconds(self) -> dict[Phase, float]:
         """Total per phase up to the last mark; call when the device has finished."""
-        spent: dict[str, float] = {}
+        spent: dict[Phase, float] = {}
         for (phase, start), (_, stop) in zip(self._marks, self._marks[1:], strict=False):
+            if phase is None:
+                continue
             passed = start.elapsed_time(stop) if self._cuda else (stop - start) * 1e3
             spent[phase] = spent.get(phase, 0.0) + passed
         for whole, clock in self._inside:
-            for phase, passed in clock.milliseconds().items():
-                spent[phase] = spent.get(phase, 0.0) + passed
+            for part, passed in clock.milliseconds().items():
+                spent[part] = spent.get(part, 0.0) + passed
                 spent[whole] -= passed
         return spent
 
@@ -72,6 +78,6 @@ class GraphClock(Clock):
     # An event that is not external is a dependency between a graph's streams, and has no time.
     _in_graph = True
 
-    def enter(self, phase: str) -> str:
+    def enter(self, phase: Phase | None) -> Phase | None:
         """Begin a phase of the graph."""
-        return super().enter(phase) if self._cuda else ""
+        return super().enter(phase) if self._cuda else None

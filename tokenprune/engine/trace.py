@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import TraceError
+from tokenprune.model.phase import Phase
 from tokenprune.tokens.plan import Plan
 
 _KERNELS = {0: "math", 1: "flash", 2: "efficient", 3: "cudnn", 4: "overrideable"}
@@ -53,7 +54,7 @@ class QueryTrace:
         probes: Attention rows that were computed.
         overfull: Per cut, the most protected tokens any row had beyond what the cut keeps (0: all protected were kept).
         fallback: Why the query ran without pruning although a pipeline was given, or an empty string.
-        replayed: Whether a controller answered and the model did not run.
+        answered: Whether a controller answered and the model did not run.
         execution: How it ran: `eager`, `compile`, or as a replayed graph, which the first query of its kind is not.
     """
 
@@ -68,18 +69,18 @@ class QueryTrace:
     spared: int = 0
     cached: tuple[int, ...] = ()
     milliseconds: float = 0.0
-    phases: dict[str, float] = field(default_factory=dict)
+    phases: dict[Phase, float] = field(default_factory=dict)
     kernel: str = ""
     probes: list[ProbeRecord] = field(default_factory=list)
     overfull: dict[int, int] = field(default_factory=dict)
     fallback: str = ""
-    replayed: bool = False
+    answered: bool = False
     execution: str = ""
 
     @property
     def mode(self) -> str:
         """Mode the query ran in; `replayed` where a controller answered."""
-        return "replayed" if self.replayed else self.plan.mode
+        return "replayed" if self.answered else self.plan.mode
 
     def check(self) -> None:
         """Compare what was held with the plan.
@@ -124,7 +125,7 @@ class QueryTrace:
             "protected_over_budget": {cut_name(after): n for after, n in self.overfull.items()},
             "looked_back": {stage: list(steps) for stage, steps in self.looked_back.items()},
             "fallback": self.fallback,
-            "replayed": self.replayed,
+            "replayed": self.answered,
             "execution": self.execution,
         }
         if with_ids:

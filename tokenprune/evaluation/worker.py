@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tokenprune import errors
-from tokenprune.engine.executor import EXECUTIONS
+from tokenprune.engine.executor import Execution
 from tokenprune.errors import ConfigError, RolloutError, SimulatorError, TokenPruneError
 from tokenprune.evaluation.environment import Environment, Suite
 from tokenprune.evaluation.fingerprint import fingerprint
@@ -63,7 +63,7 @@ class WorkerSpec:
     tasks: Mapping[str, Sequence[int]]
     execute: int | None = None
     replan: bool = True
-    execution: str = EXECUTIONS[0]
+    execution: str = Execution.EAGER
     threads: int = 1
     plugins: tuple[str, ...] = ()
     videos: str | None = None
@@ -90,7 +90,7 @@ class WorkerSpec:
         device = torch.device(self.device)
         auto = str(native_dtype(device)).removeprefix("torch.")
         # The default execution is left out, so that files without the key can be resumed.
-        execution = {} if self.execution == EXECUTIONS[0] else {"execution": self.execution}
+        execution = {} if self.execution == Execution.EAGER else {"execution": self.execution}
         return execution | {
             "backbone": self.backbone,
             "checkpoint": self.checkpoint,

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import cache
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,14 @@ from torch import Tensor, nn
 from tokenprune.model.kv_cache import LayerKV, Memory
 from tokenprune.tokens.selection import CurrentIds, OriginalIds, TokenSelection, rows_at
 
-Positions = Literal["preserve", "compact"]
+
+class Positions(StrEnum):
+    """Rotary positions of kept tokens."""
+
+    PRESERVE = "preserve"
+    """Each keeps its original position."""
+    COMPACT = "compact"
+    """They are renumbered at each cut."""
 
 
 class Pruner(Protocol):
@@ -52,6 +60,27 @@ class Decoded:
     held: tuple[int, ...]
 
 
+class DecoderRunner(Protocol):
+    """Runs a decoder's layers, as `Decoder.run` does by default."""
+
+    def __call__(
+        self,
+        decoder: Decoder,
+        hidden: Tensor,
+        tokens: TokenSelection,
+        pruner: Pruner | None = None,
+        cache: Memory | None = None,
+        /,
+        *,
+        positions: Positions = Positions.PRESERVE,
+        read: OriginalIds | None = None,
+        condition: Tensor | None = None,
+        skip: Container[int] = (),
+    ) -> Decoded:
+        """Run every layer over `hidden` `[B, n, D]`; arguments as in `Decoder.run`."""
+        ...
+
+
 class Decoder:
     """Decoder layers of a Llama-like or Gemma-like model and how to run them.
 
@@ -82,7 +111,7 @@ class Decoder:
         pruner: Pruner | None = None,
         cache: Memory | None = None,
         *,
-        positions: Positions = "preserve",
+        positions: Positions = Positions.PRESERVE,
         read: OriginalIds | None = None,
         condition: Tensor | None = None,
         skip: Container[int] = (),
@@ -124,7 +153,7 @@ class Decoder:
                     cache.extend(index, LayerKV.empty(hidden))
                 continue
             held.append(hidden.shape[1])
-            if behind and positions == "compact" and behind[index] != behind[index - 1]:
+            if behind and positions is Positions.COMPACT and behind[index] != behind[index - 1]:
                 cos, sin = rotary(tokens, positions, self.head_dim, self.rope_theta, hidden.dtype, behind[index])
             q, k, v, gate = before(layer, hidden, cos, sin, self.head_dim, condition)
             seen = LayerKV(k, v, tokens.ids)
@@ -256,7 +285,7 @@ def rotary(
     Computed in float32 whatever the dtype, as transformers does.
     """
     at = tokens.ids
-    if positions == "compact":
+    if positions is Positions.COMPACT:
         at = OriginalIds(torch.arange(first, first + tokens.n_kept, device=tokens.ids.device)[None])
     exponent = torch.arange(0, head_dim, 2, device=at.device).float() / head_dim
     angles = at[..., None].float() * (1.0 / theta**exponent)

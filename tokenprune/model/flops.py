@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from tokenprune.model.info import BackboneInfo, DecoderShape
 from tokenprune.tokens.layout import TokenLayout
-from tokenprune.tokens.plan import Cut, Plan
+from tokenprune.tokens.plan import Cut, Plan, Removal
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ def query_flops(
     if info.follow_up is not None:
         follow_up = sum(
             layer_flops(info.follow_up.decoder, rows, n + before + rows) + norms
-            for rows, before, norms in info.follow_up.ran(plan.head_interval)
+            for rows, before, norms in info.follow_up.ran(plan.flow_interval)
             for n in keys
             if n
         )
@@ -114,7 +114,11 @@ def query_flops(
         probe=sum(probe_flops(shape, p.rows, keys_probed(plan, p.layer, p.ahead) + p.behind, p.ahead) for p in probes)
         + sum(info.encoder_attention[kind].flops for kind in encoder)
         + plan.own_flops
-        + sum(2 * cut.keep * cut.found * shape.hidden for cut in plan.cuts if cut.merge and cut.keep < cut.found),
+        + sum(
+            2 * cut.keep * cut.found * shape.hidden
+            for cut in plan.cuts
+            if cut.removal is Removal.MERGE and cut.keep < cut.found
+        ),
     )
 
 
@@ -137,5 +141,5 @@ def ceiling(info: BackboneInfo, layout: TokenLayout, after: int) -> float:
     No pruning of tokens after that layer can save more.
     """
     dense = Plan.dense(layout, info.decoder.depth)
-    bare = Plan(layout, dense.mode, dense.depth, (Cut(after, (), len(layout.prunable), 0),), dense.calls)
+    bare = Plan(layout, dense.mode, dense.depth, (Cut(after, (), len(layout.prunable), 0),))
     return query_flops(info, dense).total / query_flops(info, bare).total

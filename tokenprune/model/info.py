@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from tokenprune.model.phase import Phase
+
 
 @dataclass(frozen=True, slots=True)
 class DecoderShape:
@@ -48,14 +50,14 @@ class FollowUp:
     """Passes over tokens behind the layout, which attend to the keys and values that pruning left in each layer.
 
     Attributes:
-        name: Phase they are timed as: `decode` for autoregressive steps, `flow` for those of an action expert.
+        phase: What they are timed as: `DECODE` for autoregressive steps, `FLOW` for those of an action expert.
         decoder: Dimensions of the layers they run through, as many as the main decoder's.
         passes: Tokens of each pass, and how many tokens behind the layout were there before it.
         steps: How many of the last passes are flow steps, which a head cache may spare.
         norms: FLOPs of a layer's adaptive norms in each flow step.
     """
 
-    name: str
+    phase: Phase
     decoder: DecoderShape
     passes: tuple[tuple[int, int], ...]
     steps: int = 0

@@ -1,50 +1,67 @@
-"""A pipeline bound to a backbone: frozen stage callables and one plan per layout and mode."""
+"""A pipeline bound to a backbone: which hook is called where, what stages need, and one plan per layout and mode."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import pluggy
 import torch
 
 from tokenprune.errors import CapabilityError, ConfigError, MissingError, PluginError, StageError, nearest
+from tokenprune.model.decoder import Positions
 from tokenprune.model.info import BackboneInfo
 from tokenprune.pipelines.config import PipelineConfig
 from tokenprune.pipelines.planning import make_plan
 from tokenprune.registry.discovery import Registry
 from tokenprune.registry.hookspecs import HOT_HOOKS, PROJECT, StageHooks
 from tokenprune.stages.config import CutConfig
+from tokenprune.stages.needs import StageNeeds
 from tokenprune.stages.stage import Stage
 from tokenprune.tokens.budget import UNION
 from tokenprune.tokens.layout import TokenLayout
 from tokenprune.tokens.layout_tables import LayoutTables
-from tokenprune.tokens.plan import Plan
+from tokenprune.tokens.plan import Plan, Removal
 
-Hook = tuple[int, Callable[..., Any]]
-"""Index of the stage and its implementation, bound."""
+
+@dataclass(frozen=True, slots=True)
+class HookCall:
+    """One stage's implementation of a hook that a query, a reset or an executed action calls.
+
+    Attributes:
+        hook: Name of the hook.
+        stage: Index of the stage.
+        function: The bound implementation.
+        layers: For `score_layer`, the layers after which it is called.
+    """
+
+    hook: str
+    stage: int
+    function: Callable[..., Any]
+    layers: tuple[int, ...] = ()
 
 
 @dataclass
 class BoundPipeline:
-    """What runs: made by `bind`, shared by nothing else.
+    """A pipeline on one backbone; made by `bind`, shared by nothing else.
 
     Attributes:
         config: The pipeline file, resolved.
         info: The backbone it was bound to.
         names: `use` of each stage.
         stages: The stage objects in pipeline order.
-        encoder: Attention of the vision towers that some stage asks for.
-        hooks: Per hook point, implementations in pipeline order.
+        needs: What each stage needs of a query.
+        hooks: Per hook point, what is called, in order; what is never called on this backbone is left out.
     """
 
     config: PipelineConfig
     info: BackboneInfo
     names: tuple[str, ...]
     stages: tuple[Stage[Any], ...]
-    encoder: frozenset[str]
-    hooks: dict[str, tuple[Hook, ...]]
+    needs: tuple[StageNeeds, ...]
+    hooks: Mapping[str, tuple[HookCall, ...]]
     _plans: dict[tuple[TokenLayout, str, tuple[int, ...]], Plan] = field(default_factory=dict)
     _tables: dict[tuple[TokenLayout, torch.device], LayoutTables] = field(default_factory=dict)
 
@@ -52,7 +69,7 @@ class BoundPipeline:
         """The plan of a layout in a mode (the default one when left out), made once and kept."""
         key = (layout, mode or self.config.modes[0], unions)
         if key not in self._plans:
-            plan = make_plan(self.stages, self.names, layout, key[1], self.info.decoder.depth, unions)
+            plan = make_plan(self.stages, self.needs, self.names, layout, key[1], self.info.decoder.depth, unions)
             self._plans[key] = replace(plan, own_flops=sum(stage.own_flops(self.info, plan) for stage in self.stages))
         return self._plans[key]
 
@@ -63,22 +80,39 @@ class BoundPipeline:
             self._tables[key] = LayoutTables(layout, device)
         return self._tables[key]
 
-    def call(self, index: int, hook_name: str, hook: Callable[..., Any], argument: object, where: str = "") -> Any:  # noqa: ANN401
+    def call(self, call: HookCall, argument: object, where: str = "") -> Any:  # noqa: ANN401 - what the hook returns
         """Call one implementation.
 
         Raises:
             StageError: If it raises, naming the stage, the hook and where in the query it was called.
         """
         try:
-            return hook(argument)
+            return call.function(argument)
         except Exception as error:
-            at = f"{hook_name} {where}".rstrip()
-            raise StageError(f"stage '{self.names[index]}' failed in {at}: {type(error).__name__}: {error}") from error
+            at = f"{call.hook} {where}".rstrip()
+            name = self.names[call.stage]
+            raise StageError(f"stage '{name}' failed in {at}: {type(error).__name__}: {error}") from error
 
-    @property
-    def frames(self) -> int:
+    @cached_property
+    def scorers(self) -> Mapping[int, tuple[HookCall, ...]]:
+        """Calls of `score_layer` by the layer they follow."""
+        layers = {layer for call in self.hooks["score_layer"] for layer in call.layers}
+        return {layer: tuple(c for c in self.hooks["score_layer"] if layer in c.layers) for layer in sorted(layers)}
+
+    @cached_property
+    def encoder_attention(self) -> frozenset[str]:
+        """Kinds of the vision towers' attention that some stage needs."""
+        return frozenset(kind for needs in self.needs for kind in needs.encoder_attention)
+
+    @cached_property
+    def action_attention(self) -> frozenset[int]:
+        """Layers at which some stage observes the action tokens' attention."""
+        return frozenset(layer for needs in self.needs for layer in needs.action_attention)
+
+    @cached_property
+    def look_back_frames(self) -> int:
         """Control steps before the current one whose frames some stage may look back at."""
-        return max((stage.frames() for stage in self.stages), default=0)
+        return max((needs.look_back_frames for needs in self.needs), default=0)
 
     def weights(self, stages: Sequence[int]) -> list[float]:
         """Weights of some stages' scores."""
@@ -86,16 +120,17 @@ class BoundPipeline:
 
 
 def bind(config: PipelineConfig, info: BackboneInfo, registry: Registry) -> BoundPipeline:
-    """Make fresh stage objects, check them against the backbone, and freeze their hooks.
+    """Make fresh stage objects, check them against the backbone, and fix which hooks are called where.
 
     Raises:
         CapabilityError: If a stage requires something the backbone does not offer.
-        ConfigError: If a cut does not fit the decoder's depth.
+        ConfigError: If a cut does not fit the decoder's depth, or stages contradict each other.
         MissingError: If a stage lacks what only the user can give.
         PluginError: If a stage cannot be made.
     """
     names = tuple(stage.use for stage in config.stages)
-    stages = []
+    stages: list[Stage[Any]] = []
+    needs: list[StageNeeds] = []
     for index, stage_config in enumerate(config.stages):
         registered = registry.stage(stage_config.use)
         missing = sorted(registered.spec.requires - info.capabilities)
@@ -108,58 +143,69 @@ def bind(config: PipelineConfig, info: BackboneInfo, registry: Registry) -> Boun
         try:
             stage = registry.stage_class(stage_config.use)(stage_config)
             stage.bind(info)
-            for kind in stage.encoder(info):
-                if kind not in info.encoder_attention:
-                    raise ValueError(
-                        f"attention: {kind}: the towers of '{info.name}' do not have it"
-                        f"{nearest(kind, info.encoder_attention)}"
-                    )
-            _check_cuts(stage, info.decoder.depth)
+            own = stage.requirements(info)
+            _check_needs(stage, own, info)
         except (ValueError, MissingError) as error:
             wrong = MissingError if isinstance(error, MissingError) else ConfigError
             raise wrong(f"pipeline '{config.name}', stages.{index} ('{stage_config.use}'): {error}") from error
         stages.append(stage)
-    _check_skips(config.name, stages, names, info.decoder.depth)
-    _check_reuse(config, stages, names)
-    asked = frozenset(kind for stage in stages for kind in stage.encoder(info))
-    return BoundPipeline(config, info, names, tuple(stages), asked, freeze(stages, names))
+        needs.append(own)
+    _check_skips(config.name, needs, names, info.decoder.depth)
+    _check_reuse(config, stages, needs, names)
+    return BoundPipeline(config, info, names, tuple(stages), tuple(needs), _hooks(stages, needs, names))
 
 
-def _check_skips(pipeline: str, stages: Sequence[Stage[Any]], names: Sequence[str], depth: int) -> None:
+def _check_needs(stage: Stage[Any], needs: StageNeeds, info: BackboneInfo) -> None:
+    """Refuse what the backbone cannot give, and cuts at which the stage could never be asked."""
+    for kind in needs.encoder_attention:
+        if kind not in info.encoder_attention:
+            raise ValueError(
+                f"attention: {kind}: the towers of '{info.name}' do not have it{nearest(kind, info.encoder_attention)}"
+            )
+    if -1 in needs.cuts and not hasattr(stage, "select_tokens"):
+        raise ValueError("it cannot cut at 'embedding': it has no select_tokens; give layers in `after`")
+    for layer in needs.cuts:
+        if layer >= 0 and not (hasattr(stage, "score_layer") and layer in needs.layers):
+            raise ValueError(f"it cannot cut after layer {layer}: it has no score_layer there; use `after: embedding`")
+
+
+def _check_skips(pipeline: str, needs: Sequence[StageNeeds], names: Sequence[str], depth: int) -> None:
     """Refuse to leave out the last layer, or one at which a stage acts; and two owners of the head's steps.
 
     Raises:
         ConfigError: Naming the stages.
     """
-    skipped = {layer: name for stage, name in zip(stages, names, strict=True) for layer in stage.skips(depth)}
+    skipped = {layer: name for own, name in zip(needs, names, strict=True) for layer in own.skipped_layers}
     if depth - 1 in skipped:
         raise ConfigError(f"pipeline '{pipeline}': '{skipped[depth - 1]}' leaves out the last layer, which is read")
-    for stage, name in zip(stages, names, strict=True):
-        for layer in sorted({*stage.cuts(depth), *stage.layers(depth), *stage.watches(depth)} & skipped.keys()):
+    for own, name in zip(needs, names, strict=True):
+        for layer in sorted({*own.cuts, *own.layers, *own.action_attention} & skipped.keys()):
             raise ConfigError(
                 f"pipeline '{pipeline}': '{name}' looks at layer {layer}, which '{skipped[layer]}' leaves out"
             )
-    owners = [name for stage, name in zip(stages, names, strict=True) if stage.head_interval() > 1]
+    owners = [name for own, name in zip(needs, names, strict=True) if own.flow_interval > 1]
     if len(owners) > 1:
         raise ConfigError(f"pipeline '{pipeline}': {' and '.join(owners)} both decide which flow steps run; keep one")
 
 
-def _check_reuse(config: PipelineConfig, stages: Sequence[Stage[Any]], names: Sequence[str]) -> None:
+def _check_reuse(
+    config: PipelineConfig, stages: Sequence[Stage[Any]], needs: Sequence[StageNeeds], names: Sequence[str]
+) -> None:
     """Refuse what would let a token leave whose keys and values of the last query nobody has, or has elsewhere.
 
     Raises:
         ConfigError: Naming the stage.
     """
-    owners = [name for stage, name in zip(stages, names, strict=True) if stage.reuses()]
+    owners = [name for own, name in zip(needs, names, strict=True) if own.removal is Removal.REUSE]
     if not owners:
         return
     where = f"pipeline '{config.name}': '{owners[0]}' reuses keys and values of the last query"
-    if config.positions != "preserve":
+    if config.positions is not Positions.PRESERVE:
         raise ConfigError(f"{where}, which stay at their positions; use positions: preserve")
-    for stage, name in zip(stages, names, strict=True):
+    for stage, own, name in zip(stages, needs, names, strict=True):
         if not isinstance(stage.config, CutConfig):
             continue
-        if not stage.reuses():
+        if own.removal is not Removal.REUSE:
             raise ConfigError(f"{where}, so no token may be dropped; leave out '{name}'")
         kept = {
             stage.config.budget(mode, entry).amount for mode in config.modes for entry in range(len(stage.config.after))
@@ -168,21 +214,27 @@ def _check_reuse(config: PipelineConfig, stages: Sequence[Stage[Any]], names: Se
             raise ConfigError(f"{where}, where there are any; give it keep: union, which is known only then")
 
 
-def _check_cuts(stage: Stage[Any], depth: int) -> None:
-    """Refuse cuts at layers the decoder lacks, and cuts at which the stage could never be asked."""
-    cuts, asked = stage.cuts(depth), stage.layers(depth)
-    if -1 in cuts and not hasattr(stage, "select_tokens"):
-        raise ValueError("it cannot cut at 'embedding': it has no select_tokens; give layers in `after`")
-    for layer in cuts:
-        if layer >= 0 and not (hasattr(stage, "score_layer") and layer in asked):
-            raise ValueError(f"it cannot cut after layer {layer}: it has no score_layer there; use `after: embedding`")
+def _hooks(
+    stages: Sequence[Stage[Any]], needs: Sequence[StageNeeds], names: Sequence[str]
+) -> dict[str, tuple[HookCall, ...]]:
+    """Every call that will be made, by hook; the only place that decides it."""
+    hooks: dict[str, tuple[HookCall, ...]] = {}
+    for name, found in freeze(stages, names).items():
+        calls = [HookCall(name, index, function) for index, function in found]
+        if name == "select_tokens":
+            calls = [call for call in calls if -1 in {*needs[call.stage].cuts, *needs[call.stage].layers}]
+        if name == "score_layer":
+            calls = [replace(call, layers=tuple(n for n in needs[call.stage].layers if n >= 0)) for call in calls]
+            calls = [call for call in calls if call.layers]
+        hooks[name] = tuple(calls)
+    return hooks
 
 
-def freeze(stages: Sequence[Stage[Any]], names: Sequence[str]) -> dict[str, tuple[Hook, ...]]:
-    """Read pluggy's order once and keep plain callables.
+def freeze(stages: Sequence[Stage[Any]], names: Sequence[str]) -> dict[str, list[tuple[int, Callable[..., Any]]]]:
+    """Implementations of each hook with the index of their stage, in the order of the calls.
 
-    Stages are registered in reverse, because pluggy calls the last one registered first and the file's order is the
-    contract; `tryfirst` and `trylast` keep their meaning.
+    pluggy's order is read once. Stages are registered in reverse, because pluggy calls the last one registered first
+    and the file's order is the contract; `tryfirst` and `trylast` keep their meaning.
 
     Raises:
         PluginError: If an implementation does not fit its specification or wraps a hot hook.
@@ -195,18 +247,14 @@ def freeze(stages: Sequence[Stage[Any]], names: Sequence[str]) -> dict[str, tupl
             manager.register(stages[index], name=f"{index}:{names[index]}")
         except pluggy.PluginValidationError as error:
             raise PluginError(f"stage '{names[index]}': {error}") from error
-    hooks: dict[str, tuple[Hook, ...]] = {}
+    hooks: dict[str, list[tuple[int, Callable[..., Any]]]] = {}
     for name in (*HOT_HOOKS, "reset"):
-        found = []
+        hooks[name] = []
         for impl in reversed(getattr(manager.hook, name).get_hookimpls()):
+            stage = names[place[id(impl.plugin)]]
             if impl.hookwrapper or impl.wrapper:
-                raise PluginError(
-                    f"stage '{names[place[id(impl.plugin)]]}': '{name}' is called in every query and cannot be wrapped"
-                )
+                raise PluginError(f"stage '{stage}': '{name}' is called in every query and cannot be wrapped")
             if len(impl.argnames) != 1:
-                raise PluginError(
-                    f"stage '{names[place[id(impl.plugin)]]}': '{name}' takes exactly one argument besides self"
-                )
-            found.append((place[id(impl.plugin)], impl.function))
-        hooks[name] = tuple(found)
+                raise PluginError(f"stage '{stage}': '{name}' takes exactly one argument besides self")
+            hooks[name].append((place[id(impl.plugin)], impl.function))
     return hooks

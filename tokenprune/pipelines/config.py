@@ -8,11 +8,13 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
 
 from tokenprune.errors import nearest
+from tokenprune.model.decoder import Positions
 from tokenprune.stages.config import StageConfig, Strict
 
 _NAME = r"^[a-z0-9][a-z0-9_.\-]*$"
@@ -42,8 +44,8 @@ class PipelineConfig(Strict):
     modes: Annotated[tuple[str, ...], AfterValidator(_one_each)] = Field(
         default=("default",), min_length=1, description="Modes a controller may choose; the first is the default."
     )
-    positions: Literal["preserve", "compact"] = Field(
-        default="preserve",
+    positions: Annotated[Positions, WithJsonSchema({"enum": list(Positions), "type": "string"})] = Field(
+        default=Positions.PRESERVE,
         description="Whether kept tokens keep their original position or are renumbered at each cut.",
     )
     seed: int = Field(default=0, ge=0, description="Seed of stages that draw random numbers.")

@@ -47,7 +47,7 @@ def planned_flops(bound: BoundPipeline, layout: TokenLayout, mode: str) -> Query
     plan = bound.plan(layout, mode)
     asked = {probe for stage in bound.stages for probe in stage.probes(bound.info, layout, mode)}
     probes = [Probed(probe.layer, rows_probed(probe, layout, plan.tokens), probe.ahead) for probe in asked]
-    return query_flops(bound.info, plan, probes, bound.encoder)
+    return query_flops(bound.info, plan, probes, bound.encoder_attention)
 
 
 def rows_probed(probe: Probe, layout: TokenLayout, held: Sequence[int]) -> int:

@@ -7,14 +7,16 @@ from typing import Any
 
 from tokenprune.errors import ConfigError, nearest
 from tokenprune.stages.config import CutConfig
+from tokenprune.stages.needs import StageNeeds
 from tokenprune.stages.stage import Stage
 from tokenprune.tokens.budget import UNION, Budget
 from tokenprune.tokens.layout import TokenLayout
-from tokenprune.tokens.plan import Cut, Group, Plan
+from tokenprune.tokens.plan import Cut, Group, Plan, Removal
 
 
 def make_plan(
     stages: Sequence[Stage[Any]],
+    needs: Sequence[StageNeeds],
     names: Sequence[str],
     layout: TokenLayout,
     mode: str,
@@ -25,6 +27,7 @@ def make_plan(
 
     Args:
         stages: The pipeline's stages in order.
+        needs: What each of them needs.
         names: Their names, for errors.
         layout: The query's tokens.
         mode: Mode to plan for.
@@ -35,8 +38,8 @@ def make_plan(
         ConfigError: If a budget names a view the layout lacks, or a share of a view whose size is not known at the cut.
     """
     at_cut: dict[int, dict[int, int]] = {}
-    for index, stage in enumerate(stages):
-        for entry, after in enumerate(stage.cuts(depth)):
+    for index, own in enumerate(needs):
+        for entry, after in enumerate(own.cuts):
             # Entries of one stage that come to the same layer are one cut; the last holds.
             at_cut.setdefault(after, {})[index] = entry
     view_sizes: dict[str, int] | None = {name: s.length for name, s in layout.views.items() if s.prunable}
@@ -48,9 +51,9 @@ def make_plan(
             config = stages[index].config
             assert isinstance(config, CutConfig)
             if config.views:
-                own = _view_groups(config, names[index], mode, entry, layout, view_sizes)
-                groups += own
-                keeps.append(min(sum(g.keep for g in own), held))
+                per_view = _view_groups(config, names[index], mode, entry, layout, view_sizes)
+                groups += per_view
+                keeps.append(min(sum(g.keep for g in per_view), held))
                 continue
             budget = config.budget(mode, entry)
             if budget.amount == UNION:
@@ -58,9 +61,9 @@ def make_plan(
                 union = resolved is None
             keeps.append(budget.count(held, fixed, resolved))
         keep = min(keeps)
-        reuse = any(stages[index].reuses() for index in at_cut[after])
-        merge = any(stages[index].merges() for index in at_cut[after])
-        cuts.append(Cut(after, tuple(at_cut[after]), held, keep, tuple(groups), union, reuse, merge))
+        removals = {needs[index].removal for index in at_cut[after]}
+        removal = next((kind for kind in (Removal.REUSE, Removal.MERGE) if kind in removals), Removal.DROP)
+        cuts.append(Cut(after, tuple(at_cut[after]), held, keep, tuple(groups), union, removal))
         if keep < held or union:
             of_each = len(at_cut[after]) == 1 and {g.views for g in groups} == {(v,) for v in layout.views}
             if view_sizes is not None and len(view_sizes) == 1:
@@ -68,26 +71,9 @@ def make_plan(
             else:
                 view_sizes = {g.views[0]: g.keep for g in groups} if view_sizes is not None and of_each else None
         held = keep
-    calls = tuple(
-        tuple(i for i, stage in enumerate(stages) if hasattr(stage, "score_layer") and layer in stage.layers(depth))
-        for layer in range(depth)
-    )
-    looks = tuple(
-        i
-        for i, stage in enumerate(stages)
-        if hasattr(stage, "select_tokens") and -1 in {*stage.cuts(depth), *stage.layers(depth)}
-    )
-    return Plan(
-        layout,
-        mode,
-        depth,
-        tuple(cuts),
-        calls,
-        looks,
-        frozenset(layer for stage in stages for layer in stage.skips(depth)),
-        max((stage.head_interval() for stage in stages), default=1),
-        unions,
-    )
+    skipped = frozenset(layer for own in needs for layer in own.skipped_layers)
+    flow_interval = max((own.flow_interval for own in needs), default=1)
+    return Plan(layout, mode, depth, tuple(cuts), skipped, flow_interval, unions)
 
 
 def _view_groups(

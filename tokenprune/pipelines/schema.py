@@ -2,75 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
 from typing import Any
-
-from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
-from pydantic_core import core_schema
 
 from tokenprune.errors import PluginError
 from tokenprune.pipelines.config import PipelineConfig
 from tokenprune.registry.discovery import Registry
-from tokenprune.stages.config import EMBEDDING, _amount, _cut, _cuts, _keep, _layer, _layers
-from tokenprune.tokens.budget import UNION
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
-
-
-_RATIO = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
-
-
-_COUNT = {"type": "integer", "minimum": 0}
-
-
-_AMOUNT = {
-    "anyOf": [
-        _COUNT,
-        _RATIO,
-        {"const": UNION},
-        {"type": "object", "properties": {"ratio": _RATIO}, "required": ["ratio"], "additionalProperties": False},
-        {"type": "object", "properties": {"count": _COUNT}, "required": ["count"], "additionalProperties": False},
-    ]
-}
-
-
-_AMOUNTS = {"anyOf": [*_AMOUNT["anyOf"], {"type": "array", "items": _AMOUNT, "minItems": 1}]}
-
-
-_MODES = {
-    "type": "object",
-    "propertyNames": {"not": {"enum": ["ratio", "count"]}},
-    "additionalProperties": _AMOUNTS,
-    "minProperties": 1,
-}
-
-
-_LAYER = {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": r"^\d+(\.\d+)?%$"}]}
-
-
-_CUT = {"anyOf": [{"const": EMBEDDING}, *_LAYER["anyOf"]]}
-
-
-_WRITTEN: Mapping[Callable[..., object], JsonSchemaValue] = {
-    _amount: _AMOUNT,
-    _keep: {"anyOf": [*_AMOUNTS["anyOf"], _MODES]},
-    _cut: _CUT,
-    _cuts: {"anyOf": [*_CUT["anyOf"], {"type": "array", "items": _CUT, "minItems": 1}]},
-    _layer: _LAYER,
-    _layers: {"anyOf": [*_LAYER["anyOf"], {"type": "array", "items": _LAYER}]},
-}
-"""What a file may say where `config` accepts shorthand, by the function that reads it."""
-
-
-class _Generator(GenerateJsonSchema):
-    def tagged_union_schema(self, schema: core_schema.TaggedUnionSchema) -> JsonSchemaValue:
-        written = _WRITTEN.get(schema["discriminator"]) if callable(schema["discriminator"]) else None
-        return super().tagged_union_schema(schema) if written is None else copy.deepcopy(written)
-
-    def function_before_schema(self, schema: core_schema.BeforeValidatorFunctionSchema) -> JsonSchemaValue:
-        written = _WRITTEN.get(schema["function"]["function"])
-        return super().function_before_schema(schema) if written is None else copy.deepcopy(written)
 
 
 def pipeline_schema(registry: Registry) -> dict[str, Any]:
@@ -85,7 +23,7 @@ def pipeline_schema(registry: Registry) -> dict[str, Any]:
     Returns:
         A schema of draft 2020-12.
     """
-    schema = PipelineConfig.model_json_schema(schema_generator=_Generator)
+    schema = PipelineConfig.model_json_schema()
     definitions: dict[str, Any] = {}
     for name in sorted(registry.stages):
         definitions |= _stage(name, registry)
@@ -114,7 +52,7 @@ def _stage(name: str, registry: Registry) -> dict[str, Any]:
         model = registry.stage_class(name).Config
     except PluginError as error:
         return {name: {"type": "object", "properties": {"use": use}, "required": ["use"], "description": str(error)}}
-    schema = model.model_json_schema(schema_generator=_Generator, ref_template=f"#/$defs/{name}:{{model}}")
+    schema = model.model_json_schema(ref_template=f"#/$defs/{name}:{{model}}")
     nested = schema.pop("$defs", {})
     schema["properties"]["use"] = use
     return {name: schema, **{f"{name}:{key}": value for key, value in nested.items()}}

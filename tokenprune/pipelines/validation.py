@@ -90,7 +90,7 @@ def _wording(error: ErrorDetails) -> tuple[str, str]:
     got = f", got {reprlib.repr(found)}"
     if kind in ("value_error", "assertion_error"):
         return str(context["error"]), ""
-    if kind == "literal_error":
+    if kind in ("literal_error", "enum"):
         choices = re.findall(r"'([^']*)'", context["expected"])
         return f"must be {context['expected']}", got + (nearest(found, choices) if isinstance(found, str) else "")
     if kind == "too_short":

@@ -9,8 +9,8 @@ from typing import Literal
 HOOK_API_VERSION = 1
 
 
-StageKind = Literal["controller", "selector", "scorer", "shortcut", "control"]
-"""`shortcut` saves work other than tokens; `control` marks a baseline every comparison needs (none, random, grid)."""
+StageKind = Literal["controller", "selector", "scorer", "shortcut", "baseline"]
+"""`shortcut` saves work other than tokens; `baseline` is a control that every comparison needs (none, random, grid)."""
 
 
 CAPABILITIES: Mapping[str, str] = {

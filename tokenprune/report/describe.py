@@ -18,7 +18,7 @@ UNTRAINED = (
 
 def trace_flops(info: BackboneInfo, trace: QueryTrace) -> QueryFlops:
     """Return the FLOPs of a query as it ran, attention probes included; 0 where a controller answered."""
-    if trace.replayed:
+    if trace.answered:
         return QueryFlops(other={}, layers=(0,) * trace.plan.depth, follow_up=0, probe=0)
     probes = [Probed(probe.layer, probe.count, probe.ahead, probe.behind) for probe in trace.probes]
     return query_flops(info, trace.plan, probes, trace.encoder)
@@ -47,5 +47,5 @@ def describe_layout(layout: TokenLayout) -> LayoutRecord:
 def notes(policy: Policy) -> list[str]:
     """Return what each stage says of itself on this backbone, `STAGE: TEXT`."""
     bound = policy.pipeline
-    texts = [(name, stage.notes(bound.info)) for name, stage in zip(bound.names, bound.stages, strict=True)]
+    texts = [(name, stage.caveats(bound.info)) for name, stage in zip(bound.names, bound.stages, strict=True)]
     return [f"{name}: {text}" for name, text in texts if text]

@@ -13,6 +13,7 @@ from pydantic import (
     Field,
     Tag,
     ValidationError,
+    WithJsonSchema,
     model_validator,
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
@@ -21,6 +22,28 @@ from tokenprune.tokens.budget import UNION, Amount, Budget
 
 EMBEDDING = "embedding"
 _SHARE = re.compile(r"^(\d+(?:\.\d+)?)%$")
+
+# What a file may say where a validator below accepts shorthand.
+_RATIO = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
+_COUNT = {"type": "integer", "minimum": 0}
+_AMOUNT = {
+    "anyOf": [
+        _COUNT,
+        _RATIO,
+        {"const": UNION},
+        {"type": "object", "properties": {"ratio": _RATIO}, "required": ["ratio"], "additionalProperties": False},
+        {"type": "object", "properties": {"count": _COUNT}, "required": ["count"], "additionalProperties": False},
+    ]
+}
+_AMOUNTS = {"anyOf": [*_AMOUNT["anyOf"], {"type": "array", "items": _AMOUNT, "minItems": 1}]}
+_MODES = {
+    "type": "object",
+    "propertyNames": {"not": {"enum": ["ratio", "count"]}},
+    "additionalProperties": _AMOUNTS,
+    "minProperties": 1,
+}
+_LAYER = {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": r"^\d+(\.\d+)?%$"}]}
+_CUT = {"anyOf": [{"const": EMBEDDING}, *_LAYER["anyOf"]]}
 
 
 class Strict(BaseModel):
@@ -49,7 +72,7 @@ def _amount(value: object) -> object:
     return value
 
 
-KeepAmount = Annotated[Amount, BeforeValidator(_amount)]
+KeepAmount = Annotated[Amount, BeforeValidator(_amount), WithJsonSchema(_AMOUNT)]
 
 
 def _amounts(value: object) -> str:
@@ -60,6 +83,7 @@ def _amounts(value: object) -> str:
 Amounts = Annotated[
     Annotated[KeepAmount, Tag("one amount")] | Annotated[tuple[KeepAmount, ...], Field(min_length=1), Tag("per cut")],
     Discriminator(_amounts),
+    WithJsonSchema(_AMOUNTS),
 ]
 
 
@@ -71,6 +95,7 @@ def _keep(value: object) -> str:
 Keep = Annotated[
     Annotated[Amounts, Tag("every mode")] | Annotated[dict[str, Amounts], Tag("per mode")],
     Discriminator(_keep),
+    WithJsonSchema({"anyOf": [*_AMOUNTS["anyOf"], _MODES]}),
     Field(
         description="A count, a ratio or 'union'; or a list of these, one for each entry of `after`; "
         "or one of either per mode."
@@ -90,69 +115,71 @@ def _cut(value: object) -> object:
     return value
 
 
-CutPoint = Annotated[int | str, BeforeValidator(_cut)]
-
-
-def _cuts(value: object) -> object:
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
-
-
-Cuts = Annotated[
-    tuple[CutPoint, ...],
-    BeforeValidator(_cuts),
-    Field(min_length=1, description="Where to cut: 'embedding', layers, or shares of the depth."),
-]
-
-
 def _layer(value: object) -> object:
     if value == EMBEDDING:
         raise ValueError("a layer is a number, or a share of the depth such as '31%'")
     return _cut(value)
 
 
-def _layers(value: object) -> object:
-    return _cuts(value)
+def _as_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
 
+
+CutPoint = Annotated[int | str, BeforeValidator(_cut), WithJsonSchema(_CUT)]
+
+Cuts = Annotated[
+    tuple[CutPoint, ...],
+    BeforeValidator(_as_tuple),
+    WithJsonSchema({"anyOf": [*_CUT["anyOf"], {"type": "array", "items": _CUT, "minItems": 1}]}),
+    Field(min_length=1, description="Where to cut: 'embedding', layers, or shares of the depth."),
+]
+
+Layer = Annotated[int | str, BeforeValidator(_layer), WithJsonSchema(_LAYER)]
+"""A decoder layer: its number, or a share of the depth such as `47%`, so that one file fits decoders of any depth."""
 
 Layers = Annotated[
-    tuple[Annotated[int | str, BeforeValidator(_layer)], ...],
-    BeforeValidator(_layers),
+    tuple[Layer, ...],
+    BeforeValidator(_as_tuple),
+    WithJsonSchema({"anyOf": [*_LAYER["anyOf"], {"type": "array", "items": _LAYER}]}),
     Field(description="Layers, or shares of the depth."),
 ]
 
 
-def layers_of(layers: tuple[int | str, ...], depth: int) -> tuple[int, ...]:
-    """Indices of layers a stage looks at, ascending; a share is rounded to the nearest layer, at most to the last.
+def layer_index(layer: int | str, depth: int, key: str, highest: int | None = None) -> int:
+    """Index of a `Layer` in a decoder of `depth` layers; a share is rounded to the nearest one up to `highest`.
+
+    Args:
+        layer: Number or share.
+        depth: Layers of the decoder.
+        key: Name of the field, for the error.
+        highest: Highest index that is valid; the last layer when left out.
 
     Raises:
-        ValueError: If the decoder has no such layer.
+        ValueError: If there is no such layer.
     """
-    found = set()
-    for layer in layers:
-        index = layer if isinstance(layer, int) else min(round(float(layer.rstrip("%")) / 100 * depth), depth - 1)
-        if index > depth - 1:
-            raise ValueError(f"layer {layer}: a decoder of {depth} layers has layers 0 to {depth - 1}")
-        found.add(index)
-    return tuple(sorted(found))
+    highest = depth - 1 if highest is None else highest
+    index = layer if isinstance(layer, int) else min(round(float(layer.rstrip("%")) / 100 * depth), max(highest, 0))
+    if index > highest:
+        raise ValueError(f"{key}: {layer} is layer {index}; valid in a decoder of {depth} layers: 0 to {highest}")
+    return index
 
 
-def layer_of(cut: int | str, depth: int) -> int:
-    """Index of the layer a cut follows; -1 is before layer 0.
-
-    A share is rounded to the nearest layer of the depth that can be cut, so that one file fits decoders of 6, 18 and 32
-    layers.
+def layer_indices(layers: tuple[int | str, ...], depth: int, key: str) -> tuple[int, ...]:
+    """Indices of `Layers`, ascending, each once; see `layer_index`.
 
     Raises:
-        ValueError: If the decoder has no such layer, or the cut would follow the last one, where it saves nothing.
+        ValueError: If the decoder lacks one of them.
     """
-    if cut == EMBEDDING:
-        return -1
-    layer = cut if isinstance(cut, int) else min(round(float(cut.rstrip("%")) / 100 * depth), max(depth - 2, 0))
-    if layer > depth - 2:
-        raise ValueError(
-            f"after: {cut} is layer {layer}; a decoder of {depth} layers can be cut after layers 0 to {depth - 2}"
-        )
-    return layer
+    return tuple(sorted({layer_index(layer, depth, key) for layer in layers}))
+
+
+def cut_layer(cut: int | str, depth: int) -> int:
+    """Index of the layer a cut follows; -1 is before layer 0. A cut after the last layer would save nothing.
+
+    Raises:
+        ValueError: If the decoder cannot be cut there.
+    """
+    return -1 if cut == EMBEDDING else layer_index(cut, depth, "after", depth - 2)
 
 
 class StageConfig(Strict):

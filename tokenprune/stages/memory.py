@@ -56,7 +56,7 @@ class TokenMap:
 
 
 @dataclass(slots=True)
-class Remembered:
+class SlotMemory:
     """What the queries of one environment leave on the device for the next.
 
     Attributes:
@@ -73,9 +73,9 @@ class Remembered:
     numbers: dict[str, Tensor] = field(default_factory=dict)
     kv: LastKV | None = None
 
-    def copy(self) -> Remembered:
-        """The same tensors under names of its own."""
-        return Remembered(self.frames, self.features, dict(self.maps), dict(self.numbers), self.kv)
+    def copy(self) -> SlotMemory:
+        """The same tensors in containers of its own."""
+        return SlotMemory(self.frames, self.features, dict(self.maps), dict(self.numbers), self.kv)
 
 
 @dataclass(slots=True)
@@ -102,7 +102,7 @@ class Slot:
     number: int = 0
     queries: int = 0
     asked_at: int = 0
-    memory: Remembered = field(default_factory=Remembered)
+    memory: SlotMemory = field(default_factory=SlotMemory)
     host: dict[int, dict[str, Any]] = field(default_factory=dict)
     executed: list[ExecutedAction] = field(default_factory=list)
     failed: StageError | None = None
@@ -125,34 +125,53 @@ def last_of(kept: Sequence[Tensor | None], current: Tensor) -> tuple[Tensor, Ten
     return torch.stack([blank if one is None else one for one in kept]), had
 
 
-def remember(slots: Sequence[Slot], name: str, places: Tensor, values: Tensor, size: int) -> None:
-    """Scatter values `[B, M]` to the places `[B, M]` of maps with `size` places, one map per slot."""
-    for row, slot in enumerate(slots):
-        blank = torch.zeros(size, dtype=values.dtype, device=values.device)
-        seen = torch.zeros(size, dtype=torch.bool, device=values.device)
-        slot.memory.maps[name] = TokenMap(
-            blank.scatter(0, places[row], values[row]), seen.scatter(0, places[row], True)
+@dataclass(frozen=True, slots=True)
+class StageMemory:
+    """What one stage remembers within the episodes of a batch; `Policy.reset` empties it.
+
+    Attributes:
+        slots: Environment of each batch row.
+        prefix: Begins the name of everything the stage remembers, so that stages do not meet.
+        size: Prunable tokens of the layout.
+        device: Where tensors lie.
+    """
+
+    slots: Sequence[Slot]
+    prefix: str
+    size: int
+    device: torch.device
+
+    def remember(self, name: str, places: Tensor, values: Tensor) -> None:
+        """Keep values `[B, M]` of the prunable tokens at places `[B, M]`; all others count as unseen."""
+        for row, slot in enumerate(self.slots):
+            blank = torch.zeros(self.size, dtype=values.dtype, device=values.device)
+            seen = torch.zeros(self.size, dtype=torch.bool, device=values.device)
+            slot.memory.maps[self.prefix + name] = TokenMap(
+                blank.scatter(0, places[row], values[row]), seen.scatter(0, places[row], True)
+            )
+
+    def push(self, name: str, places: Tensor, values: Tensor, depth: int) -> None:
+        """Keep values as `name.0`; what was kept so before becomes `name.1` and so on, up to `depth` of them."""
+        for slot in self.slots:
+            maps = slot.memory.maps
+            for age in reversed(range(depth - 1)):
+                if f"{self.prefix}{name}.{age}" in maps:
+                    maps[f"{self.prefix}{name}.{age + 1}"] = maps[f"{self.prefix}{name}.{age}"]
+        self.remember(f"{name}.0", places, values)
+
+    def recall(self, name: str, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Values `[B, M]` at some places `[B, M]`, and whether each was seen; nothing is, before anything was kept."""
+        blank = TokenMap(
+            torch.zeros(self.size, device=self.device), torch.zeros(self.size, dtype=torch.bool, device=self.device)
         )
+        maps = [slot.memory.maps.get(self.prefix + name, blank) for slot in self.slots]
+        values, seen = torch.stack([m.values for m in maps]), torch.stack([m.seen for m in maps])
+        return values.gather(1, places), seen.gather(1, places)
 
-
-def shift(slots: Sequence[Slot], name: str, depth: int) -> None:
-    """Make room for a newest map `name.0`: each map `name.i` becomes `name.(i + 1)`, and `depth` of them stay."""
-    for slot in slots:
-        for age in reversed(range(depth - 1)):
-            if f"{name}.{age}" in slot.memory.maps:
-                slot.memory.maps[f"{name}.{age + 1}"] = slot.memory.maps[f"{name}.{age}"]
-
-
-def recall(slots: Sequence[Slot], name: str, like: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Values `[B, P]` and seen `[B, P]` of a map; nothing is seen in a slot that has none since its reset."""
-    blank = TokenMap(like.new_zeros(size), torch.zeros(size, dtype=torch.bool, device=like.device))
-    maps = [slot.memory.maps.get(name, blank) for slot in slots]
-    return torch.stack([m.values for m in maps]), torch.stack([m.seen for m in maps])
-
-
-def once(slots: Sequence[Slot], name: str, compute: Callable[[], Tensor]) -> Tensor:
-    """Numbers `[B]` of which each slot keeps the first it was given since its reset; computed only where one lacks."""
-    if any(name not in slot.memory.numbers for slot in slots):
-        for slot, value in zip(slots, compute(), strict=True):
-            slot.memory.numbers.setdefault(name, value)
-    return torch.stack([slot.memory.numbers[name] for slot in slots])
+    def once(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
+        """Numbers `[B]`, of which each slot keeps the first since its reset; computed only where one lacks."""
+        name = self.prefix + name
+        if any(name not in slot.memory.numbers for slot in self.slots):
+            for slot, value in zip(self.slots, compute(), strict=True):
+                slot.memory.numbers.setdefault(name, value)
+        return torch.stack([slot.memory.numbers[name] for slot in self.slots])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from tokenprune.stages.memory import Slot, remember, shift
+from tokenprune.stages.memory import StageMemory
 from tokenprune.tokens.layout import TokenLayout
 from tokenprune.tokens.layout_tables import LayoutTables
 from tokenprune.tokens.selection import OriginalIds, TokenSelection
@@ -39,10 +39,7 @@ class QueryRecord:
         layout: Its tokens.
         tokens: What the last layer held.
         actions: Normalised actions `[B, T, D]`.
-        attention: By layer, for the layers some stage watches.
-        memories: Memory of each environment.
-        tables: The layout as tensors.
-        scope: Prefix of what the stage remembers.
+        attention: By layer, for the layers in some stage's `StageNeeds.action_attention`.
     """
 
     slots: tuple[int, ...]
@@ -51,16 +48,13 @@ class QueryRecord:
     tokens: TokenSelection
     actions: Tensor
     attention: Mapping[int, ActionAttention]
-    memories: Sequence[Slot]
-    tables: LayoutTables
-    scope: str = ""
+    _tables: LayoutTables
+    _memory: StageMemory
 
     def remember(self, name: str, prunable: OriginalIds, values: Tensor) -> None:
         """Keep values `[B, M]` of prunable tokens `[B, M]`, which the stage's `ctx.recall` finds in later queries."""
-        places = self.tables.place[prunable]
-        remember(self.memories, self.scope + name, places, values, len(self.layout.prunable))
+        self._memory.remember(name, self._tables.place[prunable], values)
 
     def push(self, name: str, prunable: OriginalIds, values: Tensor, depth: int) -> None:
-        """As `remember`, for the last `depth` queries: `ctx.recall` finds the newest as `name.0`, older ones behind."""
-        shift(self.memories, self.scope + name, depth)
-        self.remember(f"{name}.0", prunable, values)
+        """Keep values for the last `depth` queries: `ctx.recall` finds the newest as `name.0`, older ones behind."""
+        self._memory.push(name, self._tables.place[prunable], values, depth)

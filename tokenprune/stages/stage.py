@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING, ClassVar, Generic, NamedTuple, TypeVar
 
-from tokenprune.stages.config import CutConfig, StageConfig, layer_of
+from tokenprune.stages.config import CutConfig, StageConfig, cut_layer
+from tokenprune.stages.needs import StageNeeds
 
 if TYPE_CHECKING:
     from tokenprune.model.info import BackboneInfo
@@ -46,7 +47,7 @@ class Stage(Generic[ConfigT]):
         """Layers after which this stage has a cut, -1 for before layer 0."""
         if not isinstance(self.config, CutConfig):
             return ()
-        return tuple(layer_of(cut, depth) for cut in self.config.after)
+        return tuple(cut_layer(cut, depth) for cut in self.config.after)
 
     def drops(self, depth: int, mode: str) -> tuple[int, ...]:
         """Those of the cuts that drop anything in a mode."""
@@ -56,42 +57,13 @@ class Stage(Generic[ConfigT]):
         budgets = {layer: config.budget(mode, number) for number, layer in enumerate(self.cuts(depth))}
         return tuple(layer for layer, budget in budgets.items() if config.views or budget.amount != 1.0)
 
-    def layers(self, depth: int) -> tuple[int, ...]:
-        """Layers after which `score_layer` is called; override to look at layers without a cut.
+    def requirements(self, info: BackboneInfo) -> StageNeeds:
+        """What this stage needs of every query; read once, after `bind`.
 
-        With -1 among them `select_tokens` is called before layer 0, also without a cut there.
+        By default its cuts and nothing else. Override it as `replace(super().requirements(info), ...)`.
         """
-        return tuple(layer for layer in self.cuts(depth) if layer >= 0)
-
-    def watches(self, depth: int) -> tuple[int, ...]:
-        """Layers at which `observe` is to be given the action tokens' attention; none unless overridden."""
-        return ()
-
-    def encoder(self, info: BackboneInfo) -> tuple[str, ...]:
-        """Attention of the vision towers that `ctx.encoder_attention` is to tell; needs `encoder_attention`."""
-        return ()
-
-    def skips(self, depth: int) -> tuple[int, ...]:
-        """Layers that are left out; none unless overridden, and never the last. Needs `layer_skip`."""
-        return ()
-
-    def reuses(self) -> bool:
-        """Whether what leaves at this stage's cuts stays visible, with its keys and values of the last query.
-
-        Needs `kv_reuse` and `keep: union`, and no other stage may drop tokens.
-        """
-        return False
-
-    def merges(self) -> bool:
-        """Whether this stage merges tokens at its cuts instead of dropping them; needs `merge`."""
-        return False
-
-    def head_interval(self) -> int:
-        """Of the action head's flow steps, the first of each so many runs through its layers; every one by default.
-
-        At the others, what the layers added at the last step that ran is added again. Needs `head_cache`.
-        """
-        return 1
+        cuts = self.cuts(info.decoder.depth)
+        return StageNeeds(cuts).also_called_after(layer for layer in cuts if layer >= 0)
 
     def host_state(self, slot: Slot) -> Hashable:
         """What a query of this stage depends on besides its mode and tensors: values it reads on the host.
@@ -99,10 +71,6 @@ class Stage(Generic[ConfigT]):
         A query recorded as a CUDA graph is replayed only where they are the same again. Nothing unless overridden.
         """
         return None
-
-    def recordable(self) -> bool:
-        """Whether the hooks called in a query do all their work on the device, so that a CUDA graph can replay it."""
-        return True
 
     def bind(self, info: BackboneInfo) -> None:
         """Learn the backbone; called once, before any hook.
@@ -112,11 +80,7 @@ class Stage(Generic[ConfigT]):
             MissingError: If the stage lacks what only the user can give, such as weights of its own.
         """
 
-    def frames(self) -> int:
-        """Control steps before the current one whose camera frames are kept for `look_back`; none unless overridden."""
-        return 0
-
-    def notes(self, info: BackboneInfo) -> str:
+    def caveats(self, info: BackboneInfo) -> str:
         """What this stage does differently on a backbone, for `explain` and results; may be empty."""
         return ""
 

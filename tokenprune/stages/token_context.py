@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from tokenprune.model.attention import probabilities, received, row_entropy, similarity
 from tokenprune.model.decoder import Decoder, Positions, project_rows, rotary
-from tokenprune.model.kv_cache import LayerKV
-from tokenprune.stages.memory import Slot, flags, last_of, once, recall, remember
+from tokenprune.stages.memory import Slot, StageMemory, flags, last_of
 from tokenprune.tokens.layout import TokenLayout
 from tokenprune.tokens.layout_tables import LayoutTables
 from tokenprune.tokens.plan import Plan
@@ -32,50 +31,95 @@ class PastFrames:
 
 
 @dataclass(frozen=True, slots=True)
+class QueryView:
+    """What every stage sees of one query; made once for it.
+
+    Attributes:
+        decoder: The decoder that runs.
+        positions: Whether kept tokens keep their original positions.
+        images: Per view, cropped pixels, uint8 `[B, 3, S, S]`.
+        seeds: One number per batch row, int64 `[B]`.
+        tables: The layout as tensors.
+        slots: Environment of each batch row.
+        encoder: By kind and view, what the vision towers' attention says of its patches `[B, N]` or `[B, N, d]`.
+    """
+
+    decoder: Decoder
+    positions: Positions
+    images: Mapping[str, Tensor]
+    seeds: Tensor
+    tables: LayoutTables
+    slots: Sequence[Slot]
+    encoder: Mapping[str, Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class StageView:
+    """What only one stage sees of a query; made once for both.
+
+    Attributes:
+        memory: What it remembers.
+        past: What its `look_back` asked for.
+        scratch: Its own tensors within the query.
+        note_probe: Called whenever attention is computed for it, with the layer, the rows' name, their number and
+            whether the layer is still to run.
+    """
+
+    memory: StageMemory
+    past: PastFrames | None
+    scratch: dict[str, Tensor]
+    note_probe: Callable[[int, str, int, bool], None]
+
+
+@dataclass(frozen=True, slots=True)
 class SelectContext:
     """What a selector sees before layer 0.
 
     Attributes:
         plan: Every cut of the query, and how many tokens it finds and keeps.
-        decoder: The decoder whose layers are still to run.
-        positions: Whether kept tokens keep their original positions.
         layer: Index of the layer that has just run, -1 before layer 0.
         tokens: What is held now.
         prunable: Original ids of the prunable tokens held now `[B, P]`; proposals are over these, in this order.
         hidden: Embeddings or hidden states of all tokens held now `[B, n, D]`.
-        images: Per view, the policy's own cropped pixels, uint8 `[B, 3, S, S]`; patches align to these.
-        seeds: One number per batch row, int64 `[B]`, that differs from query to query and repeats with the pipeline's
-            seed.
-        tables: The layout as tensors.
-        scope: Prefix of what the stage remembers, so that stages do not meet.
-        past: What the stage's `look_back` asked for.
-        encoder: By kind and view, what the vision towers' attention says of its patches `[B, N]` or `[B, N, d]`.
-        notes: The stage's own, for later layers of this query; tensors of any shape.
-        probed: Called whenever attention is computed, with the rows' name, their number and whether it is the next
-            layer's.
     """
 
     plan: Plan
-    decoder: Decoder
-    positions: Positions
     layer: int
     tokens: TokenSelection
     prunable: OriginalIds
     hidden: Tensor
-    images: Mapping[str, Tensor]
-    seeds: Tensor
-    tables: LayoutTables
-    slots: Sequence[Slot]
-    scope: str
-    past: PastFrames | None
-    encoder: Mapping[str, Mapping[str, Tensor]]
-    notes: dict[str, Tensor]
-    probed: Callable[[str, int, bool], None]
+    _query: QueryView
+    _stage: StageView
 
     @property
     def causal(self) -> bool:
         """Whether the decoder is causal."""
         return self.decoder.causal
+
+    @property
+    def decoder(self) -> Decoder:
+        """The decoder whose layers are still to run."""
+        return self._query.decoder
+
+    @property
+    def images(self) -> Mapping[str, Tensor]:
+        """Per view, the policy's own cropped pixels, uint8 `[B, 3, S, S]`; patches align to these."""
+        return self._query.images
+
+    @property
+    def seeds(self) -> Tensor:
+        """One number per batch row, int64 `[B]`; other ones in each query, the same for the same pipeline seed."""
+        return self._query.seeds
+
+    @property
+    def slots(self) -> Sequence[Slot]:
+        """Environment of each batch row."""
+        return self._query.slots
+
+    @property
+    def scratch(self) -> dict[str, Tensor]:
+        """The stage's own, for later layers of this query; tensors of any shape."""
+        return self._stage.scratch
 
     @property
     def layout(self) -> TokenLayout:
@@ -101,9 +145,19 @@ class SelectContext:
         """Rows of `hidden` of a named span, such as `instruction` `[B, R, D]`."""
         return rows_at(self.hidden, self.tokens.to_current(self.row_ids(name)))
 
+    @property
+    def places(self) -> Tensor:
+        """Place of each prunable token held now among all prunable ones of the layout `[B, P]`."""
+        return self._query.tables.place[self.prunable]
+
+    @property
+    def views_of(self) -> Tensor:
+        """Number of the view, in sequence order, that each prunable token held now belongs to `[B, P]`."""
+        return self._query.tables.view_of[self.prunable]
+
     def in_view(self, view: str) -> Tensor:
         """Which of the prunable tokens held now belong to a view, boolean `[B, P]`."""
-        return self.tables.view_of[self.prunable] == self.tables.view_number[view]
+        return self.views_of == self._query.tables.view_number[view]
 
     def row_ids(self, name: str) -> OriginalIds:
         """Original ids `[B, R]` of a named span.
@@ -111,9 +165,9 @@ class SelectContext:
         Raises:
             LayoutError: If the layout has no such rows.
         """
-        if name not in self.tables.rows:
+        if name not in self._query.tables.rows:
             self.layout.span(name)
-        return OriginalIds(self.tables.rows[name].expand(self.prunable.shape[0], -1))
+        return OriginalIds(self._query.tables.rows[name].expand(self.prunable.shape[0], -1))
 
     def attention_ahead(self, rows: str) -> Tensor:
         """Attention that the next layer would pay from a named span to the prunable tokens `[B, H, R, P]`.
@@ -122,7 +176,13 @@ class SelectContext:
         """
         ids = self.row_ids(rows)
         at = self.tokens.to_current(ids)
-        turn = rotary(self.tokens, self.positions, self.decoder.head_dim, self.decoder.rope_theta, self.hidden.dtype)
+        turn = rotary(
+            self.tokens,
+            self._query.positions,
+            self.decoder.head_dim,
+            self.decoder.rope_theta,
+            self.hidden.dtype,
+        )
         q, k = project_rows(self._next_layer(rows, ids), self.hidden, at, self.decoder.head_dim, turn)
         return self._prunable_columns(probabilities(q, k, at if self.causal else None))
 
@@ -137,7 +197,7 @@ class SelectContext:
         return self._prunable_columns(similarity(q, k))
 
     def _next_layer(self, rows: str, ids: OriginalIds) -> nn.Module:
-        self.probed(rows, ids.shape[1], True)
+        self._stage.note_probe(self.layer + 1, rows, ids.shape[1], True)
         skipped = self.plan.skipped
         return next(self.decoder.layers[at] for at in range(self.layer + 1, self.plan.depth) if at not in skipped)
 
@@ -148,7 +208,7 @@ class SelectContext:
         their keys (`keys`), `[B, P, d]`. As if there were one head of the full width: what they got from the class
         token (`cls_whole`), `[B, P]`; or their keys (`keys_whole`), `[B, P, D]`.
         """
-        by_view = self.encoder[kind]
+        by_view = self._query.encoder[kind]
         like = next(iter(by_view.values()))
         everywhere = like.new_zeros(len(self.prunable), self.layout.n_tokens, *like.shape[2:])
         for view, segment in self.layout.views.items():
@@ -171,28 +231,28 @@ class SelectContext:
     def past_images(self, view: str) -> tuple[Tensor, Tensor]:
         """Pixels `[B, 3, S, S]` of the frames the stage's `look_back` asked for, and which rows `[B]` have one."""
         current = self.images[view]
-        if self.past is None:
+        past = self._stage.past
+        if past is None:
             return torch.zeros_like(current), flags([False] * len(current), current.device)
-        return self.past.pixels[view], flags([back is not None for back in self.past.steps], current.device)
+        return past.pixels[view], flags([back is not None for back in past.steps], current.device)
 
     def remember(self, name: str, values: Tensor, of_all: bool = False) -> None:
         """Keep values `[B, P]` of the prunable tokens, for later layers and for later queries of the episode.
 
         They are of the tokens held now, or `of_all` prunable ones of the layout.
         """
-        places = self.tables.place[self.tables.prunable.expand(len(values), -1) if of_all else self.prunable]
-        remember(self.slots, self.scope + name, places, values, len(self.layout.prunable))
+        places = self.places
+        if of_all:
+            places = self._query.tables.place[self._query.tables.prunable.expand(len(values), -1)]
+        self._stage.memory.remember(name, places, values)
 
     def recall(self, name: str) -> tuple[Tensor, Tensor]:
         """Values remembered for the prunable tokens held now `[B, P]`, and whether each was seen then `[B, P]`."""
-        blank = self.hidden.new_zeros(0, dtype=torch.float32)
-        values, seen = recall(self.slots, self.scope + name, blank, len(self.layout.prunable))
-        places = self.tables.place[self.prunable]
-        return values.gather(1, places), seen.gather(1, places)
+        return self._stage.memory.recall(name, self.places)
 
     def once(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
         """Numbers `[B]` computed in the first query of each environment's episode, and kept until its reset."""
-        return once(self.slots, self.scope + name, compute)
+        return self._stage.memory.once(name, compute)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,13 +263,12 @@ class LayerContext(SelectContext):
         q: The layer's queries after rotary embedding `[B, H, n, d]`.
         k: Its keys after rotary embedding `[B, G, m, d]`.
         keys: Original ids of the keys `[B, m]`: what it holds, and what it reuses from the last query.
-        computed: Attention of named rows and ranges at this layer, so that stages share it.
     """
 
     q: Tensor
     k: Tensor
     keys: OriginalIds
-    computed: dict[str, Tensor]
+    _computed: dict[str, Tensor]
 
     def attention_rows(self, rows: str | range | OriginalIds) -> Tensor:
         """Attention of some queries to the prunable tokens, exact, computed only when asked for and once a layer.
@@ -222,8 +281,8 @@ class LayerContext(SelectContext):
             `[B, H, R, P]`; the softmax is over all keys, in at least float32.
         """
         name = rows_name(rows)
-        if name in self.computed:
-            return self.computed[name]
+        if name in self._computed:
+            return self._computed[name]
         if isinstance(rows, str):
             ids = self.row_ids(rows)
         elif isinstance(rows, range):
@@ -231,10 +290,10 @@ class LayerContext(SelectContext):
             ids = OriginalIds(span.expand(self.prunable.shape[0], -1))
         else:
             ids = rows
-        self.probed(name, ids.shape[1], False)
+        self._stage.note_probe(self.layer, name, ids.shape[1], False)
         attention = self._at(self._weights(ids), self.prunable)
         if isinstance(rows, str | range):
-            self.computed[name] = attention
+            self._computed[name] = attention
         return attention
 
     def attention_to_all(self, rows: str) -> Tensor:
@@ -243,18 +302,18 @@ class LayerContext(SelectContext):
         Only where none was dropped.
         """
         ids = self.row_ids(rows)
-        self.probed(rows, ids.shape[1], False)
-        return self._at(self._weights(ids), OriginalIds(self.tables.prunable.expand(len(ids), -1)))
+        self._stage.note_probe(self.layer, rows, ids.shape[1], False)
+        return self._at(self._weights(ids), OriginalIds(self._query.tables.prunable.expand(len(ids), -1)))
 
     def received_attention(self) -> Tensor:
         """Attention that the prunable tokens get `[B, P]`, mean over heads and over every token held; not shared."""
-        self.probed("all", self.tokens.n_kept, False)
+        self._stage.note_probe(self.layer, "all", self.tokens.n_kept, False)
         given = received(self.q, self.k, self._places(self.tokens.ids) if self.causal else None)
         return given.gather(1, self._places(self.prunable))
 
     def row_entropy(self) -> Tensor:
         """Entropy of the head-averaged attention, mean over every token held `[B]`; not shared."""
-        self.probed("all", self.tokens.n_kept, False)
+        self._stage.note_probe(self.layer, "all", self.tokens.n_kept, False)
         return row_entropy(self.q, self.k, self._places(self.tokens.ids) if self.causal else None)
 
     def _weights(self, ids: OriginalIds) -> Tensor:
@@ -274,16 +333,3 @@ def rows_name(rows: str | range | OriginalIds) -> str:
     if isinstance(rows, range):
         return f"{rows.start}-{rows.stop - 1}"
     return rows if isinstance(rows, str) else "ids"
-
-
-def at_layer(ctx: SelectContext, q: Tensor, seen: LayerKV, computed: dict[str, Tensor]) -> LayerContext:
-    """The same query seen with what its last layer computed and attended to."""
-    shared = {name: getattr(ctx, name) for name in SelectContext.__dataclass_fields__}
-    return LayerContext(**shared, q=q, k=seen.k, keys=seen.ids, computed=computed)
-
-
-def moved(
-    ctx: SelectContext, layer: int, tokens: TokenSelection, prunable: OriginalIds, hidden: Tensor
-) -> SelectContext:
-    """The same query after a cut or a layer."""
-    return replace(ctx, layer=layer, tokens=tokens, prunable=prunable, hidden=hidden)

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
-from tokenprune.engine.executor import Recorded
+from tokenprune.engine.executor import GraphExecutor
 from tokenprune.errors import TokenPruneError
-from tokenprune.pipelines.binding import BoundPipeline, bind
+from tokenprune.pipelines.binding import BoundPipeline, HookCall, bind
 from tokenprune.pipelines.config import DENSE
 from tokenprune.policy import ActionChunk
 from tokenprune.stages.config import CutConfig
@@ -108,16 +108,16 @@ def what_it_is_shown_stays_as_it_was(subject: Subject) -> None:
     """It writes to nothing that it is shown."""
     real = BoundPipeline.call
 
-    def watched(self: BoundPipeline, index: int, hook_name: str, hook: Any, ctx: Any, where: str = "") -> Any:  # noqa: ANN401
+    def watched(self: BoundPipeline, call: HookCall, ctx: Any, where: str = "") -> Any:  # noqa: ANN401
         names = [name for name in ("hidden", "prunable", "features", "q", "k") if hasattr(ctx, name)]
         shown = {f"ctx.{name}": getattr(ctx, name) for name in names}
         if isinstance(getattr(ctx, "images", None), Mapping):
             shown |= {f"ctx.images['{view}']": pixels for view, pixels in ctx.images.items()}
         before = {name: value.clone() for name, value in shown.items()}
-        answer = real(self, index, hook_name, hook, ctx, where)
+        answer = real(self, call, ctx, where)
         for name, value in shown.items():
             if not torch.equal(value, before[name]):
-                raise CheckFailed(f"{hook_name} wrote to {name}")
+                raise CheckFailed(f"{call.hook} wrote to {name}")
         return answer
 
     with patch.object(BoundPipeline, "call", watched):
@@ -144,9 +144,9 @@ def a_replay_is_the_query(subject: Subject) -> None:
     if _has_union(subject):
         raise NotApplicable("its count is known only during the query")
     eager, recorded = subject.policy(), subject.policy()
-    if not all(stage.recordable() for stage in recorded.pipeline.stages):
-        raise NotApplicable("it says that it cannot be recorded")
-    recorded.executor = Recorded(recorded.backbone, taped)
+    if not all(needs.graph_safe for needs in recorded.pipeline.needs):
+        raise NotApplicable("it says that it works on the host")
+    recorded.executor = GraphExecutor(recorded.backbone, taped)
     own, plain = (subject.queries(policy, 6) for policy in (recorded, eager))
     said = "query {} was replayed and differs; what it reads on the host belongs in `host_state`"
     _same_selection(own, plain, said)
@@ -167,9 +167,9 @@ def probes_are_declared(subject: Subject) -> None:
     """The attention it computes is the attention that `probes` declares, so that FLOPs are told right."""
     policy = subject.policy()
     trace = subject.queries(policy, 5)[-1].trace
-    (stage,) = policy.pipeline.stages
+    (stage,), (needs,) = policy.pipeline.stages, policy.pipeline.needs
     info, layout = policy.backbone.info, trace.plan.layout
-    watched = {layer for layer in stage.watches(info.decoder.depth) if "action" in layout.row_names}
+    watched = {layer for layer in needs.action_attention if "action" in layout.row_names}
     declared = {(p.layer, rows_name(p.rows), p.ahead) for p in stage.probes(info, layout, trace.mode)}
     declared -= {(layer, "action", False) for layer in watched}
     found = {(p.layer, p.rows, p.ahead) for p in trace.probes if p.stage == subject.stage}

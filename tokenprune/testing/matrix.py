@@ -115,7 +115,7 @@ def _cell(
     except TokenPruneError as error:
         return Cell(kind, name, backbone_name, "fails", str(error))
     bound = policy.pipeline
-    notes = tuple(note for stage in bound.stages if (note := stage.notes(bound.info)))
+    notes = tuple(note for stage in bound.stages if (note := stage.caveats(bound.info)))
     return Cell(kind, name, backbone_name, "runs", notes=notes)
 
 

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.model.decoder import Decoder
+from tokenprune.model.decoder import Decoder, Positions
+from tokenprune.model.info import ActionSpec, BackboneInfo, DecoderShape
 from tokenprune.pipelines.planning import make_plan
 from tokenprune.stages.frames import FrameBuffer
-from tokenprune.stages.memory import Slot
+from tokenprune.stages.memory import Slot, StageMemory
 from tokenprune.stages.stage import Stage
-from tokenprune.stages.token_context import SelectContext
+from tokenprune.stages.token_context import QueryView, SelectContext, StageView
 from tokenprune.tokens.layout import Role, Segment, TokenLayout
 from tokenprune.tokens.layout_tables import LayoutTables
 from tokenprune.tokens.selection import OriginalIds, TokenSelection, rows_at
@@ -25,6 +26,7 @@ try:
 except ImportError as error:
     raise ImportError("tokenprune.testing.strategies needs hypothesis: pip install hypothesis") from error
 
+DEPTH = 8
 VIEWS = ("primary", "wrist", "left")
 seeds = st.integers(0, 2**31 - 1)
 batches = st.integers(1, 3)
@@ -98,21 +100,26 @@ def contexts(draw: st.DrawFn, stage: Stage[Any] | None = None, width: int = 8, s
         for view, segment in layout.views.items()
     }  # fmt: skip
     planned = () if stage is None else (stage,)
+    slots = [Slot(index, "push it", FrameBuffer(0)) for index in range(batch)]
+    decoder = Decoder((), nn.Identity(), head_dim=width, rope_theta=10000.0, causal=draw(st.booleans()))
+    needs = tuple(one.requirements(_info(decoder)) for one in planned)
+    names = tuple(type(one).__name__ for one in planned)
     return SelectContext(
-        plan=make_plan(planned, tuple(type(one).__name__ for one in planned), layout, "default", 8),
-        decoder=Decoder((), nn.Identity(), head_dim=width, rope_theta=10000.0, causal=draw(st.booleans())),
-        positions="preserve",
+        plan=make_plan(planned, needs, names, layout, "default", DEPTH),
         layer=-1,
         tokens=tokens,
         prunable=OriginalIds(prunable),
         hidden=rows_at(everything, tokens.ids),
-        images=images,
-        seeds=torch.arange(batch),
-        tables=tables,
-        slots=[Slot(index, "push it", FrameBuffer(0)) for index in range(batch)],
-        scope="0.",
-        past=None,
-        encoder={},
-        notes={},
-        probed=lambda *_: None,
+        _query=QueryView(decoder, Positions.PRESERVE, images, torch.arange(batch), tables, slots, {}),
+        _stage=StageView(StageMemory(slots, "0.", len(layout.prunable), tables.prunable.device), None, {}, _no_note),
     )
+
+
+def _info(decoder: Decoder) -> BackboneInfo:
+    """A backbone of which only the decoder's depth matters."""
+    shape = DecoderShape(DEPTH, 8, 1, 1, decoder.head_dim, 8, decoder.causal)
+    return BackboneInfo("random", "random", True, shape, VIEWS, ActionSpec(1, {"translation": (0, 1, 2)}))
+
+
+def _no_note(layer: int, rows: str, count: int, ahead: bool) -> None:
+    pass

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from tokenprune.engine.query import Outcome
+from tokenprune.engine.query import DeviceOutcome
 from tokenprune.engine.tensor_tree import map_tensors, tensors_in
 
 
@@ -45,8 +45,8 @@ class Tape(TorchDispatchMode):
         return now
 
 
-def taped(run: Callable[[], Outcome]) -> tuple[Outcome, Callable[[], None]]:
-    """A `Recorder` for any device."""
+def taped(run: Callable[[], DeviceOutcome]) -> tuple[DeviceOutcome, Callable[[], None]]:
+    """A `Capture` for any device."""
     with Tape() as tape:
         made = run()
     outcome = map_tensors(torch.clone, made)

@@ -4,9 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import cached_property
 
 from tokenprune.tokens.layout import TokenLayout
+
+
+class Removal(StrEnum):
+    """What becomes of the tokens that leave at a cut."""
+
+    DROP = "drop"
+    """Nothing is left of them."""
+    MERGE = "merge"
+    """They are merged into tokens that stay."""
+    REUSE = "reuse"
+    """Later layers attend to their keys and values of the last query."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +40,7 @@ class Cut:
         keep: Prunable tokens it keeps; for an unresolved union, the most it could keep.
         groups: Budgets of single views, filled first.
         union: Whether a `keep: union` sets the count and it is not known yet.
-        merge: Whether what leaves may be merged into what stays.
-        reuse: Whether later layers take the keys and values of what leaves from the last query.
+        removal: What becomes of the tokens that leave.
     """
 
     after: int
@@ -38,8 +49,7 @@ class Cut:
     keep: int
     groups: tuple[Group, ...] = ()
     union: bool = False
-    reuse: bool = False
-    merge: bool = False
+    removal: Removal = Removal.DROP
 
 
 @dataclass(frozen=True)
@@ -51,10 +61,8 @@ class Plan:
         mode: Mode the counts are for.
         depth: Decoder layers.
         cuts: Ascending by layer.
-        calls: Per layer, indices of the stages whose `score_layer` is called after it.
-        looks: Indices of the stages whose `select_tokens` is called before layer 0.
         skipped: Layers that are left out.
-        head_interval: Of the action head's flow steps, the first of each so many runs through its layers.
+        flow_interval: Of every `flow_interval` flow steps of the action head, the first runs through its layers.
         unions: Counts of the `keep: union` cuts resolved so far.
         own_flops: FLOPs of what stages multiply themselves.
     """
@@ -63,17 +71,15 @@ class Plan:
     mode: str
     depth: int
     cuts: tuple[Cut, ...]
-    calls: tuple[tuple[int, ...], ...]
-    looks: tuple[int, ...] = ()
     skipped: frozenset[int] = frozenset()
-    head_interval: int = 1
+    flow_interval: int = 1
     unions: tuple[int, ...] = ()
     own_flops: int = 0
 
     @classmethod
     def dense(cls, layout: TokenLayout, depth: int, mode: str = "dense") -> Plan:
-        """Nothing is cut and no stage is asked."""
-        return cls(layout, mode, depth, (), ((),) * depth)
+        """The plan of a query without cuts."""
+        return cls(layout, mode, depth, ())
 
     @cached_property
     def cut_after(self) -> Mapping[int, Cut]:
@@ -105,14 +111,14 @@ class Plan:
     @cached_property
     def keys(self) -> tuple[int, ...]:
         """Tokens each layer attends to: those it holds, and those it reuses from the last query."""
-        gone = {cut.after: cut.found - cut.keep for cut in self.cuts if cut.reuse}
+        gone = {cut.after: cut.found - cut.keep for cut in self.cuts if cut.removal is Removal.REUSE}
         reused = [sum(n for after, n in gone.items() if after < layer) for layer in range(self.depth)]
         return tuple(n + extra if n else 0 for n, extra in zip(self.tokens, reused, strict=True))
 
     @property
     def reuses(self) -> bool:
         """Whether keys and values of the last query may be needed: the query then has a pass of its own."""
-        return any(cut.reuse and cut.union for cut in self.cuts)
+        return any(cut.removal is Removal.REUSE and cut.union for cut in self.cuts)
 
     @property
     def graph_safe(self) -> bool:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tokenprune.registry.hookspecs import hookimpl
-from tokenprune.registry.specs import PipelineSpec, Spec, StageSpec
+from tokenprune import PipelineSpec, Spec, StageSpec, hookimpl
 
 _SUMMARY = "keeps the patches whose pixels changed most since the previous query"
 

@@ -6,11 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from tokenprune.registry.hookspecs import hookimpl
-from tokenprune.stages.config import CutConfig, Keep
-from tokenprune.stages.stage import Stage
-from tokenprune.stages.token_context import SelectContext
-from tokenprune.tokens.proposal import Proposal
+from tokenprune import CutConfig, Keep, Proposal, SelectContext, Stage, hookimpl
 
 
 class FrameChangeConfig(CutConfig):

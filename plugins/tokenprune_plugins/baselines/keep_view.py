@@ -11,10 +11,7 @@ from typing import Self
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from tokenprune.errors import LayoutError, nearest
-from tokenprune.model.info import BackboneInfo
-from tokenprune.stages.config import CutConfig, Keep, ViewBudget
-from tokenprune.stages.token_context import SelectContext
+from tokenprune import BackboneInfo, CutConfig, Keep, LayoutError, SelectContext, ViewBudget, nearest
 from tokenprune_plugins.baselines.uniform_grid import UniformGrid
 from tokenprune_plugins.shared.bases import HalfConfig, Scored
 

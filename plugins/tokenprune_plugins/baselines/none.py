@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from tokenprune.registry.hookspecs import hookimpl
-from tokenprune.stages.config import CutConfig, Keep
-from tokenprune.stages.stage import Stage
-from tokenprune.stages.token_context import LayerContext, SelectContext
-from tokenprune.tokens.proposal import Proposal
+from tokenprune import CutConfig, Keep, LayerContext, Proposal, SelectContext, Stage, hookimpl
 
 
 class NothingConfig(CutConfig):

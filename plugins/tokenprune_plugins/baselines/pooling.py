@@ -6,16 +6,24 @@ squares of two by two where the grid divides. With fewer tokens the squares at t
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokenprune.registry.hookspecs import hookimpl
-from tokenprune.stages.config import CutConfig, Keep
-from tokenprune.stages.stage import Stage
-from tokenprune.stages.token_context import SelectContext
-from tokenprune.tokens.layout import TokenLayout
-from tokenprune.tokens.proposal import Proposal
+from tokenprune import (
+    BackboneInfo,
+    CutConfig,
+    Keep,
+    Proposal,
+    Removal,
+    SelectContext,
+    Stage,
+    StageNeeds,
+    TokenLayout,
+    hookimpl,
+)
 from tokenprune_plugins.shared.merging import into
 
 
@@ -36,9 +44,9 @@ class Pool(Stage[PoolConfig]):
         super().__init__(config)
         self._tables: dict[tuple[TokenLayout, torch.device], Tensor] = {}
 
-    def merges(self) -> bool:
+    def requirements(self, info: BackboneInfo) -> StageNeeds:
         """What leaves is averaged."""
-        return True
+        return replace(super().requirements(info), removal=Removal.MERGE)
 
     @hookimpl
     def select_tokens(self, ctx: SelectContext) -> Proposal:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tokenprune.stages.token_context import SelectContext
+from tokenprune import SelectContext
 from tokenprune_plugins.shared.bases import HalfConfig, Scored
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokenprune.stages.token_context import SelectContext
-from tokenprune.tokens.layout import TokenLayout
+from tokenprune import SelectContext, TokenLayout
 from tokenprune_plugins.shared.bases import HalfConfig, Scored
 from tokenprune_plugins.shared.grid import grid_scores
 

@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor
 
-from tokenprune.stages.token_context import LayerContext
-from tokenprune.tokens.selection import OriginalIds
+from tokenprune import LayerContext, OriginalIds
 
 RowsOrAuto = Annotated[
     Literal["auto", "last", "text", "instruction", "action"],

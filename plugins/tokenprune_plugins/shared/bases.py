@@ -6,11 +6,7 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
-from tokenprune.registry.hookspecs import hookimpl
-from tokenprune.stages.config import CutConfig, Keep
-from tokenprune.stages.stage import ConfigT, Stage
-from tokenprune.stages.token_context import LayerContext, SelectContext
-from tokenprune.tokens.proposal import Proposal
+from tokenprune import ConfigT, CutConfig, Keep, LayerContext, Proposal, SelectContext, Stage, hookimpl
 
 
 class Anywhere(Stage[ConfigT], ABC):

@@ -18,8 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from tokenprune.compat import mend_torchvision
-from tokenprune.errors import MissingError, nearest
+from tokenprune import MissingError, mend_torchvision, nearest
 
 HUB = "hf-hub:"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokenprune.tokens.layout import TokenLayout
+from tokenprune import TokenLayout
 
 
 def grid_scores(layout: TokenLayout) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokenprune.stages.token_context import SelectContext
+from tokenprune import SelectContext
 
 
 def patch_similarity(current: Tensor, past: Tensor, grid: tuple[int, int], black: float = 1.0) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tokenprune.stages.token_context import SelectContext
+from tokenprune import SelectContext
 
 
 def rank_within(score: Tensor, member: Tensor | None = None) -> Tensor:

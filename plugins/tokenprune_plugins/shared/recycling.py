@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokenprune.tokens.selection import rows_at
+from tokenprune import rows_at
 from tokenprune_plugins.shared.ranks import rank_within
 
 NEIGHBOURS = 5

@@ -11,12 +11,16 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from tokenprune.model.info import BackboneInfo
-from tokenprune.registry.hookspecs import hookimpl
-from tokenprune.stages.config import StageConfig, Strict
-from tokenprune.stages.control_context import ControlContext, ControlDecision
-from tokenprune.stages.memory import ExecutedAction
-from tokenprune.stages.stage import Stage
+from tokenprune import (
+    BackboneInfo,
+    ControlContext,
+    ControlDecision,
+    ExecutedAction,
+    Stage,
+    StageConfig,
+    Strict,
+    hookimpl,
+)
 
 
 class Motion(Strict):
@@ -90,7 +94,7 @@ class Controller(Stage[ControllerConfig]):
                 self._scale[group] = action.metric[group]
         self._groups = action.groups
 
-    def notes(self, info: BackboneInfo) -> str:
+    def caveats(self, info: BackboneInfo) -> str:
         """What the bounds are measured in."""
         return "bounds in " + ("metres and radians" if self.config.units == "metric" else "the action's own units")
 

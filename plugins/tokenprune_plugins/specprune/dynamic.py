@@ -12,13 +12,22 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokenprune.model.info import BackboneInfo
-from tokenprune.registry.hookspecs import hookimpl
-from tokenprune.stages.config import CutConfig, Cuts, Keep, Layers, layers_of
-from tokenprune.stages.stage import Probe, Stage, require_rows
-from tokenprune.stages.token_context import LayerContext
-from tokenprune.tokens.layout import TokenLayout
-from tokenprune.tokens.proposal import Proposal
+from tokenprune import (
+    BackboneInfo,
+    CutConfig,
+    Cuts,
+    Keep,
+    LayerContext,
+    Layers,
+    Probe,
+    Proposal,
+    Stage,
+    StageNeeds,
+    TokenLayout,
+    hookimpl,
+    layer_indices,
+    require_rows,
+)
 from tokenprune_plugins.shared.ranks import rank_in_views, rank_within
 from tokenprune_plugins.specprune import signals
 
@@ -62,7 +71,7 @@ class Dynamic(Stage[DynamicConfig]):
         """
         require_rows(self.config.rows, info)
         self._depth = info.decoder.depth
-        self._updates = layers_of(self.config.updates, self._depth)
+        self._updates = layer_indices(self.config.updates, self._depth, "updates")
         self._cuts = self.cuts(self._depth)
         first = min(self._cuts)
         if first < self._updates[0] and not self.config.as_released:
@@ -71,9 +80,9 @@ class Dynamic(Stage[DynamicConfig]):
                 "nothing would say which tokens to keep; move one of them"
             )
 
-    def layers(self, depth: int) -> tuple[int, ...]:
-        """Updates and cuts."""
-        return tuple(sorted({*super().layers(depth), *self._updates}))
+    def requirements(self, info: BackboneInfo) -> StageNeeds:
+        """The cuts, and the layers at which scores are updated."""
+        return super().requirements(info).also_called_after(self._updates)
 
     def probes(self, info: BackboneInfo, layout: TokenLayout, mode: str) -> tuple[Probe, ...]:
         """The rows, at each update that a later cut of this mode uses."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from tokenprune.stages.memory import ExecutedAction
+from tokenprune import ExecutedAction
 
 LONGEST_LOOK_BACK = 11
 

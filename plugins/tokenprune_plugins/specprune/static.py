@@ -9,21 +9,31 @@ earlier frame nor an earlier query, spends the same budget on the layers' attent
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokenprune.model.info import BackboneInfo
-from tokenprune.registry.hookspecs import hookimpl
-from tokenprune.stages.config import CutConfig, Cuts, Keep, Layers, layers_of
-from tokenprune.stages.control_context import ControlContext
-from tokenprune.stages.stage import Probe, Stage
-from tokenprune.stages.token_context import LayerContext, SelectContext
-from tokenprune.tokens.budget import UNION
-from tokenprune.tokens.layout import TokenLayout
-from tokenprune.tokens.proposal import Proposal
+from tokenprune import (
+    UNION,
+    BackboneInfo,
+    ControlContext,
+    CutConfig,
+    Cuts,
+    Keep,
+    LayerContext,
+    Layers,
+    Probe,
+    Proposal,
+    SelectContext,
+    Stage,
+    StageNeeds,
+    TokenLayout,
+    hookimpl,
+    layer_indices,
+)
 from tokenprune_plugins.shared.attention_rows import attention_to_patches
 from tokenprune_plugins.shared.grid import grid_scores
 from tokenprune_plugins.shared.patch_change import frame_similarity
@@ -66,20 +76,16 @@ class Static(Stage[StaticConfig]):
     def bind(self, info: BackboneInfo) -> None:
         """Find the layers in this decoder, and the translation among its actions."""
         self._depth = depth = info.decoder.depth
-        self._local = layers_of(self.config.local_layers, depth)
-        self._previous = layers_of(self.config.previous_layers, depth)
+        self._local = layer_indices(self.config.local_layers, depth, "local_layers")
+        self._previous = layer_indices(self.config.previous_layers, depth, "previous_layers")
         self._translation = info.action.groups.get("translation", ())
         self._cuts = self.cuts(depth)
         self._layouts: dict[tuple[TokenLayout, torch.device], Tensor] = {}
 
-    def layers(self, depth: int) -> tuple[int, ...]:
-        """Layers of a cut, layers that rank, and layers that are remembered."""
-        wanted = {*super().layers(depth), *self._local, *self._previous}
-        return tuple(sorted(wanted))
-
-    def frames(self) -> int:
-        """As far as the look-back goes."""
-        return signals.LONGEST_LOOK_BACK
+    def requirements(self, info: BackboneInfo) -> StageNeeds:
+        """The cuts, layers that rank, layers that are remembered, and frames as far as the look-back goes."""
+        needs = super().requirements(info).also_called_after([*self._local, *self._previous])
+        return replace(needs, look_back_frames=signals.LONGEST_LOOK_BACK)
 
     def probes(self, info: BackboneInfo, layout: TokenLayout, mode: str) -> tuple[Probe, ...]:
         """The instruction's rows, at the layers that rank in this mode and at those that are remembered."""

@@ -8,20 +8,29 @@ The page "SpecPrune: fidelity" of the documentation lists every difference from 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokenprune.model.info import BackboneInfo
-from tokenprune.registry.hookspecs import hookimpl
-from tokenprune.stages.config import CutConfig, Cuts, Keep, Layers, layers_of
-from tokenprune.stages.control_context import ControlContext
-from tokenprune.stages.stage import Probe, Stage
-from tokenprune.stages.token_context import LayerContext
-from tokenprune.tokens.layout import TokenLayout
-from tokenprune.tokens.proposal import Proposal
+from tokenprune import (
+    BackboneInfo,
+    ControlContext,
+    CutConfig,
+    Cuts,
+    Keep,
+    LayerContext,
+    Layers,
+    Probe,
+    Proposal,
+    Stage,
+    StageNeeds,
+    TokenLayout,
+    hookimpl,
+    layer_indices,
+)
 from tokenprune_plugins.shared.attention_rows import attention_to_patches
 from tokenprune_plugins.shared.patch_change import frame_similarity
 from tokenprune_plugins.shared.ranks import per_view, rank_in_views
@@ -70,16 +79,13 @@ class StaticC3(Stage[StaticC3Config]):
         """
         if self.cuts(info.decoder.depth) != (0, 1):
             raise ValueError("the released code cuts after layers 0 and 1; specprune.static cuts anywhere")
-        self._previous = layers_of(self.config.previous_layers, info.decoder.depth)
+        self._previous = layer_indices(self.config.previous_layers, info.decoder.depth, "previous_layers")
         self._translation = info.action.groups.get("translation", ())
 
-    def layers(self, depth: int) -> tuple[int, ...]:
-        """Layers 0 and 1, and those remembered."""
-        return tuple(sorted({*super().layers(depth), *self._previous}))
-
-    def frames(self) -> int:
-        """Every frame of an episode."""
-        return WHOLE_EPISODE
+    def requirements(self, info: BackboneInfo) -> StageNeeds:
+        """Layers 0 and 1, those remembered, and every frame of an episode."""
+        needs = super().requirements(info).also_called_after(self._previous)
+        return replace(needs, look_back_frames=WHOLE_EPISODE)
 
     def probes(self, info: BackboneInfo, layout: TokenLayout, mode: str) -> tuple[Probe, ...]:
         """Rows that differ from layer to layer."""

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.helpers.naive_oft import Spec, naive_actions
 from tests.helpers.planting import REGISTRY, pipeline, pipelines, prop
 from tests.helpers.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
-from tokenprune.engine.cuts import SameCuts
+from tokenprune.engine.cuts import RepeatedCuts
 from tokenprune.engine.query import Query
 from tokenprune.errors import CheckpointError, ConfigError, TokenPruneError
 from tokenprune.loading import load
@@ -163,12 +163,12 @@ def test_pruned_diffusion_equals_masking_the_same_tokens_at_every_step() -> None
 
 
 def test_a_step_without_cuts_is_noticed() -> None:
-    dropping.notices(SameCuts, "_cut", lambda self, after, hidden, tokens: (hidden, tokens))
+    dropping.notices(RepeatedCuts, "_cut", lambda self, after, hidden, tokens: (hidden, tokens))
 
 
 def test_a_step_that_cuts_once_less_is_noticed() -> None:
-    real = SameCuts._cut
-    dropping.notices(SameCuts, "_cut", lambda self, after, *rest: rest if after == 1 else real(self, after, *rest))
+    real = RepeatedCuts._cut
+    dropping.notices(RepeatedCuts, "_cut", lambda self, after, *rest: rest if after == 1 else real(self, after, *rest))
 
 
 def test_stages_are_asked_once_a_query() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -28,6 +29,7 @@ from tests.helpers.tiny_pi0 import (
     tiny_config,
 )
 from tokenprune.model.flops import query_flops
+from tokenprune.model.info import BackboneInfo
 from tokenprune.pipelines.config import PipelineConfig
 from tokenprune.policy import Policy
 from tokenprune.registry.discovery import Owner, Registered, Registry
@@ -36,6 +38,7 @@ from tokenprune.registry.specs import StageSpec
 from tokenprune.stages.config import CutConfig, StageConfig
 from tokenprune.stages.feature_context import FeatureContext
 from tokenprune.stages.memory import ExecutedAction
+from tokenprune.stages.needs import StageNeeds
 from tokenprune.stages.query_record import QueryRecord
 from tokenprune.stages.stage import Stage
 from tokenprune.stages.token_context import LayerContext, SelectContext
@@ -83,8 +86,8 @@ class Watching(Chosen):
 
     records: list[QueryRecord] = []  # noqa: RUF012 - read by a test
 
-    def watches(self, depth: int) -> tuple[int, ...]:
-        return tuple(range(depth))
+    def requirements(self, info: BackboneInfo) -> StageNeeds:
+        return replace(super().requirements(info), action_attention=tuple(range(info.decoder.depth)))
 
     @hookimpl
     def observe(self, record: QueryRecord | ExecutedAction) -> None:

@@ -108,9 +108,9 @@ def test_fastv_says_whose_attention_it_reads() -> None:
     info = tiny_config().info("tiny", untrained=True)
     layout = tiny_policy_parts(tiny_config()).layout(INSTRUCTION)
     stage = FastV(FastVConfig(use="fastv"))
-    assert "'text' rows" in stage.notes(info)
+    assert "'text' rows" in stage.caveats(info)
     assert stage.probes(info, layout, "default") == (Probe(1, "text"),)
     causal = DecoderShape(depth=3, hidden=32, heads=4, kv_heads=2, head_dim=8, mlp=48, causal=True)
     from dataclasses import replace
 
-    assert "'last' rows" in stage.notes(replace(info, decoder=causal))
+    assert "'last' rows" in stage.caveats(replace(info, decoder=causal))

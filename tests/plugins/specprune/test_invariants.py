@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -38,9 +39,11 @@ from tokenprune.pipelines.loader import load_pipeline
 from tokenprune.policy import ActionChunk, Policy
 from tokenprune.stages import token_context as context
 from tokenprune.stages.config import CutConfig
+from tokenprune.stages.memory import StageMemory
+from tokenprune_plugins.shared import ranks
 from tokenprune_plugins.shared.patch_change import frame_similarity
 from tokenprune_plugins.shared.ranks import rank_within
-from tokenprune_plugins.specprune import signals
+from tokenprune_plugins.specprune import signals, static
 from tokenprune_plugins.specprune.static import Static
 
 modes = st.lists(st.sampled_from(["coarse", "fine"]), max_size=2)
@@ -138,8 +141,12 @@ def test_I9_environments_of_a_batch_do_not_meet() -> None:
 
 
 def test_I9_notices_the_first_environments_memory() -> None:
-    real = context.recall
-    i9.notices(context, "recall", lambda slots, *rest: real([slots[0]] * len(slots), *rest))
+    real = StageMemory.recall
+
+    def of_the_first(self: StageMemory, name: str, places: Tensor) -> tuple[Tensor, Tensor]:
+        return real(replace(self, slots=[self.slots[0]] * len(self.slots)), name, places)
+
+    i9.notices(StageMemory, "recall", of_the_first)
 
 
 def test_I9_notices_the_first_environments_frames() -> None:
@@ -149,12 +156,12 @@ def test_I9_notices_the_first_environments_frames() -> None:
         similar, found = real(ctx, *args)
         return similar[:1].expand_as(similar), found
 
-    i9.notices(signals, "frame_similarity", first)
+    i9.notices(static, "frame_similarity", first)
 
 
 def test_I9_notices_ranks_over_the_whole_batch() -> None:
     real = rank_within
-    i9.notices(signals, "rank_within", lambda score, member: real(score.mean(0, keepdim=True) + 0 * score, member))
+    i9.notices(ranks, "rank_within", lambda score, member: real(score.mean(0, keepdim=True) + 0 * score, member))
 
 
 @prop(st.sampled_from(PIPELINES), episodes(), st.integers(0, 2**31 - 1), examples=10)
@@ -171,7 +178,7 @@ def test_I13_the_same_seed_selects_the_same() -> None:
 
 def test_I13_notices_ties_left_to_chance() -> None:
     real = rank_within
-    i13.notices(signals, "rank_within", lambda score, member: real(score + torch.rand(score.shape), member))
+    i13.notices(ranks, "rank_within", lambda score, member: real(score + torch.rand(score.shape), member))
 
 
 def forgets(name: str, before: Episode, episode: Episode) -> None:

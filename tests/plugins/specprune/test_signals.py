@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from fractions import Fraction
 
 import numpy as np
@@ -12,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers.drawing import VIEWS, batches, keep_sets, layouts, random, seeds
-from tokenprune.model.decoder import Decoder
-from tokenprune.model.kv_cache import LayerKV
-from tokenprune.stages.memory import ExecutedAction
-from tokenprune.stages.token_context import LayerContext, PastFrames, SelectContext, at_layer
+from tokenprune.model.decoder import Decoder, Positions
+from tokenprune.stages.frames import FrameBuffer
+from tokenprune.stages.memory import ExecutedAction, Slot, StageMemory
+from tokenprune.stages.token_context import LayerContext, PastFrames, QueryView, SelectContext, StageView
 from tokenprune.tokens.layout import Role, Segment, TokenLayout
 from tokenprune.tokens.layout_tables import LayoutTables
 from tokenprune.tokens.plan import Plan
@@ -62,23 +63,17 @@ def context(
 ) -> SelectContext:
     """A query that holds these prunable tokens."""
     device = torch.device("cpu")
+    slots = [Slot(index, "", FrameBuffer(0)) for index in range(len(held))]
+    decoder = Decoder((), torch.nn.Identity(), head_dim=1, rope_theta=1.0, causal=False)
+    tables, seeds = LayoutTables(layout, device), torch.zeros(len(held), dtype=torch.int64)
     return SelectContext(
         plan=Plan.dense(layout, 2, "default"),
-        decoder=Decoder((), torch.nn.Identity(), head_dim=1, rope_theta=1.0, causal=False),
-        positions="preserve",
         layer=-1,
         tokens=TokenSelection.identity(layout.n_tokens, len(held), device),
         prunable=OriginalIds(torch.tensor(held)),
         hidden=torch.zeros(len(held), layout.n_tokens, 1),
-        images=images or {},
-        seeds=(0,) * len(held),
-        tables=LayoutTables(layout, device),
-        slots=(),
-        scope="",
-        past=past,
-        encoder={},
-        notes={},
-        probed=lambda *_: None,
+        _query=QueryView(decoder, Positions.PRESERVE, images or {}, seeds, tables, slots, {}),
+        _stage=StageView(StageMemory(slots, "", len(layout.prunable), device), past, {}, lambda *_: None),
     )
 
 
@@ -375,7 +370,8 @@ def test_a_number_may_depend_on_the_mode() -> None:
 
 
 def layer(ctx: SelectContext, q: torch.Tensor, k: torch.Tensor) -> LayerContext:
-    return at_layer(ctx, q, LayerKV(k, k, ctx.tokens.ids), {})
+    shared = (getattr(ctx, field.name) for field in fields(SelectContext))
+    return LayerContext(*shared, q, k, ctx.tokens.ids, {})
 
 
 @given(ctx=scenes(), seed=seeds, heads=st.integers(1, 3))

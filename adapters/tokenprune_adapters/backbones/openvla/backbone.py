@@ -14,6 +14,7 @@ from tokenprune.engine.query import Query
 from tokenprune.model.device import upload
 from tokenprune.model.info import BackboneInfo
 from tokenprune.model.kv_cache import KVCache
+from tokenprune.model.phase import Phase
 from tokenprune.tokens.layout import TokenLayout
 from tokenprune_adapters.backbones.openvla.config import OpenVLAConfig
 from tokenprune_adapters.backbones.prismatic.action_bins import ActionBins
@@ -95,13 +96,13 @@ class OpenVLA:
 
     def infer(self, inputs: OpenVLAInputs, query: Query) -> Tensor:
         """Towers, projector, decoder with its cuts, then the action token by token; normalised actions `[B, 1, D]`."""
-        with query.phase("vision"):
+        with query.phase(Phase.VISION):
             embeddings = self.embed(inputs, query)
         cache = KVCache()
         hidden = query.decode(self.decoder, embeddings, cache)
-        with query.phase("decode"):
+        with query.phase(Phase.DECODE):
             ids, sound = self._generate(hidden, cache, query)
-        with query.phase("head"):
+        with query.phase(Phase.HEAD):
             return self.bins.actions(ids).where(sound, torch.nan)[:, None]
 
     def embed(self, inputs: OpenVLAInputs, query: Query) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 from tokenprune.errors import ConfigError, nearest
 from tokenprune.model.info import ActionSpec, BackboneInfo, FollowUp
+from tokenprune.model.phase import Phase
 from tokenprune.tokens.layout import Role, Segment, TokenLayout
 from tokenprune_adapters.backbones.prismatic.config import LIBERO_ACTION, PrismaticConfig, body_of, lm_head_flops
 from tokenprune_adapters.backbones.prismatic.image_transform import ImageTransform
@@ -93,7 +94,7 @@ class OpenVLAConfig:
             other_flops={**self.body.vision_flops(1), "lm_head": lm_head},
             other_weights={**self.body.vision_weights(), "lm_head": dims * shape.hidden * self.body.vocab},
             unread_logits=self.body.vocab,
-            follow_up=FollowUp("decode", shape, tuple((1, behind) for behind in range(dims - 1))),
+            follow_up=FollowUp(Phase.DECODE, shape, tuple((1, behind) for behind in range(dims - 1))),
         )
 
 

@@ -13,6 +13,7 @@ from tokenprune.engine.adapter import Observation
 from tokenprune.engine.query import Query
 from tokenprune.model.device import upload
 from tokenprune.model.info import BackboneInfo
+from tokenprune.model.phase import Phase
 from tokenprune.tokens.layout import TokenLayout
 from tokenprune_adapters.backbones.openvla_oft.config import TRAIN_STEPS, OFTConfig
 from tokenprune_adapters.backbones.openvla_oft.diffusion import DDIM, timestep_encodings
@@ -136,14 +137,14 @@ class OpenVLAOFT:
 
     def infer(self, inputs: OFTInputs, query: Query) -> Tensor:
         """Towers, projector, decoder with its cuts, head; normalised actions `[B, T, D]`."""
-        with query.phase("vision"):
+        with query.phase(Phase.VISION):
             tokens = self.embed(inputs, query)
         if self.config.head == "diffusion":
             return self._denoise(tokens, query)
         numbers = self.config.action.horizon * self.config.action.dims
         blank = tokens.stop.new_zeros(len(inputs.text), numbers, tokens.stop.shape[2])
         states = query.decode(self.decoder, tokens.around(blank))
-        with query.phase("head"):
+        with query.phase(Phase.HEAD):
             if self.config.head == "discrete":
                 return self._spell(states)
             actions: Tensor = self.model.action_head(states)
@@ -182,11 +183,11 @@ class OpenVLAOFT:
         wide = torch.promote_types(self.dtype, torch.float32)
         sample = query.noise(action.horizon, action.dims).to(wide)
         for step, encoding in enumerate(self.encodings):
-            with query.phase("head"):
+            with query.phase(Phase.HEAD):
                 chunk = model.noisy_action_projector(sample.to(self.dtype))
                 embeddings = tokens.around(chunk, encoding.expand(len(chunk), 1, -1))
             states = (query.repeat if step else query.decode)(self.decoder, embeddings)
-            with query.phase("head"):
+            with query.phase(Phase.HEAD):
                 noise: Tensor = model.action_head(states)
                 sample = self.sampler.step(noise.to(wide), step, sample)
         return sample

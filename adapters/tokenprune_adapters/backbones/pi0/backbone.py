@@ -14,6 +14,7 @@ from tokenprune.engine.query import Query
 from tokenprune.model.device import upload
 from tokenprune.model.info import BackboneInfo
 from tokenprune.model.kv_cache import FrozenKV, KVCache
+from tokenprune.model.phase import Phase
 from tokenprune.tokens.layout import TokenLayout
 from tokenprune_adapters.backbones.pi0.config import PI0Config
 from tokenprune_adapters.backbones.pi0.model import PI0Model, time_embeddings
@@ -98,11 +99,11 @@ class PI0:
 
     def infer(self, inputs: PI0Inputs, query: Query) -> Tensor:
         """Tower, projector, prefix with its cuts, flow steps; normalised actions `[B, T, D]`."""
-        with query.phase("vision"):
+        with query.phase(Phase.VISION):
             embeddings = self.embed(inputs, self._patches(inputs, query))
         cache = KVCache()
         query.decode(self.prefix, embeddings, cache)
-        with query.phase("flow"):
+        with query.phase(Phase.FLOW):
             behind = 0
             if inputs.state is not None:
                 # It sees no action, so what it leaves in the cache is the same at every step.

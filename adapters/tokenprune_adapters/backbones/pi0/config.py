@@ -10,6 +10,7 @@ import numpy as np
 
 from tokenprune.errors import ConfigError, nearest
 from tokenprune.model.info import ActionSpec, BackboneInfo, DecoderShape, FollowUp
+from tokenprune.model.phase import Phase
 from tokenprune.tokens.layout import Role, Segment, TokenLayout
 from tokenprune_adapters.backbones.pi0.image_transform import ResizePad
 from tokenprune_adapters.backbones.pi0.prompt import PI0_MAX_TOKENS, PI05_MAX_TOKENS
@@ -157,7 +158,7 @@ class PI0Config:
             encoder_attention=answers((self.tower,), views),
             other_flops=other,
             other_weights=weights,
-            follow_up=FollowUp("flow", self.expert, passes, self.steps, 2 * norm),
+            follow_up=FollowUp(Phase.FLOW, self.expert, passes, self.steps, 2 * norm),
         )
 
 
