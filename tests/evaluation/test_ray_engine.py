@@ -34,9 +34,9 @@ def cluster():
 
 def listening(ray):
     """Addresses at which the cluster listens."""
-    told = subprocess.run(["ss", "-ltnpH"], capture_output=True, text=True, check=True).stdout
+    sockets = subprocess.run(["ss", "-ltnpH"], capture_output=True, text=True, check=True).stdout
     return [
-        line.split()[3] for line in told.splitlines() if "gcs_server" in line or "raylet" in line or "ray::" in line
+        line.split()[3] for line in sockets.splitlines() if "gcs_server" in line or "raylet" in line or "ray::" in line
     ]
 
 

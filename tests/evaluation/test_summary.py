@@ -118,20 +118,20 @@ def test_every_number_of_every_row(many):
             one for one in many if row.environment in (None, one.environment) and row.task in (None, one.task)
         ]  # fmt: skip
         mine = [one for one in within if one.variant == row.variant]
-        told = row.to_json()
+        plain = row.to_json()
         for name, value in expected(mine, [one for one in within if one.variant == "dense"]).items():
-            assert told[name] == (None if value is None else pytest.approx(value, rel=1e-12)), name
+            assert plain[name] == (None if value is None else pytest.approx(value, rel=1e-12)), name
 
 
 def test_pairs_are_those_of_the_same_start(many):
     dense = {one.start: one.success for one in many if one.variant == "dense"}
     own = {one.start: one.success for one in many if one.variant == "fastv"}
-    told = summarise(many).at()[1].to_json()
-    assert told["pairs"] == len(dense) == 12
-    assert told["unpaired"] == 0
-    assert told["pairs_only_baseline"] == sum(dense[start] and not own[start] for start in dense)
-    assert told["pairs_only_variant"] == sum(own[start] and not dense[start] for start in dense)
-    assert told["difference_share"] == pytest.approx((sum(own.values()) - sum(dense.values())) / 12)
+    plain = summarise(many).at()[1].to_json()
+    assert plain["pairs"] == len(dense) == 12
+    assert plain["unpaired"] == 0
+    assert plain["pairs_only_baseline"] == sum(dense[start] and not own[start] for start in dense)
+    assert plain["pairs_only_variant"] == sum(own[start] and not dense[start] for start in dense)
+    assert plain["difference_share"] == pytest.approx((sum(own.values()) - sum(dense.values())) / 12)
 
 
 def test_pairs_are_resampled_within_their_task():

@@ -44,15 +44,15 @@ def test_what_a_policy_holds_does_not_grow() -> None:
 @pytest.mark.parametrize("family", sorted(BACKBONES))
 @pytest.mark.parametrize("name", ["dense", "specprune", "tome", "vla_pruner"])
 def test_no_tensor_of_a_query_waits_for_the_garbage_collector(family: str, name: str) -> None:
-    backbone, seen, _ = BACKBONES[family]()
+    backbone, obs, _ = BACKBONES[family]()
     policy = Policy(backbone, load_pipeline(name, REGISTRY).config, REGISTRY)
     policy.reset(INSTRUCTION)
-    policy.act(seen)
+    policy.act(obs)
 
     def again() -> None:
         for _ in range(2):
-            policy.act(seen)
-            policy.executed(np.full(backbone.info.action.dims, 0.4), observation=seen)
+            policy.act(obs)
+            policy.executed(np.full(backbone.info.action.dims, 0.4), observation=obs)
 
     assert caught_in_cycles(again) == 0
 
@@ -80,10 +80,10 @@ def test_a_result_is_read_back() -> None:
 def test_recordings_are_let_go() -> None:
     policy = tokenprune.load("openvla-oft", preset="tiny", pipeline="random", dtype="float32")
     policy.executor = recorded = GraphExecutor(policy.backbone, taped)
-    seen = random_observation(policy.backbone, np.random.default_rng(0))
+    obs = random_observation(policy.backbone, np.random.default_rng(0))
     for words in range(1, MAX_GRAPHS + 5):
         policy.reset(" ".join(["put"] * words))
-        policy.act(seen)
+        policy.act(obs)
     assert len(recorded._graphs) == MAX_GRAPHS
     kept = [weakref.ref(one) for one in recorded._graphs.values()]
     gc.disable()

@@ -372,7 +372,7 @@ def drop(data: dict[str, Any], *path: Any) -> dict[str, Any]:
         (drop(plain(), "layout"), "lacks 'layout'.*again with `tokenprune run`"),
         (drop(plain(), "queries", 1, "kept_ids"), r"lacks 'queries\.1\.kept_ids'"),
         (plain() | {"layuot": {}}, "'layuot' is {}: Extra inputs"),
-        (plain() | {"settings": None}, "'settings' is None"),
+        (plain() | {"settings": None}, "no 'settings'; make the result with `tokenprune run`"),
         (plain() | {"pipeline": {"stages": []}}, "'pipeline'.*needs a 'name'"),
         (plain() | {"pipeline": {"name": "mine", "modes": "coarse"}}, "'modes' of a pipeline must be a list"),
         (plain(query(tokens_held=[])), "tokens_held"),

@@ -113,7 +113,7 @@ class UpstreamBackbone:
         runner = UpstreamRunner(self._vocabulary)
         query.runner = runner
         actions = self._backbone.infer(inputs, query)
-        query.trace.kernel = f"eager, {len(runner.maps)} maps kept ({self.device.type})"
+        query.trace.kernel = f"eager, {self.info.decoder.depth} maps kept ({self.device.type})"
         return actions
 
     def unnormalise(self, actions: np.ndarray, observations: Sequence[Observation]) -> np.ndarray:

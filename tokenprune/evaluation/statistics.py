@@ -203,8 +203,8 @@ def verdict(result: Paired) -> str:
     each = f"{result.only_other} pair{'s' if result.only_other > 1 else ''} won by each"
     alike = each if result.only_other else "every pair ended alike"
     could = detectable_difference(result.n, result.only_baseline + result.only_other)
-    seen = "so few show none, however large" if could is None else f"one of {points(could)} points probably would be"
-    return f"{unseen} ({alike}); {seen}"
+    enough = "so few show none, however large" if could is None else f"one of {points(could)} points probably would be"
+    return f"{unseen} ({alike}); {enough}"
 
 
 def points(share: float, sign: bool = False) -> str:

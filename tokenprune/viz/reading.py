@@ -27,7 +27,7 @@ def read_result(path: Path, pipeline: str | None = None) -> Result:
     assert isinstance(file, RunResult | CompareResult)
     settings, backbone, steps = file.settings, file.backbone, file.episode.steps
     if settings is None:
-        raise ResultError(f"{path}: 'settings' is None, so it is not known what to draw; valid: those of a command")
+        raise ResultError(f"{path} has no 'settings'; make the result with `{file.command}`")
     queries, modes = _by_label(path, file)
     if pipeline is None:
         pipeline = next((label for label in queries if label != "dense"), next(iter(queries)))
