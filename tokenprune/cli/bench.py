@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,17 +18,17 @@ from tokenprune.cli.options import (
     Sets,
     bundled_episode,
     charts,
-    free_path,
     key_values,
     print_json,
     progress,
     registry,
     source,
-    write_json,
 )
 from tokenprune.errors import ConfigError
+from tokenprune.report.files import free_path, write_json
 
 if TYPE_CHECKING:
+    from tokenprune.bench.result import BenchResult
     from tokenprune.bench.speed import Subject
     from tokenprune.registry.discovery import Registry
 
@@ -92,7 +92,7 @@ def bench(
     """Measure pipelines at real size: latency, FLOPs, memory, and the least time that the device allows."""
     if chart is not None:
         _check_chart(chart)
-    from tokenprune.bench.speed import BenchSettings
+    from tokenprune.bench.settings import BenchSettings
     from tokenprune.bench.speed import bench as measure
     from tokenprune.bench.table import bench_text
     from tokenprune.engine.executor import Execution
@@ -117,19 +117,19 @@ def bench(
     loaded = [load_pipeline(name, found, () if name == "dense" else (sets or ())) for name in named]
     path = _result_path(out, subjects)
 
-    def save(data: dict[str, Any]) -> None:
-        write_json(path, data)
+    def save(result: BenchResult) -> None:
+        write_json(path, result.to_json())
 
     with progress() as begin:
-        data = measure(subjects, loaded, settings, found, save, begin)
+        result = measure(subjects, loaded, settings, found, save, begin)
     if chart is not None:
         from tokenprune.bench.chart import write_speed
 
-        write_speed(data, chart)
+        write_speed(result, chart)
     if as_json:
-        print_json(data)
+        print_json(result.to_json())
         return
-    print(bench_text(data))
+    print(bench_text(result))
     for written in filter(None, (chart, path)):
         print(f"\nwrote {written}")
 

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from tokenprune.evaluation.environment import Suite
     from tokenprune.evaluation.local_engine import LocalEngine
     from tokenprune.evaluation.ray_engine import RayEngine
-    from tokenprune.evaluation.results_file import EpisodeRecord, Results
+    from tokenprune.evaluation.records import EpisodeRecord
+    from tokenprune.evaluation.results_file import Results
     from tokenprune.evaluation.starts import Start
     from tokenprune.evaluation.summary import Summary
     from tokenprune.registry.discovery import Registry

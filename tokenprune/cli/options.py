@@ -7,7 +7,6 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -118,21 +117,3 @@ def progress() -> Iterator[Callable[[int], Callable[[], None]]]:
             return lambda: bar.advance(task)
 
         yield begin
-
-
-def free_path(folder: Path, stem: str) -> Path:
-    """Where a result can be written under a name that is not taken; the folder is made."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    path = folder / f"{stem}-{stamp}.json"
-    number = 1
-    while path.exists():
-        path, number = folder / f"{stem}-{stamp}-{number}.json", number + 1
-    return path
-
-
-def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Write plain data, so that whoever reads the file meanwhile finds it whole."""
-    beside = path.with_name(f".{path.name}.new")
-    beside.write_text(json.dumps(data, indent=1, default=str) + "\n", encoding="utf-8")
-    beside.replace(path)

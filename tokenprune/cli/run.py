@@ -24,21 +24,21 @@ from tokenprune.cli.options import (
     Seed,
     Sets,
     bundled_episode,
-    free_path,
     key_values,
     print_json,
     progress,
     registry,
     source,
-    write_json,
 )
 from tokenprune.errors import ConfigError
+from tokenprune.report.files import free_path, write_json
 
 if TYPE_CHECKING:
     from tokenprune.compare.episode import Episode
     from tokenprune.engine.adapter import Backbone
     from tokenprune.pipelines.loader import LoadedPipeline
     from tokenprune.registry.discovery import Registry
+    from tokenprune.report.record import TraceRecord
 
 Queries = Annotated[int | None, typer.Option(help="Queries from the start of the episode; all when left out.")]
 Out = Annotated[Path, typer.Option(help="Folder for the result file.")]
@@ -74,6 +74,7 @@ def compare(
     from tokenprune.compare.comparison import compare as measure
     from tokenprune.compare.table import compare_legend, compare_table, phase_table
     from tokenprune.pipelines.loader import load_pipeline
+    from tokenprune.report.result import RunSettings
     from tokenprune.report.text import WIDTH
 
     found = registry(plugins)
@@ -82,7 +83,6 @@ def compare(
         raise ConfigError("name at least one pipeline, or give --all")
     loaded = [load_pipeline(name, found, () if name == "dense" else (sets or ())) for name in named]
     opened, recorded, settings = _open(found, backbone, preset, checkpoint, episode, device, dtype, seed, options)
-    settings["execution"] = execution
     refused = {}
     if every:
         extra = [one for one in loaded if one.label not in (pipelines or ())]
@@ -90,27 +90,24 @@ def compare(
         loaded = [one for one in loaded if one.label not in refused]
     with progress() as begin:
         result = measure(
-            opened, loaded, recorded, found, queries, settings | {"execution": execution}, begin, execution
+            opened, loaded, recorded, found, queries, RunSettings(**settings, execution=execution), begin, execution
         )
     path = free_path(out, f"compare-{backbone}")
-    write_json(path, result.data)
+    write_json(path, result.to_json())
     if as_json:
-        print_json(result.data)
+        print_json(result.to_json())
         return
-    data = result.data
-    facts, first = data["provenance"], data["queries"]["dense"][0]
-    model = data["backbone"]
-    print(f"{model['name']} {model['source']}, {model['dtype']}, attention {first['attention_kernel']}")
-    print(facts["gpu"] or f"{facts['cpu']}, {facts['torch_threads']} threads")
-    asked = f'{len(data["episode"]["steps"])} queries of "{data["episode"]["instruction"]}"'
-    print(textwrap.fill(asked, WIDTH) + "\n")
+    first, model, replayed = result.queries["dense"][0], result.backbone, result.episode
+    print(f"{model.name} {model.source}, {model.dtype}, attention {first.attention_kernel}")
+    print(result.provenance.machine)
+    print(textwrap.fill(f'{len(replayed.steps)} queries of "{replayed.instruction}"', WIDTH) + "\n")
     console, follow_up = Console(width=WIDTH, highlight=False), opened.info.follow_up
     console.print(compare_table(result.rows))
     console.print()
     console.print(phase_table(result.rows, None if follow_up is None else follow_up.phase))
     print()
-    print(compare_legend(result.rows, data["note"]))
-    for label, said in data["notes"].items():
+    print(compare_legend(result.rows, result.note))
+    for label, said in result.notes.items():
         for line in said:
             print(f"{label}: {line}")
     for reason in refused.values():
@@ -148,73 +145,48 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Run one pipeline over a recorded episode and print what each query did."""
-    from tokenprune.compare.replay import query_steps, replay
+    from tokenprune.compare.run import run as run_pipeline
     from tokenprune.pipelines.loader import load_pipeline
-    from tokenprune.policy import Policy
-    from tokenprune.report.describe import UNTRAINED, describe, describe_layout
-    from tokenprune.report.provenance import provenance
+    from tokenprune.report.result import RunSettings
     from tokenprune.report.text import WIDTH
 
     found = registry(plugins)
     loaded = load_pipeline(pipeline, found, sets or ())
     opened, recorded, settings = _open(found, backbone, preset, checkpoint, episode, device, dtype, seed, options)
-    settings["execution"] = execution
-    policy = Policy(opened, loaded.config, found, execution)
-    info = opened.info
-    steps = query_steps(recorded, info.action.horizon, queries)
     with progress() as begin:
-        chunks = replay([policy], recorded, steps, begin(len(steps)))[0]
-    told = [c.trace.to_json(with_ids=True) | {"actions": c.actions.tolist()} for c in chunks]
-    data: dict[str, Any] = {
-        "format_version": 1,
-        "kind": "run",
-        "provenance": provenance(opened.device),
-        "settings": settings,
-        "backbone": describe(opened),
-        "note": UNTRAINED if info.untrained else "",
-        "episode": {"name": recorded.name, "instruction": recorded.instruction, "steps": steps},
-        "layout": describe_layout(chunks[0].trace.plan.layout),
-        "pipeline": loaded.resolved,
-        "queries": told,
-        "findings": {
-            name: dict(stage.findings())
-            for name, stage in zip(policy.pipeline.names, policy.pipeline.stages, strict=True)
-            if stage.findings()
-        },
-    }
+        result = run_pipeline(
+            opened, loaded, recorded, found, queries, RunSettings(**settings, execution=execution), begin, execution
+        )
     path = free_path(out, f"run-{backbone}")
-    write_json(path, data)
+    write_json(path, result.to_json())
     if as_json:
-        print_json(data)
+        print_json(result.to_json())
         return
-    print(f'{loaded.label} on {info.name} {info.source}: "{recorded.instruction}"')
-    for step, query in zip(steps, told, strict=True):
+    print(f'{loaded.label} on {result.backbone.name} {result.backbone.source}: "{recorded.instruction}"')
+    for step, query in zip(result.episode.steps, result.queries, strict=True):
         print(f"step {step:3d}  {_query_line(query)}")
-    for name, found_out in data["findings"].items():
+    for name, found_out in result.findings.items():
         print(f"{name}:")
         for what, value in found_out.items():
             print(textwrap.fill(f"{what}: {value}", WIDTH, initial_indent="  ", subsequent_indent="    "))
-    if info.untrained:
+    if result.backbone.untrained:
         print("The weights are untrained random numbers: the actions mean nothing.")
     print(f"\nwrote {path}")
 
 
-def _query_line(query: dict[str, Any]) -> str:
-    """What one query did, on one line."""
-    if query["replayed"]:
-        return f"{query['query_ms']:.2g} ms  the controller answered, the model did not run"
-    cuts = [
-        f"{cut}: {' '.join(f'{v} {n[0]}' for v, n in views.items())}" for cut, views in query["kept_per_view"].items()
-    ]
-    phases = ", ".join(f"{name} {ms:.0f}" for name, ms in query["phases_ms"].items() if ms >= 0.5)
+def _query_line(query: TraceRecord) -> str:
+    """Return what one query did, on one line."""
+    if query.replayed:
+        return f"{query.query_ms:.2g} ms  the controller answered, the model did not run"
+    cuts = [f"{cut}: {' '.join(f'{v} {n[0]}' for v, n in views.items())}" for cut, views in query.kept_per_view.items()]
+    phases = ", ".join(f"{name} {ms:.0f}" for name, ms in query.phases_ms.items() if ms >= 0.5)
     kept = f"kept after {'; '.join(cuts)}" if cuts else "kept everything"
-    skipped, passes = query["layers_skipped"], query["head_passes"]
-    if skipped:
-        kept += f", without layers {', '.join(map(str, skipped))}"
-    if passes["spared"]:
-        kept += f", {passes['ran']} of {passes['ran'] + passes['spared']} flow steps"
-    fallback = f"  FELL BACK: {query['fallback']}" if query["fallback"] else ""
-    return f"{query['mode']}  {query['query_ms']:.0f} ms ({phases})  {kept}{fallback}"
+    if query.layers_skipped:
+        kept += f", without layers {', '.join(map(str, query.layers_skipped))}"
+    if query.head_passes.spared:
+        kept += f", {query.head_passes.ran} of {query.head_passes.ran + query.head_passes.spared} flow steps"
+    fallback = f"  FELL BACK: {query.fallback}" if query.fallback else ""
+    return f"{query.mode}  {query.query_ms:.0f} ms ({phases})  {kept}{fallback}"
 
 
 def _open(
