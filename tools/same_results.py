@@ -69,9 +69,7 @@ def compare(before: Path, after: Path) -> int:
             wrong += 1
             continue
         values = [dict(_leaves(json.loads(path.read_text(encoding="utf-8")))) for path in pair]
-        differing = [
-            key for key in sorted(values[0].keys() | values[1].keys()) if values[0].get(key) != values[1].get(key)
-        ]
+        differing = [key for key in sorted(values[0].keys() | values[1].keys()) if values[0].get(key) != values[1].get(key)]
         for key in differing[:5]:
             print(f"{name}: {key}: {str(values[0].get(key)):.120} -> {str(values[1].get(key)):.120}")
         if len(differing) > 5:

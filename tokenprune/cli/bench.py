@@ -10,7 +10,6 @@ import typer
 
 from tokenprune.cli.options import EpisodePath, Json, ModelOptions, Plugins, Sets, registry, takes_model
 from tokenprune.cli.output import needs_matplotlib, print_json, progress
-from tokenprune.report.files import free_path, write_json
 
 if TYPE_CHECKING:
     from tokenprune.bench.result import BenchResult
@@ -70,6 +69,7 @@ def bench(
     from tokenprune.bench.table import bench_text
     from tokenprune.engine.executor import EXECUTIONS
     from tokenprune.pipelines.loader import load_pipelines
+    from tokenprune.report.files import write_json
 
     settings = BenchSettings(
         dtypes=tuple(dict.fromkeys(dtypes or ("auto",))),
@@ -117,4 +117,6 @@ def _result_path(out: Path, backbones: Sequence[str]) -> Path:
     if out.suffix == ".json":
         out.parent.mkdir(parents=True, exist_ok=True)
         return out
+    from tokenprune.report.files import free_path
+
     return free_path(out, "-".join(["bench", *dict.fromkeys(backbones)]))

@@ -12,7 +12,6 @@ from rich.console import Console
 from tokenprune.cli.options import EpisodePath, Json, ModelOptions, Plugins, Sets, registry, takes_model
 from tokenprune.cli.output import print_json, progress
 from tokenprune.errors import ConfigError
-from tokenprune.report.files import free_path, write_json
 from tokenprune.report.text import WIDTH
 
 if TYPE_CHECKING:
@@ -49,6 +48,7 @@ def compare(
     from tokenprune.compare.episode_source import open_episode
     from tokenprune.compare.refusals import refusals
     from tokenprune.pipelines.loader import load_pipelines
+    from tokenprune.report.files import free_path, write_json
 
     found = registry(plugins)
     if not pipelines and not every:
@@ -118,6 +118,7 @@ def run(
     from tokenprune.compare.episode_source import open_episode
     from tokenprune.compare.run import run as run_pipeline
     from tokenprune.pipelines.loader import load_pipeline
+    from tokenprune.report.files import free_path, write_json
 
     found = registry(plugins)
     loaded = load_pipeline(pipeline, found, sets or ())
