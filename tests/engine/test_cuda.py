@@ -15,8 +15,8 @@ from tokenprune.bench.roofline import measure_roof
 from tokenprune.bench.settings import BenchSettings
 from tokenprune.bench.speed import Subject, bench
 from tokenprune.bench.upstream import UPSTREAM, UpstreamBackbone
-from tokenprune.cli.options import bundled_episode
 from tokenprune.compare.episode import load_episode
+from tokenprune.compare.episode_source import bundled_episode
 from tokenprune.loading import load_backbone
 from tokenprune.pipelines.config import DENSE
 from tokenprune.pipelines.loader import load_pipeline

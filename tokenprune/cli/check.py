@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from tokenprune.cli.options import Json, Plugins, key_values, print_json, registry
+from tokenprune.cli.options import Json, Plugins, key_values, registry
+from tokenprune.cli.output import print_json
 from tokenprune.report.text import WIDTH
 
 
