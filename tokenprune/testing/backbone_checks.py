@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokenprune.engine.adapter import Backbone
-from tokenprune.engine.executor import Recorded
+from tokenprune.engine.executor import GraphExecutor
 from tokenprune.errors import ConfigError, ObservationError, TokenPruneError
 from tokenprune.model.device import DTYPES
 from tokenprune.model.flops import layer_weights, query_flops
@@ -188,10 +188,10 @@ def no_query_waits(subject: BackboneSubject) -> None:
 
 
 def a_replay_is_the_query(subject: BackboneSubject) -> None:
-    """Recorded once, as for a CUDA graph, it answers later queries as if they were run."""
+    """Captured once, as for a CUDA graph, it answers later queries as if they were run."""
     for config in (DENSE, subject.thinned):
         eager, recorded = subject.policy(config), subject.policy(config)
-        recorded.executor = Recorded(recorded.backbone, taped)
+        recorded.executor = GraphExecutor(recorded.backbone, taped)
         for policy in (eager, recorded):
             policy.reset(INSTRUCTIONS[0])
         for query in range(3):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tokenprune.model.decoder import Decoder
 from tokenprune.model.kv_cache import KVCache, LayerKV, Memory
+from tokenprune.model.phase import Phase
 from tokenprune.tokens.layout import TokenLayout
 from tokenprune.tokens.selection import OriginalIds
 
@@ -28,7 +29,6 @@ class MaskedQuery:
     """
 
     encoder_kinds: frozenset[str] = frozenset()
-    positions = "preserve"
 
     def __init__(self, layout: TokenLayout, kept: Mapping[int, Tensor], noise: Iterable[Tensor]) -> None:
         self.hidden: list[Tensor] = []
@@ -36,7 +36,7 @@ class MaskedQuery:
         self._kept = kept
         self._noise: Iterator[Tensor] = iter(noise)
 
-    def phase(self, name: str) -> AbstractContextManager[None]:
+    def phase(self, phase: Phase) -> AbstractContextManager[None]:
         """Nothing is timed."""
         return nullcontext()
 
