@@ -32,7 +32,7 @@ def installed(package: Path) -> dict[str, str]:
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-index"]
     subprocess.run([*pip, "--no-build-isolation", "--target", target, package], check=True)
     path = os.pathsep.join([str(target), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HOME": str(package.parent)}
 
 
 def own_tests_pass(package: Path, env: dict[str, str]) -> None:
@@ -44,7 +44,7 @@ def own_tests_pass(package: Path, env: dict[str, str]) -> None:
 
 
 def output_of(words: list[str], env: dict[str, str]) -> str:
-    done = call(*words, env=env)
+    done = call(*words, env=env, cwd=Path(env["HOME"]))
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

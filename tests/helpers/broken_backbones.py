@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tokenprune.engine.adapter import Description, Observation
 from tokenprune.engine.query import Query
-from tokenprune.model.decoder import Decoded, Decoder
+from tokenprune.model.decoder import Decoded, Decoder, Positions
 from tokenprune.model.info import BackboneInfo
 from tokenprune.registry.discovery import Owner, Registered, Registry
 from tokenprune.registry.specs import BackboneSpec
@@ -108,6 +108,17 @@ class SwapsViews(Sound):
         return super()._patches(inputs, query, heard)[::-1]
 
 
+class IgnoresTheState(Sound):
+    """Puts zeros in the place of the robot state."""
+
+    BREAKS = "every_input_is_read", "the state changes nothing"
+
+    def prepare(self, observations: Sequence[Observation], instructions: Sequence[str]) -> OFTInputs:
+        inputs = super().prepare(observations, instructions)
+        assert inputs.state is not None
+        return replace(inputs, state=torch.zeros_like(inputs.state))
+
+
 class IgnoresStages(Sound):
     """Shows stages the features and goes on with its own."""
 
@@ -154,11 +165,9 @@ class CentresTheBatch(Sound):
         return replace(tokens, context=spread if len(spread) > 1 else tokens.context)
 
 
-class Renumbering(Decoder):
-    """Closes the gaps that dropped tokens leave in the positions."""
-
-    def run(self, *given: Any, **named: Any) -> Decoded:
-        return super().run(*given, **{**named, "positions": "compact"})
+def renumbering(*given: Any, **named: Any) -> Decoded:
+    """Close the gaps that dropped tokens leave in the positions."""
+    return Decoder.run(*given, **{**named, "positions": Positions.COMPACT})
 
 
 class RenumbersWhatIsKept(Sound):
@@ -166,12 +175,25 @@ class RenumbersWhatIsKept(Sound):
 
     BREAKS = "dropping_equals_masking", "pipeline 'thinning': what is read, and the same of a masked model, differ"
 
-    def __init__(self, *parts: Any) -> None:
-        super().__init__(*parts)
-        plain = self.decoder
-        self.decoder = Renumbering(
-            plain.layers, plain.norm, head_dim=plain.head_dim, rope_theta=plain.rope_theta, causal=plain.causal
-        )
+    def infer(self, inputs: OFTInputs, query: Query) -> Tensor:
+        query.runner = renumbering
+        return super().infer(inputs, query)
+
+
+def coarse(decoder: Decoder, hidden: Tensor, tokens: Any, pruner: Any, *given: Any, **named: Any) -> Decoded:
+    """Round where there are cuts."""
+    cut = pruner.acts_after(len(decoder.layers) // 2 - 1)
+    return Decoder.run(decoder, hidden.float().double() if cut else hidden, tokens, pruner, *given, **named)
+
+
+class RoundsWhereItCuts(Sound):
+    """Runs a decoder loop that computes otherwise where a pipeline cuts."""
+
+    BREAKS = "keeping_everything_is_dense", "differs from dense although every token was kept"
+
+    def infer(self, inputs: OFTInputs, query: Query) -> Tensor:
+        query.runner = coarse
+        return super().infer(inputs, query)
 
 
 class NeverAsks(Sound):

@@ -17,12 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from tokenprune.engine.adapter import Backbone
+from tokenprune.engine.adapter import Backbone, Observation
 from tokenprune.engine.executor import GraphExecutor
 from tokenprune.errors import ConfigError, ObservationError, TokenPruneError
 from tokenprune.model.device import DTYPES
 from tokenprune.model.flops import layer_weights, query_flops
-from tokenprune.pipelines.config import DENSE
+from tokenprune.pipelines.config import DENSE, PipelineConfig
 from tokenprune.policy import ActionChunk
 from tokenprune.registry.specs import CAPABILITIES
 from tokenprune.testing.backbone_subject import INSTRUCTIONS, BackboneSubject
@@ -35,6 +35,8 @@ from tokenprune.testing.waiting import no_waiting
 
 CLOSE = 1e-4
 """Greatest difference, of the largest number compared, that rounding explains: norms may compute in float32."""
+ROUGHLY = 0.2
+"""Mean difference, of the mean size, that bfloat16 explains."""
 
 
 def answers(subject: BackboneSubject) -> None:
@@ -119,6 +121,18 @@ def pixels_reach_their_own_tokens(subject: BackboneSubject) -> None:
         _same(f"tokens that the pixels of view '{view}' change", found, list(span))
 
 
+def every_input_is_read(subject: BackboneSubject) -> None:
+    """Each view, and the state where there is one, changes what is read at the end."""
+    first, other = subject.observation(0), subject.observation(1)
+    before = _asked(subject, subject.backbone, first)
+    changes = {f"view '{v}'": {**first, "images": {**first["images"], v: other["images"][v]}} for v in first["images"]}
+    if subject.backbone.info.state_size is not None:
+        changes["the state"] = {**first, "state": other["state"]}
+    for what, observation in changes.items():
+        if _are_equal(before, _asked(subject, subject.backbone, observation)):
+            raise CheckFailed(f"{what} changes nothing")
+
+
 def stages_may_change_features(subject: BackboneSubject) -> None:
     """The features of every view go through `query.transform`, a row for each patch, and on as they come back."""
     first, other = subject.observation(0), subject.observation(1)
@@ -178,6 +192,12 @@ def dropping_equals_masking(subject: BackboneSubject) -> None:
         with spied() as seen, patch.object(type(backbone), "infer", infer):
             subject.ask(config, observations, instructions)
         _decoded(seen)
+
+
+def keeping_everything_is_dense(subject: BackboneSubject) -> None:
+    """A pipeline that is told to keep everything gives what dense gives, bit for bit."""
+    kept = _asked(subject, subject.backbone, config=subject.keeping_everything)
+    _equal(kept, _asked(subject, subject.backbone), "what is read differs from dense although every token was kept")
 
 
 def no_query_waits(subject: BackboneSubject) -> None:
@@ -244,7 +264,7 @@ def the_seed_decides_the_weights(subject: BackboneSubject) -> None:
     if not subject.backbone.info.untrained:
         raise NotApplicable("its weights are trained")
     other = _asked(subject, subject.built(seed=1))
-    if all(torch.equal(*pair) for pair in zip(first, other, strict=True)):
+    if _are_equal(first, other):
         raise CheckFailed("built with another seed, it answers the same")
 
 
@@ -354,12 +374,17 @@ def nothing_waits_for_the_garbage_collector(subject: BackboneSubject) -> None:
 
 
 def it_works_in_bfloat16(subject: BackboneSubject) -> None:
-    """It works in bfloat16, dense and pruned."""
+    """It works in bfloat16, dense and pruned, and reads nearly what it reads in float64."""
     backbone = subject.built("bfloat16")
-    for config in (DENSE, subject.thinned):
-        with spied() as seen:
-            subject.ask(config, backbone=backbone)
-        _same("the dtype of what enters the decoder", _decoded(seen)[0].dtype, torch.bfloat16)
+    subject.ask(subject.thinned, backbone=backbone)
+    with spied() as seen:
+        subject.ask(backbone=backbone)
+    _same("the dtype of what enters the decoder", _decoded(seen)[0].dtype, torch.bfloat16)
+    # Later passes may go on from another token.
+    found, expected = seen.hidden[0].double(), _asked(subject, subject.backbone)[0].double()
+    gap = ((found - expected).abs().mean() / expected.abs().mean()).item()
+    if not gap < ROUGHLY:
+        raise CheckFailed(f"what is read first differs from float64 by {gap:.2g} of its size")
 
 
 BACKBONE_CHECKS: tuple[Callable[[BackboneSubject], None], ...] = (
@@ -367,10 +392,12 @@ BACKBONE_CHECKS: tuple[Callable[[BackboneSubject], None], ...] = (
     it_is_what_it_says,
     the_layout_covers_the_sequence,
     pixels_reach_their_own_tokens,
+    every_input_is_read,
     stages_may_change_features,
     the_same_query_gives_the_same_actions,
     batch_rows_are_independent,
     dropping_equals_masking,
+    keeping_everything_is_dense,
     no_query_waits,
     a_replay_is_the_query,
     flops_are_those_that_run,
@@ -446,10 +473,15 @@ def _decoded(seen: Exchange) -> list[Tensor]:
     return seen.embeddings
 
 
-def _asked(subject: BackboneSubject, backbone: Backbone) -> list[Tensor]:
+def _asked(
+    subject: BackboneSubject,
+    backbone: Backbone,
+    observation: Observation | None = None,
+    config: PipelineConfig = DENSE,
+) -> list[Tensor]:
     """Everything that is read in the first query of an episode, and its actions."""
     with spied() as seen:
-        (chunk,) = subject.ask(backbone=backbone)
+        (chunk,) = subject.ask(config, None if observation is None else [observation], backbone=backbone)
     return [*seen.hidden, _normalised(chunk)]
 
 
@@ -464,8 +496,12 @@ def _same(what: str, found: object, expected: object) -> None:
 
 
 def _equal(first: Sequence[Tensor], second: Sequence[Tensor], said: str) -> None:
-    if len(first) != len(second) or not all(torch.equal(*pair) for pair in zip(first, second, strict=True)):
+    if not _are_equal(first, second):
         raise CheckFailed(said)
+
+
+def _are_equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    return len(first) == len(second) and all(torch.equal(*pair) for pair in zip(first, second, strict=True))
 
 
 def _near(found: Tensor, expected: Tensor, what: str) -> None:

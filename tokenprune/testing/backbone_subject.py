@@ -50,6 +50,11 @@ class BackboneSubject:
         return thinning(self.backbone.info.decoder.depth)
 
     @property
+    def keeping_everything(self) -> PipelineConfig:
+        """The same pipeline, told to keep every token."""
+        return thinning(self.backbone.info.decoder.depth, (1.0, 1.0))
+
+    @property
     def factory(self) -> Any:  # noqa: ANN401 - a BackboneFactory
         """What makes it."""
         return self.registry.backbone_factory(self.name)

@@ -42,9 +42,9 @@ class Thinning(Stage[Any]):
         return Proposal(score=_score(ctx.patches))
 
 
-def thinning(depth: int) -> PipelineConfig:
-    """Three quarters of the tokens before layer 0, and two fifths halfway through a decoder of `depth` layers."""
-    stage = ThinningConfig(use=NAME, after=("embedding", max(depth // 2 - 1, 0)), keep=(0.75, 0.4))
+def thinning(depth: int, keep: tuple[float, float] = (0.75, 0.4)) -> PipelineConfig:
+    """Shares of the tokens to keep before layer 0, and halfway through a decoder of `depth` layers."""
+    stage = ThinningConfig(use=NAME, after=("embedding", max(depth // 2 - 1, 0)), keep=keep)
     return PipelineConfig(version=1, name=NAME, stages=(stage,))
 
 
