@@ -32,7 +32,7 @@ def installed(package: Path) -> dict[str, str]:
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-index"]
     subprocess.run([*pip, "--no-build-isolation", "--target", target, package], check=True)
     path = os.pathsep.join([str(target), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HOME": str(package.parent)}
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
 def own_tests_pass(package: Path, env: dict[str, str]) -> None:
@@ -43,8 +43,8 @@ def own_tests_pass(package: Path, env: dict[str, str]) -> None:
     subprocess.run([*ruff, package], check=True)
 
 
-def output_of(words: list[str], env: dict[str, str]) -> str:
-    done = call(*words, env=env, cwd=Path(env["HOME"]))
+def output_of(words: list[str], env: dict[str, str], cwd: Path) -> str:
+    done = call(*words, env=env, cwd=cwd)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -54,7 +54,7 @@ def test_a_new_plugin_works_as_it_is(tmp_path: Path) -> None:
     package = tmp_path / "tokenprune-long-patches"
     assert str(package) in said
     env = installed(package)
-    found = output_of(["check", "long_patches"], env)
+    found = output_of(["check", "long_patches"], env, tmp_path)
     assert "long_patches: keeps every promise; run on openvla, openvla-oft, pi0, pi05" in found
     own_tests_pass(package, env)
 
@@ -76,7 +76,7 @@ def test_a_new_backbone_works_as_it_is_and_as_its_page_says(tmp_path: Path) -> N
             assert block == f"$ tokenprune new backbone pocket\n{wrote(tmp_path)}"
             continue
         commands = [line.split()[2:] for line in block.splitlines() if line.startswith("$ tokenprune ")]
-        said = " ".join(" ".join(output_of(words, env) for words in commands).split())
+        said = " ".join(" ".join(output_of(words, env, tmp_path) for words in commands).split())
         shown = "\n".join(line for line in block.splitlines() if not line.startswith("$"))
         assert commands
         for part in shown.split("…"):

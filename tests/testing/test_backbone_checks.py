@@ -29,7 +29,7 @@ BROKEN = broken_backbones.registry()
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("openvla", {"restrict": False, "prompt": "vicuna"}),
     ("openvla-oft", {"head": "diffusion", "steps": 4}),
-    ("openvla-oft", {"head": "discrete"}),
+    ("openvla-oft", {"head": "discrete", "restrict": True}),
     ("openvla-oft", {"film": True, "constants": "aloha"}),
     ("openvla-oft", {"proprio": False, "views": ["front"]}),
     ("pi0", {"views": ["front"], "horizon": 4, "steps": 3, "state_size": 6, "dims": 9}),
