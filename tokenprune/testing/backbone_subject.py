@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from tokenprune.engine.adapter import Backbone, Observation
 from tokenprune.errors import ConfigError
@@ -15,7 +16,9 @@ from tokenprune.loading import load_backbone
 from tokenprune.pipelines.config import DENSE, PipelineConfig
 from tokenprune.policy import ActionChunk, Policy
 from tokenprune.registry.discovery import Registry
+from tokenprune.testing.comparison import normalised
 from tokenprune.testing.matrix import PRESET, random_observation
+from tokenprune.testing.query_spy import spied
 from tokenprune.testing.thinning import registry, thinning
 
 INSTRUCTIONS = ("put the bowl on the plate", "push it", "pick up the black bowl next to the ramekin")
@@ -98,6 +101,14 @@ class BackboneSubject:
         for slot, instruction in enumerate(instructions, first_slot):
             policy.reset(instruction, slot)
         return list(policy.act_batch(dict(enumerate(observations, first_slot))).values())
+
+    def read(
+        self, observation: Observation | None = None, config: PipelineConfig = DENSE, backbone: Backbone | None = None
+    ) -> list[Tensor]:
+        """Every hidden state that the first query of an episode reads, and its normalised actions."""
+        with spied() as seen:
+            (chunk,) = self.ask(config, None if observation is None else [observation], backbone=backbone)
+        return [*seen.hidden, normalised(chunk)]
 
 
 def backbone_subject(

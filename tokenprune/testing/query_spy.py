@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tokenprune.engine.query import Query
 from tokenprune.model.decoder import Decoder
+from tokenprune.testing.verdicts import CheckFailed
 
 PASSES = ("decode", "repeat", "follow")
 """Methods of a query that run tokens through a decoder and return hidden states."""
@@ -34,6 +35,16 @@ class Exchange:
     hidden: list[Tensor] = field(default_factory=list)
     features: list[tuple[str, Tensor]] = field(default_factory=list)
     noise: list[Tensor] = field(default_factory=list)
+
+    def decoded(self) -> list[Tensor]:
+        """The embeddings, of one `decode` at least.
+
+        Raises:
+            CheckFailed: If there was none.
+        """
+        if not self.embeddings:
+            raise CheckFailed("it does not call `query.decode`, so that no pipeline can prune it")
+        return self.embeddings
 
 
 @contextmanager
