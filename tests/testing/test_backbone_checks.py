@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from tests.helpers import broken_backbones
 from tests.helpers.broken_backbones import broken
 from tokenprune.cli import app
 from tokenprune.errors import ConfigError, PluginError
+from tokenprune.loading import from_module
 from tokenprune.registry.discovery import Owner, Registered, Registry
 from tokenprune.registry.specs import BackboneSpec
 from tokenprune.testing import BACKBONE_CHECKS, check_backbone, parametrize_with_backbone_checks
@@ -35,6 +37,44 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("pi0", {"views": ["front"], "horizon": 4, "steps": 3, "state_size": 6, "dims": 9}),
     ("pi05", {"views": ["front"], "horizon": 4, "steps": 3, "state_size": 6, "dims": 9}),
 ]
+
+
+HIDING = """
+from dataclasses import replace
+
+from tokenprune import hookimpl
+from tokenprune.registry.specs import BackboneSpec
+from tokenprune_adapters.backbones.openvla.backbone import OpenVLA
+from tokenprune_adapters.backbones.openvla.factory import OpenVLAFactory
+
+class Hiding(OpenVLA):
+    def infer(self, inputs, query):
+        return super().infer(inputs, query).nan_to_num()
+
+class Factory:
+    @staticmethod
+    def describe(preset, checkpoint, options):
+        described = OpenVLAFactory.describe(preset, checkpoint, options)
+        return replace(described, info=replace(described.info, name="hiding"))
+
+    @staticmethod
+    def build(*given):
+        made = OpenVLAFactory.build(*given)
+        info = replace(made.info, name="hiding")
+        return Hiding(made.config, made.model, made.tokenizer, made.statistics, info)
+
+@hookimpl
+def tokenprune_register():
+    return [BackboneSpec("hiding", "turns NaN into actions", f"{__name__}:Factory", {"tiny": "untrained"})]
+"""
+
+
+@pytest.fixture
+def plugin(tmp_path: Path) -> Path:
+    """A file with a backbone that neither reads checkpoints nor adopts models."""
+    path = tmp_path / "hiding.py"
+    path.write_text(HIDING)
+    return path
 
 
 @parametrize_with_backbone_checks(*BUILT_IN)
@@ -104,36 +144,7 @@ def test_the_command_says_what_holds() -> None:
     assert max(map(len, done.output.splitlines())) <= 80
 
 
-def test_the_command_says_what_is_broken(tmp_path: Path) -> None:
-    plugin = tmp_path / "hiding.py"
-    plugin.write_text("""
-from dataclasses import replace
-
-from tokenprune import hookimpl
-from tokenprune.registry.specs import BackboneSpec
-from tokenprune_adapters.backbones.openvla.backbone import OpenVLA
-from tokenprune_adapters.backbones.openvla.factory import OpenVLAFactory
-
-class Hiding(OpenVLA):
-    def infer(self, inputs, query):
-        return super().infer(inputs, query).nan_to_num()
-
-class Factory:
-    @staticmethod
-    def describe(preset, checkpoint, options):
-        described = OpenVLAFactory.describe(preset, checkpoint, options)
-        return replace(described, info=replace(described.info, name="hiding"))
-
-    @staticmethod
-    def build(*given):
-        made = OpenVLAFactory.build(*given)
-        info = replace(made.info, name="hiding")
-        return Hiding(made.config, made.model, made.tokenizer, made.statistics, info)
-
-@hookimpl
-def tokenprune_register():
-    return [BackboneSpec("hiding", "turns NaN into actions", f"{__name__}:Factory", {"tiny": "untrained"})]
-""")
+def test_the_command_says_what_is_broken(plugin: Path) -> None:
     words = ["check", "--backbone", "hiding", "--plugin", str(plugin)]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 1
@@ -160,3 +171,12 @@ def tokenprune_register():
 def test_a_stage_or_a_backbone(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         CliRunner().invoke(app, ["check", *words], catch_exceptions=False)
+
+
+def test_a_backbone_may_have_no_checkpoints_and_adopt_no_model(plugin: Path) -> None:
+    with pytest.raises(PluginError, match="backbone 'hiding' of .*hiding.py .* cannot verify checkpoints"):
+        words = ["verify", "x", "--backbone", "hiding", "--plugin", str(plugin)]
+        CliRunner().invoke(app, words, catch_exceptions=False)
+    found = Registry.discover(plugin_files=(plugin,))
+    with pytest.raises(PluginError, match="backbone 'hiding' of .*hiding.py .* cannot adopt a live model"):
+        from_module(torch.nn.Linear(1, 1), "hiding", registry=found)

@@ -37,7 +37,7 @@ def it_is_what_it_says(subject: BackboneSubject) -> None:
     require_same("the dimensions that info.action.groups name", dims, list(range(info.action.dims)))
     with spied() as seen:
         subject.ask()
-    decoder, embeddings = seen.decoders[0], seen.decoded()[0]
+    embeddings, decoder = seen.decoded()[0], seen.decoders[0]
     for what, found, said in (
         ("layers", len(decoder.layers), info.decoder.depth),
         ("head_dim", decoder.head_dim, info.decoder.head_dim),
