@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tokenprune.engine.adapter import Observation
+from tokenprune.engine.adapter import Observation, check_observation
 from tokenprune.engine.query import Query
 from tokenprune.model.device import upload
 from tokenprune.model.info import BackboneInfo
@@ -26,7 +26,7 @@ from tokenprune_adapters.backbones.openvla_oft.heads import (
 from tokenprune_adapters.backbones.prismatic.action_bins import ActionBins
 from tokenprune_adapters.backbones.prismatic.model import LanguageModel, Projector, VisionBackbone
 from tokenprune_adapters.backbones.prismatic.prompt import PromptTokenizer
-from tokenprune_adapters.inputs.observations import check_observation, upload_frames
+from tokenprune_adapters.inputs.observations import upload_frames
 from tokenprune_adapters.inputs.statistics import Statistics
 from tokenprune_adapters.inputs.tokenizer import Prompt
 from tokenprune_adapters.vision.attention import EncoderLook

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenprune.engine.adapter import Observation
+from tokenprune.engine.adapter import Observation, check_observation
 from tokenprune.engine.query import Query
 from tokenprune.model.device import upload
 from tokenprune.model.info import BackboneInfo
@@ -19,7 +19,7 @@ from tokenprune.tokens.layout import TokenLayout
 from tokenprune_adapters.backbones.pi0.config import PI0Config
 from tokenprune_adapters.backbones.pi0.model import PI0Model, time_embeddings
 from tokenprune_adapters.backbones.pi0.prompt import GemmaTokenizer
-from tokenprune_adapters.inputs.observations import check_observation, upload_frames
+from tokenprune_adapters.inputs.observations import upload_frames
 from tokenprune_adapters.inputs.statistics import Statistics
 from tokenprune_adapters.inputs.tokenizer import Prompt
 from tokenprune_adapters.vision.attention import EncoderLook

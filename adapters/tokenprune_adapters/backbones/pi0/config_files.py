@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 
+from tokenprune.engine.observations import MAX_SIDE
 from tokenprune.errors import CheckpointError, ConfigError, nearest
 from tokenprune.model.info import DecoderShape
 from tokenprune_adapters.backbones.pi0.config import BASE, PI0Config, Variant
-from tokenprune_adapters.inputs.frames import MAX_SIDE
 from tokenprune_adapters.vision.transformer import ViTConfig
 from tokenprune_adapters.weights.tensor_files import SINGLE, read_json
 

@@ -16,12 +16,12 @@ from typing import Annotated, Any, Literal
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 from tokenizers import Tokenizer
 
+from tokenprune.engine.observations import MAX_SIDE
 from tokenprune.errors import CheckpointError, nearest
 from tokenprune.model.info import DecoderShape
 from tokenprune_adapters.backbones.prismatic.config import TOWERS, PrismaticConfig
 from tokenprune_adapters.backbones.prismatic.image_transform import ImageTransform
 from tokenprune_adapters.backbones.prismatic.prompt import PromptTokenizer
-from tokenprune_adapters.inputs.frames import MAX_SIDE
 from tokenprune_adapters.inputs.statistics import Statistics
 from tokenprune_adapters.vision.transformer import DINOV2_L_REG4_224, SIGLIP_SO400M_224, ViTConfig
 from tokenprune_adapters.weights.tensor_files import read_json
