@@ -5,7 +5,8 @@ A check raises `CheckFailed` with what was found, or `NotApplicable` with the re
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -13,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenprune.engine.adapter import Backbone
+from tokenprune.engine.adapter import Backbone, Observation
 from tokenprune.engine.executor import GraphExecutor
 from tokenprune.pipelines.config import DENSE
+from tokenprune.policy import Policy
 from tokenprune.testing.backbone_facts import (
     described_without_weights,
     flops_are_those_that_run,
@@ -210,10 +212,15 @@ def nothing_waits_for_the_garbage_collector(subject: BackboneSubject) -> None:
         policy.reset(INSTRUCTIONS[0])
         first, *rest = (subject.observation(seed) for seed in range(3))
         policy.act(first)
-        if left := caught_in_cycles(lambda policy=policy, rest=rest: [policy.act(one) for one in rest] and None):
+        if left := caught_in_cycles(partial(_act_on, policy, rest)):
             raise CheckFailed(
                 f"{left} tensors of two queries hang on cycles; let nothing that holds a tensor be reached from itself"
             )
+
+
+def _act_on(policy: Policy, observations: Sequence[Observation]) -> None:
+    for observation in observations:
+        policy.act(observation)
 
 
 def it_works_in_bfloat16(subject: BackboneSubject) -> None:

@@ -39,10 +39,11 @@ def wrong_observations_are_refused(subject: BackboneSubject) -> None:
 
 def wrong_instructions_are_refused(subject: BackboneSubject) -> None:
     """An instruction that is no text, blank, or too long for the sequence is an ObservationError."""
-    policy, wrong = subject.policy(), ("", " \n", None, 7)
+    policy = subject.policy()
+    wrong: tuple[Any, ...] = ("", " \n", None, 7)
     for instruction in (*wrong, "push it " * 5000):
         try:
-            policy.reset(instruction)  # type: ignore[arg-type] - on purpose
+            policy.reset(instruction)
         except ObservationError:
             continue
         except Exception as error:
@@ -57,13 +58,13 @@ def unknown_options_are_refused(subject: BackboneSubject) -> None:
     """An option or preset it does not know is a ConfigError that names it, described or built."""
     cpu = torch.device("cpu")
     for preset, options in ((subject.preset, {**subject.options, "no_such_key": 1}), ("no_such_key", subject.options)):
-        for what, make in (
-            ("describe", lambda p, o: subject.factory.describe(p, None, o)),
-            ("build", lambda p, o: subject.factory.build(p, None, o, cpu, torch.float32, 0)),
-        ):
+        for what in ("describe", "build"):
             where = f"{what} with the {'preset' if preset == 'no_such_key' else 'option'} 'no_such_key'"
             try:
-                make(preset, options)
+                if what == "describe":
+                    subject.factory.describe(preset, None, options)
+                else:
+                    subject.factory.build(preset, None, options, cpu, torch.float32, 0)
             except ConfigError as error:
                 if "no_such_key" not in str(error):
                     raise CheckFailed(f"{where}: the message does not name it: {error}") from error

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokenprune._version import __version__
 from tokenprune.pipelines.config import PipelineConfig
-from tokenprune.registry.discovery import Owner, Registered, Registry
+from tokenprune.registry.discovery import Owner, Registry
 from tokenprune.registry.hookspecs import hookimpl
 from tokenprune.registry.specs import StageSpec
 from tokenprune.stages.config import CutConfig, Keep
@@ -50,10 +50,8 @@ def thinning(depth: int, keep: tuple[float, float] = (0.75, 0.4)) -> PipelineCon
 
 def registry() -> Registry:
     """The stage above, and nothing else."""
-    found = Registry()
     spec = StageSpec(NAME, "selector", "drops tokens for checks", f"{__name__}:{Thinning.__name__}")
-    found.stages[NAME] = Registered(spec, Owner("tokenprune", __version__, __name__))
-    return found
+    return Registry().with_specs(spec, owner=Owner("tokenprune", __version__, __name__))
 
 
 def _score(patches: Tensor) -> Tensor:
