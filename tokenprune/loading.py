@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tokenprune.engine.adapter import Backbone
+from tokenprune.engine.adapter import Backbone, Description, Findings
 from tokenprune.errors import ConfigError, PluginError, nearest
 from tokenprune.model.device import DTYPES, native_dtype
 from tokenprune.pipelines.config import PipelineConfig
@@ -40,6 +40,61 @@ def load_backbone(
     folder = None if checkpoint is None else Path(checkpoint)
     made: Backbone = registry.backbone_factory(name).build(preset, folder, options, target, chosen, seed)
     return made
+
+
+def describe_backbone(
+    name: str, registry: Registry, checkpoint: str | Path | None, preset: str | None, options: Mapping[str, Any]
+) -> Description:
+    """Describe a backbone: dimensions, cameras, actions and token layout; no weights are made or read.
+
+    Args:
+        name: Registered name.
+        registry: Discovered plugins.
+        checkpoint: Folder in the release's format, or a hub id.
+        preset: What the backbone offers instead; its first one where neither is given.
+        options: The backbone's own.
+
+    Raises:
+        PluginError: If the backbone is unknown.
+        ConfigError: If the preset or an option is wrong.
+        CheckpointError: If the checkpoint cannot be used.
+    """
+    folder = None if checkpoint is None else Path(checkpoint)
+    chosen = chosen_preset(name, registry, checkpoint, preset)
+    described: Description = registry.backbone_factory(name).describe(chosen, folder, options)
+    return described
+
+
+def verify_checkpoint(name: str, registry: Registry, checkpoint: Path, options: Mapping[str, Any]) -> Findings:
+    """Compare a checkpoint with a backbone tensor by tensor; no weights are read.
+
+    Args:
+        name: Registered name of the backbone.
+        registry: Discovered plugins.
+        checkpoint: Folder in the release's format, or a hub id.
+        options: The backbone's own.
+
+    Raises:
+        PluginError: If the backbone is unknown, or cannot verify checkpoints.
+        ConfigError: If an option is wrong.
+        CheckpointError: If a file is missing, damaged or unsafe.
+    """
+    factory = registry.backbone_factory(name)
+    if not callable(getattr(factory, "verify", None)):
+        raise PluginError(f"backbone '{name}' of {registry.backbone(name).owner} cannot verify checkpoints")
+    findings: Findings = factory.verify(checkpoint, options)
+    return findings
+
+
+def chosen_preset(name: str, registry: Registry, checkpoint: str | Path | None, preset: str | None) -> str | None:
+    """Return the preset as given, or the backbone's first one where there is no checkpoint either.
+
+    Raises:
+        PluginError: If the backbone is unknown.
+    """
+    if checkpoint is None and preset is None:
+        return registry.backbone(name).spec.default_preset
+    return preset
 
 
 def load(

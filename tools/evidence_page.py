@@ -1,9 +1,9 @@
-"""Put what `tokenprune report` says of result files into a page, between the markers that name them.
+"""Write what `tokenprune report` prints of results files into a page, between the markers that name the files.
 
     python tools/evidence_page.py docs/evidence.md
 
-A marker is a line `<!-- report FILE [--baseline VARIANT] [VARIANT …] -->`; what follows up to `<!-- end -->` is
-replaced. A test holds the page to the files.
+A marker is a line `<!-- report FILE [--baseline VARIANT] [VARIANT …] -->`. What follows up to `<!-- end -->` is
+replaced. A test compares the page with the files.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from tokenprune.cli.eval import report
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def told(words: str) -> str:
-    """What `tokenprune report` prints for a file and variants, without the last line, which names the file."""
-    path, *variants = shlex.split(words)
+def report_text(arguments: str) -> str:
+    """Return what `tokenprune report` prints for a file and variants, without the last line, which names the file."""
+    path, *variants = shlex.split(arguments)
     baseline = variants[1] if variants[:1] == ["--baseline"] else None
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -32,15 +32,15 @@ def told(words: str) -> str:
     return "\n".join(lines[: lines.index(f"results: {ROOT / path}")]).strip("\n")
 
 
-def fill(page: str, word: str, told: Callable[[str], str]) -> str:
-    """The page with every block after a marker `<!-- WORD … -->` replaced by what is told of the words behind WORD."""
-    block = re.compile(rf"(<!-- {word} (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
-    return block.sub(lambda found: f"{found[1]}{told(found[2])}\n{found[3]}", page)
+def fill(page: str, marker: str, text_of: Callable[[str], str]) -> str:
+    """Return the page with every block after `<!-- MARKER ARGUMENTS -->` replaced by `text_of(ARGUMENTS)`."""
+    block = re.compile(rf"(<!-- {marker} (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+    return block.sub(lambda found: f"{found[1]}{text_of(found[2])}\n{found[3]}", page)
 
 
 def filled(page: str) -> str:
-    """The page with every marked block as its file has it now."""
-    return fill(page, "report", lambda words: f"```text\n{told(words)}\n```")
+    """Return the page with every marked block as its file has it now."""
+    return fill(page, "report", lambda arguments: f"```text\n{report_text(arguments)}\n```")
 
 
 def main() -> None:

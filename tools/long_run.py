@@ -1,30 +1,32 @@
-"""Many queries in one process, and what becomes of memory and latency.
+"""Measure memory and latency over many queries in one process.
 
     python tools/long_run.py --preset small --queries 5000 --out long-run.json
 
-The policy is asked, resets, gets other instructions, and a controller switches its mode all the time. Weights are
+Episodes with other instructions follow each other, and a controller switches the mode all the time. Weights are
 untrained random numbers unless the preset is a trained one.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import torch
 
 import tokenprune
 from tokenprune.policy import Policy
+from tokenprune.report.files import write_json
 from tokenprune.report.provenance import provenance
+from tokenprune.report.record import Provenance, Record
+from tokenprune.report.result import ResultFile
 from tokenprune.testing.matrix import random_observation
 
 INSTRUCTIONS = (
@@ -33,22 +35,21 @@ INSTRUCTIONS = (
     "push it",
 )
 EPISODE = 23
-"""Queries of an episode; odd, so that resets fall at every place of the modes' turns."""
+"""Queries of an episode; odd, so that resets fall on every query of the modes' cycle."""
 
 
-@dataclass(frozen=True)
-class Stretch:
-    """A stretch of queries.
+class Stretch(Record):
+    """Consecutive queries.
 
     Attributes:
-        until: Queries asked by its end.
+        until: Queries so far at its end.
         resident_mb: Memory of the process then.
         device_mb: Memory allocated on a CUDA device then, 0 elsewhere.
-        median_ms: Of a query in it.
-        modes: Queries of each mode in it.
-        switch_ms: How much longer a query takes in another mode than the one before it, than others of its mode; median
-            over those whose mode had others, None without any.
-        reset_ms: The same of the first query of an episode and the reset before it.
+        median_ms: Of its queries.
+        modes: Its queries by mode.
+        switch_ms: How much longer a query takes that switches to another mode than those that stay in that mode; median
+            over modes that have both, None without any.
+        reset_ms: The same for the first query of an episode, the reset before it included.
     """
 
     until: int
@@ -60,8 +61,32 @@ class Stretch:
     reset_ms: float | None
 
 
+class LongRunSettings(Record):
+    """The options of the command."""
+
+    backbone: str
+    preset: str
+    pipeline: str
+    execution: str
+    device: str
+    queries: int
+    stretch: int
+
+
+class LongRunResult(ResultFile):
+    """What the result file holds."""
+
+    command = "tools/long_run.py"
+
+    kind: Literal["long-run"] = "long-run"
+    provenance: Provenance
+    settings: LongRunSettings
+    untrained: bool
+    stretches: list[Stretch]
+
+
 @dataclass(frozen=True)
-class Asked:
+class TimedQuery:
     """One query: its mode, milliseconds, and what came before it, `reset`, `switch` or nothing."""
 
     mode: str
@@ -70,57 +95,64 @@ class Asked:
 
 
 def long_run(policy: Policy, queries: int, stretch: int) -> Iterator[Stretch]:
-    """Ask the policy and measure at the end of each stretch."""
+    """Query the policy, and yield what was measured at the end of each stretch."""
     info, rng = policy.backbone.info, np.random.default_rng(0)
-    seen = [random_observation(policy.backbone, rng) for _ in range(7)]
-    asked: list[Asked] = []
-    before = ""
+    observations = [random_observation(policy.backbone, rng) for _ in range(7)]
+    timed: list[TimedQuery] = []
+    previous = ""
     for query in range(queries):
         started = time.perf_counter()
         first = query % EPISODE == 0
         if first:
             policy.reset(INSTRUCTIONS[query // EPISODE % len(INSTRUCTIONS)])
-        mode = policy.act(seen[query % len(seen)]).trace.mode
+        mode = policy.act(observations[query % len(observations)]).trace.mode
         spent = (time.perf_counter() - started) * 1e3
-        asked.append(Asked(mode, spent, "reset" if first else "switch" if mode != before else ""))
-        before = mode
+        timed.append(TimedQuery(mode, spent, "reset" if first else "switch" if mode != previous else ""))
+        previous = mode
         for step in range(2):
             # Fast for some queries, then slow and downwards, so that a controller changes its mind.
             pace = 0.7 if query % 10 < 6 else -0.01
-            after = seen[(query + step) % len(seen)]
+            after = observations[(query + step) % len(observations)]
             policy.executed(np.full(info.action.dims, pace), np.full(7, float(query)), observation=after)
         if (query + 1) % stretch == 0:
-            yield summary(query + 1, asked)
-            asked = []
+            yield summary(query + 1, timed)
+            timed = []
 
 
-def summary(until: int, asked: Sequence[Asked]) -> Stretch:
-    """What a stretch says that has just ended."""
-    modes = Counter(one.mode for one in asked)
-    plain = {mode: [one.ms for one in asked if (one.mode, one.after) == (mode, "")] for mode in modes}
+def summary(until: int, queries: Sequence[TimedQuery]) -> Stretch:
+    """Summarise a stretch that has just ended."""
+    modes = Counter(query.mode for query in queries)
+    plain = {mode: [query.ms for query in queries if (query.mode, query.after) == (mode, "")] for mode in modes}
     usual = {mode: statistics.median(spent) for mode, spent in plain.items() if spent}
 
-    def more(after: str) -> float | None:
-        longer = [one.ms - usual[one.mode] for one in asked if one.after == after and one.mode in usual]
-        return statistics.median(longer) if longer else None
+    def longer(after: str) -> float | None:
+        extra = [query.ms - usual[query.mode] for query in queries if query.after == after and query.mode in usual]
+        return statistics.median(extra) if extra else None
 
-    median = statistics.median(one.ms for one in asked)
-    return Stretch(until, resident_mb(), device_mb(), median, dict(modes), more("switch"), more("reset"))
+    return Stretch(
+        until=until,
+        resident_mb=resident_mb(),
+        device_mb=device_mb(),
+        median_ms=statistics.median(query.ms for query in queries),
+        modes=dict(modes),
+        switch_ms=longer("switch"),
+        reset_ms=longer("reset"),
+    )
 
 
 def resident_mb() -> float:
-    """Resident memory of this process."""
+    """Return the resident memory of this process."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def device_mb() -> float:
-    """Memory that tensors hold on the CUDA device."""
+    """Return the memory that tensors hold on the CUDA device; 0 without one."""
     return torch.cuda.memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
 
 
 def signed(ms: float | None) -> str:
-    """As it is printed."""
+    """Return milliseconds with their sign, `-` where there are none."""
     return "-" if ms is None else f"{ms:+.1f}"
 
 
@@ -135,25 +167,31 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=5000)
     parser.add_argument("--stretch", type=int, default=500)
     parser.add_argument("--out", type=Path, required=True)
-    given = parser.parse_args()
+    options = vars(parser.parse_args())
+    out = options.pop("out")
+    settings = LongRunSettings(**options)
     policy = tokenprune.load(
-        given.backbone, preset=given.preset, pipeline=given.pipeline, device=given.device, execution=given.execution
+        settings.backbone,
+        preset=settings.preset,
+        pipeline=settings.pipeline,
+        device=settings.device,
+        execution=settings.execution,
     )
-    data: dict[str, Any] = {
-        "kind": "long-run",
-        "provenance": provenance(policy.backbone.device),
-        "settings": {name: value for name, value in vars(given).items() if name != "out"},
-        "untrained": policy.backbone.info.untrained,
-        "stretches": [],
-    }
-    for one in long_run(policy, given.queries, given.stretch):
+    result = LongRunResult(
+        provenance=provenance(policy.backbone.device),
+        settings=settings,
+        untrained=policy.backbone.info.untrained,
+        stretches=[],
+    )
+    for stretch in long_run(policy, settings.queries, settings.stretch):
         print(
-            f"{one.until:6d} queries  {one.resident_mb:8.1f} MB resident  {one.device_mb:8.1f} MB on the device  "
-            f"{one.median_ms:8.2f} ms, after a switch {signed(one.switch_ms)}, after a reset {signed(one.reset_ms)}",
+            f"{stretch.until:6d} queries  {stretch.resident_mb:8.1f} MB resident  "
+            f"{stretch.device_mb:8.1f} MB on the device  {stretch.median_ms:8.2f} ms, "
+            f"after a switch {signed(stretch.switch_ms)}, after a reset {signed(stretch.reset_ms)}",
             flush=True,
         )
-        data["stretches"].append(asdict(one))
-        given.out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        result = result.model_copy(update={"stretches": [*result.stretches, stretch]})
+        write_json(out, result.to_json())
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 
 from tests.helpers.planting import REGISTRY
 from tests.helpers.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
-from tokenprune.bench.memory import Gauged, count_waits
+from tokenprune.bench.memory import MeteredPolicy, count_waits
 from tokenprune.pipelines.config import DENSE
 from tokenprune.policy import Policy
 
@@ -20,7 +20,7 @@ from tokenprune.policy import Policy
 def peaks_of(monkeypatch: pytest.MonkeyPatch, *sizes: int) -> list[int | None]:
     """Peaks of queries that take and give back so many bytes."""
     backbone = tiny_policy_parts(tiny_config())
-    policy = Gauged(backbone, DENSE, REGISTRY)
+    policy = MeteredPolicy(backbone, DENSE, REGISTRY)
     policy.reset(INSTRUCTION)
     left = iter(sizes)
     real = Policy.act
@@ -43,7 +43,8 @@ def test_peaks_are_of_each_query(monkeypatch):
         assert small is not None
         assert large - small > 0.9 * 2**28
     else:
-        assert small is None
+        # A peak that was not reset is reported only where it is about what the process holds anyway.
+        assert small is None or small - resident("VmRSS") < 2**27
 
 
 def kernel_forgets_peaks() -> bool:
@@ -51,16 +52,16 @@ def kernel_forgets_peaks() -> bool:
     taken = np.ones(2**28, dtype=np.uint8)
     del taken
     try:
-        before = resident_peak()
+        before = resident("VmHWM")
         Path("/proc/self/clear_refs").write_text("5")
-        return before - resident_peak() > 2**27
+        return before - resident("VmHWM") > 2**27
     except (OSError, StopIteration):
         return False
 
 
-def resident_peak() -> int:
+def resident(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def test_a_peak_that_cannot_be_forgotten_is_not_told(monkeypatch, tmp_path):

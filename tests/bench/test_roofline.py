@@ -13,7 +13,7 @@ from tokenprune.model.flops import layer_weights
 from tokenprune.model.info import ActionSpec, BackboneInfo, DecoderShape, FollowUp
 from tokenprune.model.phase import Phase
 from tokenprune.tokens.layout import Role, Segment, TokenLayout
-from tokenprune.tokens.plan import Cut, Plan
+from tokenprune.tokens.plan import Cut, Plan, Removal
 
 # A layer has 4 * 8 * 8 + 3 * 8 * 10 = 496 weights.
 SHAPE = DecoderShape(depth=3, hidden=8, heads=2, kv_heads=2, head_dim=4, mlp=10, causal=False)
@@ -87,8 +87,11 @@ def test_repeated_passes_read_everything_again_and_skipped_layers_nothing():
 
 def test_merging_and_probes_are_no_part_of_the_floor():
     roof = Roof(1e6, 1e9, 1, 1)
-    plain, merging = (floor(INFO, plan_of(LAYOUT, Cut(0, (), 90, 9, merge=m)), roof, 2).total for m in (False, True))
-    assert plain == merging
+    dropping, merging = (
+        floor(INFO, plan_of(LAYOUT, Cut(0, (), 90, 9, removal=removal)), roof, 2).total
+        for removal in (Removal.DROP, Removal.MERGE)
+    )
+    assert dropping == merging
 
 
 @pytest.mark.parametrize(

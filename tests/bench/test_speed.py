@@ -19,10 +19,11 @@ from typer.testing import CliRunner
 from tests.helpers.bench_episode import EPISODE, given_roof
 from tests.helpers.paths import ROOT
 from tests.helpers.planting import REGISTRY
-from tokenprune.bench.memory import Gauged
+from tokenprune.bench.memory import MeteredPolicy
+from tokenprune.bench.result import BenchResult
 from tokenprune.bench.roofline import Roof, measure_roof
-from tokenprune.bench.row import SpeedRow
-from tokenprune.bench.speed import BenchSettings, Subject, bench
+from tokenprune.bench.settings import BenchSettings
+from tokenprune.bench.speed import Subject, bench
 from tokenprune.bench.table import bench_text, needs_table, speed_table
 from tokenprune.bench.upstream import UPSTREAM
 from tokenprune.cli import app
@@ -30,6 +31,7 @@ from tokenprune.compare.episode import load_episode
 from tokenprune.engine.executor import Execution
 from tokenprune.errors import ConfigError, EpisodeError, ResultError, TokenPruneError
 from tokenprune.pipelines.loader import load_pipeline
+from tokenprune.report.files import read_result, write_json
 from tokenprune.report.text import WIDTH
 
 OFT = Subject("openvla-oft", "tiny", EPISODE)
@@ -41,7 +43,11 @@ BACKBONES = ("openvla", "openvla-oft", "pi0", "pi05")
 def run(*pipelines: str, subjects: Sequence[Subject] = (OFT,), save: Any = None, **changed: Any) -> dict[str, Any]:
     settings = BenchSettings(**{"dtypes": ("float32",), "pairs": 3, "warmup": 1, "queries": 2, **changed})
     loaded = [load_pipeline(name, REGISTRY) for name in pipelines]
-    return bench(subjects, loaded, settings, REGISTRY, save or (lambda data: None), roof=given_roof)
+    return bench(subjects, loaded, settings, REGISTRY, save or (lambda result: None), roof=given_roof).to_json()
+
+
+def text(data: dict[str, Any]) -> str:
+    return bench_text(BenchResult.model_validate(data))
 
 
 @pytest.fixture(scope="module")
@@ -98,15 +104,15 @@ def test_the_curve_ends_at_dense_and_never_falls(result):
         assert one["floor_ms"] <= other["floor_ms"]
 
 
-def test_dense_and_pipeline_are_asked_in_turn_at_the_same_observations(monkeypatch):
+def test_dense_and_pipeline_are_queried_in_turn_at_the_same_observations(monkeypatch):
     log = []
-    real = Gauged.act
+    real = MeteredPolicy.act
 
-    def act(self: Gauged, observation: Any, slot: int = 0) -> Any:
+    def act(self: MeteredPolicy, observation: Any, slot: int = 0) -> Any:
         log.append((self.pipeline.config.name, observation["state"].tobytes(), self.counting))
         return real(self, observation, slot)
 
-    monkeypatch.setattr(Gauged, "act", act)
+    monkeypatch.setattr(MeteredPolicy, "act", act)
     # Five pairs of an episode of two queries: it is played three times.
     run("random", "uniform_grid", pairs=5, warmup=1)
     names = [name for name, _, _ in log]
@@ -114,7 +120,7 @@ def test_dense_and_pipeline_are_asked_in_turn_at_the_same_observations(monkeypat
     assert all(one[1] == other[1] for one, other in zip(log[::2], log[1::2], strict=True))
     first, second = log[0][1], log[4][1]
     assert first != second
-    assert [seen for _, seen, _ in log[:12:2]] == [first, first, second, first, second, first]
+    assert [state for _, state, _ in log[:12:2]] == [first, first, second, first, second, first]
     assert [counting for _, _, counting in log[:12]] == [True] * 2 + [False] * 10
 
 
@@ -134,26 +140,26 @@ def test_every_backbone_is_measured_and_what_it_cannot_run_is_named():
 
 def test_what_is_finished_is_saved_before_the_next_begins(monkeypatch):
     saved: list[dict[str, Any]] = []
-    real = Gauged.act
+    real = MeteredPolicy.act
 
-    def act(self: Gauged, observation: Any, slot: int = 0) -> Any:
+    def act(self: MeteredPolicy, observation: Any, slot: int = 0) -> Any:
         if self.pipeline.config.name == "uniform_grid":
             raise KeyboardInterrupt
         return real(self, observation, slot)
 
-    monkeypatch.setattr(Gauged, "act", act)
+    monkeypatch.setattr(MeteredPolicy, "act", act)
     with pytest.raises(KeyboardInterrupt):
-        run("random", "none", "uniform_grid", save=lambda data: saved.append(json.loads(json.dumps(data))))
+        run("random", "none", "uniform_grid", save=lambda result: saved.append(result.to_json()))
     assert [[row["pipeline"] for row in data["results"][0]["rows"]] for data in saved] == [
         ["dense", "random"], ["dense", "random", "none"],
     ]  # fmt: skip
     assert not any(data["complete"] for data in saved)
-    assert "not finished" in bench_text(saved[-1])
+    assert "not finished" in text(saved[-1])
 
 
-def test_a_row_survives_its_file(result):
-    for row in result["results"][0]["rows"]:
-        assert json.loads(json.dumps(SpeedRow.from_json(row).to_json())) == row
+def test_a_result_survives_its_file(result, tmp_path):
+    write_json(tmp_path / "bench.json", result)
+    assert read_result(tmp_path / "bench.json", BenchResult).to_json() == result
 
 
 @pytest.mark.parametrize(
@@ -191,21 +197,21 @@ def test_text_fits_eighty_columns(result):
         row |= {"median_ms": 21034.5, "p95_ms": 99999.0, "tflops": 412.3, "over_floor": 131.2, "floor_ms": 17000.1}
         row |= {"gflops": 8812.3, "peak_bytes": 141e9, "waits": 123, "speedup": 12.34, "tokens_mean": 768.0}
         row |= {"of_peak": 1.0, "selection": 0.4094}
-    rows = [SpeedRow.from_json(row) for row in wide["results"][0]["rows"]]
+    rows = BenchResult.model_validate(wide).results[0].rows
     # Where a table does not fit, rich crops it without a word.
     for table in (speed_table(rows), needs_table(rows)):
         assert Console(width=200).measure(table).minimum <= WIDTH
     for data in (result, wide):
-        lines = bench_text(data).splitlines()
+        lines = text(data).splitlines()
         assert max(map(len, lines)) <= WIDTH
         assert not any("…" in line for line in lines)
-    text = bench_text(wide)
+    words = text(wide)
     for word in ("131", "412", "8812", "141.00", "floor", "peak", UPSTREAM.split()[0]):
-        assert word in text
+        assert word in words
     # What is not known is not a number.
     for row in wide["results"][0]["rows"]:
         row["peak_bytes"] = None
-    assert "141.00" not in bench_text(wide)
+    assert "141.00" not in text(wide)
 
 
 def test_the_command_writes_file_chart_and_profile(tmp_path, monkeypatch):
@@ -251,7 +257,7 @@ def test_a_trained_preset_is_measured_too(tmp_path, monkeypatch):
     words = ["bench", "random", "--preset", "mini", "--pairs", "1", "--warmup", "1", "--out", str(tmp_path), "--json"]
     data = json.loads(CliRunner().invoke(app, words, catch_exceptions=False).output)
     assert not data["results"][0]["backbone"]["untrained"]
-    assert "untrained" not in bench_text(data)
+    assert "untrained" not in text(data)
     assert data["settings"]["modes"] == ["eager"]
 
 
@@ -267,16 +273,16 @@ def test_a_policy_with_three_cameras_looks_at_an_episode_with_three():
 
 def test_the_roof_is_the_best_of_those_measured_between_pipelines():
     measured = iter([Roof(2e12, 1e10, 8, 8), Roof(1e12, 3e10, 8, 8), Roof(4e12, 2e10, 8, 8)])
-    seen = []
+    saved = []
     settings = BenchSettings(dtypes=("float32",), pairs=1, warmup=1, queries=1)
     loaded = [load_pipeline(name, REGISTRY) for name in ("random", "fastv")]
 
-    def save(data):
-        seen.append(json.loads(json.dumps(data["results"][0])))
+    def save(result):
+        saved.append(result.to_json()["results"][0])
 
     bench([OFT], loaded, settings, REGISTRY, save, roof=lambda device, dtype: next(measured))
-    assert [(one["roof"]["flops"], one["roof"]["bandwidth"]) for one in seen[:2]] == [(2e12, 3e10), (4e12, 3e10)]
-    for one in seen[:2]:
+    assert [(one["roof"]["flops"], one["roof"]["bandwidth"]) for one in saved[:2]] == [(2e12, 3e10), (4e12, 3e10)]
+    for one in saved[:2]:
         assert [row["of_peak"] * one["roof"]["flops"] for row in one["rows"]] == pytest.approx(
             [row["tflops"] * 1e12 for row in one["rows"]]
         )

@@ -23,7 +23,7 @@ CASES = [
 ]
 
 
-def asked(backbone):
+def chunks_of(backbone):
     policy = Policy(backbone, DENSE, REGISTRY)
     policy.reset(INSTRUCTION)
     rng = np.random.default_rng(1)
@@ -33,7 +33,7 @@ def asked(backbone):
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_actions_equal_dense(name, options):
     backbone = load_backbone(name, REGISTRY, None, "tiny", "cpu", "float64", 0, options)
-    pairs = list(zip(asked(backbone), asked(UpstreamBackbone(backbone)), strict=True))
+    pairs = list(zip(chunks_of(backbone), chunks_of(UpstreamBackbone(backbone)), strict=True))
     for dense, upstream in pairs:
         assert np.abs(upstream.actions - dense.actions).max() <= 1e-6
         assert upstream.trace.held == dense.trace.held
@@ -49,7 +49,7 @@ def test_in_bfloat16_they_differ_no_more_than_bfloat16_does(name, options):
     coarse, fine = (
         load_backbone(name, REGISTRY, None, "tiny", "cpu", dtype, 0, options) for dtype in ("bfloat16", "float64")
     )
-    dense, exact, upstream = map(asked, (coarse, fine, UpstreamBackbone(coarse)))
+    dense, exact, upstream = map(chunks_of, (coarse, fine, UpstreamBackbone(coarse)))
 
     def apart(one, other):
         return np.mean([np.abs(a.actions - b.actions).mean() for a, b in zip(one, other, strict=True)])
@@ -68,7 +68,7 @@ def test_every_map_is_kept_and_logits_are_made_where_upstream_makes_them(name, o
         return real(self, *given, **named)
 
     monkeypatch.setattr(UpstreamRunner, "__call__", run)
-    chunk = asked(UpstreamBackbone(backbone))[0]
+    chunk = chunks_of(UpstreamBackbone(backbone))[0]
     info, n = backbone.info, chunk.trace.plan.layout.n_tokens
     maps, logits = runners[0].maps, runners[0].logits
     assert all(one is runners[0] for one in runners[: len(runners) // 2])
@@ -89,8 +89,8 @@ def test_every_map_is_kept_and_logits_are_made_where_upstream_makes_them(name, o
 def test_the_products_own_decoder_is_left_as_it_was():
     backbone = load_backbone("openvla-oft", REGISTRY, None, "tiny", "cpu", "float32", 0, {})
     decoder = backbone.decoder
-    before = asked(backbone)
-    asked(UpstreamBackbone(backbone))
+    before = chunks_of(backbone)
+    chunks_of(UpstreamBackbone(backbone))
     assert backbone.decoder is decoder
-    for one, other in zip(before, asked(backbone), strict=True):
+    for one, other in zip(before, chunks_of(backbone), strict=True):
         assert np.array_equal(one.actions, other.actions)

@@ -8,7 +8,6 @@ import pytest
 
 from tests.helpers import toy_environment as toy
 from tokenprune.cli import main
-from tokenprune.cli.eval import initial_states
 from tokenprune.evaluation.results_file import read_results
 from tokenprune.evaluation.starts import Start, write_starts
 
@@ -138,11 +137,6 @@ def test_initial_states_are_taken_in_the_order_given(tokenprune, tmp_path):
     assert tokenprune("eval", "dense", *TOY, *words, "--out", tmp_path / "e.jsonl")[0] == 0
     starts = [(r.init_state, r.seed) for r in read_results(tmp_path / "e.jsonl").records]
     assert starts == [(3, 5), (1, 5), (3, 6)]
-
-
-@pytest.mark.parametrize(("text", "states"), [("2:4", [2, 3]), ("3,1", [3, 1]), ("7", [7])])
-def test_initial_states_as_a_range_and_as_a_list(text, states):
-    assert initial_states(text) == states
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from tests.helpers.paths import EPISODE
 from tests.helpers.planting import REGISTRY
 from tests.helpers.tiny_oft import tiny_config, tiny_policy_parts
 from tokenprune.cli import app
-from tokenprune.compare.comparison import Comparison, compare
+from tokenprune.compare.comparison import compare
 from tokenprune.compare.episode import Episode, load_episode
 from tokenprune.compare.replay import query_steps
 from tokenprune.compare.row import make_row
@@ -25,7 +25,9 @@ from tokenprune.errors import ConfigError, EpisodeError
 from tokenprune.pipelines.loader import load_pipeline
 from tokenprune.policy import ActionChunk
 from tokenprune.registry.discovery import Registry
-from tokenprune.report.text import WIDTH, milliseconds
+from tokenprune.report.files import read_result, write_json
+from tokenprune.report.result import CompareResult
+from tokenprune.report.text import WIDTH
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +36,13 @@ def episode() -> Episode:
 
 
 @pytest.fixture(scope="module")
-def result(episode: Episode) -> Comparison:
+def result(episode: Episode) -> CompareResult:
     backbone = tiny_policy_parts(tiny_config())
     loaded = [load_pipeline(name, REGISTRY) for name in ("dense", "none", "random", "fastv@keep=8,after=0")]
     return compare(backbone, loaded, episode, REGISTRY, queries=3)
 
 
-def test_rows_are_what_was_asked_for_with_dense_first(result: Comparison) -> None:
+def test_rows_are_what_was_asked_for_with_dense_first(result: CompareResult) -> None:
     assert [row.pipeline for row in result.rows] == ["dense", "none", "random", "fastv@keep=8,after=0"]
     dense, none, random, fastv = result.rows
     assert dense.flop_ratio == dense.speedup == dense.efficiency == 1
@@ -51,7 +53,7 @@ def test_rows_are_what_was_asked_for_with_dense_first(result: Comparison) -> Non
     assert fastv.flop_ratio > 1
 
 
-def test_error_is_zero_where_nothing_was_pruned_and_not_where_it_was(result: Comparison) -> None:
+def test_error_is_zero_where_nothing_was_pruned_and_not_where_it_was(result: CompareResult) -> None:
     dense, none, random, _ = result.rows
     assert set(dense.error) == {"translation", "rotation", "gripper"}
     assert not any(none.error.values())
@@ -59,8 +61,8 @@ def test_error_is_zero_where_nothing_was_pruned_and_not_where_it_was(result: Com
     assert all(random.error.values())
 
 
-def test_the_result_is_plain_data_with_proof_of_pruning(result: Comparison) -> None:
-    data = json.loads(json.dumps(result.data))
+def test_the_result_is_plain_data_with_proof_of_pruning(result: CompareResult) -> None:
+    data = json.loads(json.dumps(result.to_json()))
     assert data["kind"] == "compare"
     assert {"torch", "transformers"} <= set(data["provenance"]["packages"])
     assert data["episode"]["steps"] == [0, 8, 16]
@@ -74,11 +76,16 @@ def test_the_result_is_plain_data_with_proof_of_pruning(result: Comparison) -> N
     assert note.startswith("fastv: attention of the 'text' rows in place of the last one")
 
 
+def test_a_result_survives_its_file(result: CompareResult, tmp_path: Path) -> None:
+    write_json(tmp_path / "result.json", result.to_json())
+    assert read_result(tmp_path / "result.json", CompareResult) == result
+
+
 def chunk(trace: Any, actions: np.ndarray, ms: float, selection: float) -> ActionChunk:
     return ActionChunk(actions, actions, replace(trace, milliseconds=ms, phases={"selection": selection}))
 
 
-def test_numbers_of_a_row_by_hand(result: Comparison, episode: Episode) -> None:
+def test_numbers_of_a_row_by_hand(result: CompareResult, episode: Episode) -> None:
     backbone = tiny_policy_parts(tiny_config())
     from tokenprune.pipelines.config import DENSE
     from tokenprune.policy import Policy
@@ -105,20 +112,17 @@ def test_numbers_of_a_row_by_hand(result: Comparison, episode: Episode) -> None:
     assert row.efficiency == 2.0
 
 
-def test_the_table_fits_eighty_columns(result: Comparison, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [replace(row, median_ms=12345.6, gflops=8812.3, gripper_flips=160) for row in result.rows]
-    Console(width=WIDTH, highlight=False).print(compare_table(tuple(rows)))
-    print(compare_legend(tuple(rows), result.data["note"]))
+def test_the_table_fits_eighty_columns(result: CompareResult, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        row.model_copy(update={"median_ms": 12345.6, "gflops": 8812.3, "gripper_flips": 160}) for row in result.rows
+    ]
+    Console(width=WIDTH, highlight=False).print(compare_table(rows))
+    print(compare_legend(rows, result.note))
     printed = capsys.readouterr().out.splitlines()
     assert max(map(len, printed)) <= WIDTH
     assert not any("…" in line for line in printed)
     assert "8812" in "".join(printed)
     assert "untrained" in "".join(printed)
-
-
-@pytest.mark.parametrize(("value", "text"), [(3.14159, "3.14"), (45.67, "45.7"), (612.3, "612"), (21000.0, "21s")])
-def test_milliseconds_in_four_characters(value: float, text: str) -> None:
-    assert milliseconds(value) == text
 
 
 def test_two_pipelines_of_one_name_are_refused(episode: Episode) -> None:

@@ -7,13 +7,12 @@ from dataclasses import replace
 import torch
 
 from tests.helpers.planting import REGISTRY, pipeline
+from tests.helpers.registries import with_stages
 from tests.helpers.stages import TestConfig
 from tests.helpers.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
 from tokenprune.model.info import BackboneInfo
 from tokenprune.policy import Policy
-from tokenprune.registry.discovery import Owner, Registered
 from tokenprune.registry.hookspecs import hookimpl
-from tokenprune.registry.specs import StageSpec
 from tokenprune.stages.memory import ExecutedAction
 from tokenprune.stages.needs import StageNeeds
 from tokenprune.stages.query_record import QueryRecord
@@ -50,14 +49,11 @@ class Watching(Stage[TestConfig]):
 
 
 def ran(queries: int) -> tuple[Policy, Watching]:
-    found = REGISTRY
-    spec = StageSpec("test.watching", "scorer", "for tests", f"{__name__}:Watching")
-    found.stages["test.watching"] = Registered(spec, Owner("tests", "0", __name__))
+    found = with_stages(REGISTRY, [Watching], kind="scorer")
     config = pipeline(TestConfig(use="test.watching", after=(LAYER,), keep=10))
     Watching.records, Watching.recalled = [], []
     backbone = tiny_policy_parts(tiny_config())
     policy = Policy(backbone, config, found)
-    del found.stages["test.watching"]
     policy.reset(INSTRUCTION)
     for number in range(queries):
         policy.act(observation(backbone.config, number))

@@ -12,10 +12,11 @@ from long_run import long_run
 from tests.helpers.graph_safe import GRAPH_SAFE
 from tests.helpers.planting import REGISTRY
 from tokenprune.bench.roofline import measure_roof
-from tokenprune.bench.speed import BenchSettings, Subject, bench
+from tokenprune.bench.settings import BenchSettings
+from tokenprune.bench.speed import Subject, bench
 from tokenprune.bench.upstream import UPSTREAM, UpstreamBackbone
-from tokenprune.cli.options import bundled_episode
 from tokenprune.compare.episode import load_episode
+from tokenprune.compare.episode_source import bundled_episode
 from tokenprune.loading import load_backbone
 from tokenprune.pipelines.config import DENSE
 from tokenprune.pipelines.loader import load_pipeline
@@ -100,7 +101,7 @@ def test_the_bench_counts_waits_and_memory_on_a_gpu():
     episode = load_episode(bundled_episode(REGISTRY, "openvla-oft"))
     settings = BenchSettings(dtypes=("bfloat16",), device="cuda", pairs=3, warmup=1, reference="upstream")
     subjects = [Subject("openvla-oft", "small", episode)]
-    data = bench(subjects, [load_pipeline("specprune", REGISTRY)], settings, REGISTRY)
+    data = bench(subjects, [load_pipeline("specprune", REGISTRY)], settings, REGISTRY).to_json()
     rows = {row["pipeline"]: row for row in data["results"][0]["rows"]}
     assert data["provenance"]["gpu"]
     assert rows["dense"]["waits"] > 0, "the upload of the pictures and the download of the actions wait"

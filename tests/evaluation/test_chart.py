@@ -71,8 +71,8 @@ def test_points_intervals_and_colours_of_the_chart():
     for segment, wins in zip(intervals, (30, 6, 29), strict=True):
         assert segment[:, 1] / 100 == pytest.approx(wilson(wins, 30))
     assert len({dot.get_color() for dot in dots}) == 3
-    said = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert said == ["dense", "no difference from dense seen", "differs from dense, p < 0.05"]
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts == ["dense", "no difference from dense seen", "differs from dense, p < 0.05"]
     assert [line.get_color() for line in figure.legends[0].get_lines()] == [dots[i].get_color() for i in (0, 2, 1)]
 
 

@@ -40,11 +40,11 @@ def test_what_training_would_change_shows(tmp_path_factory, start, length):
 
 
 def test_other_names_sizes_and_settings_show(folder):
-    seen = {fingerprint(folder)}
+    hashes = {fingerprint(folder)}
     (folder / "config.json").write_text("{ }")
-    seen.add(fingerprint(folder))
+    hashes.add(fingerprint(folder))
     (folder / "model.safetensors").rename(folder / "other.safetensors")
-    seen.add(fingerprint(folder))
+    hashes.add(fingerprint(folder))
     (folder / "other.safetensors").write_bytes(bytes(range(256)) * 20_001)
-    seen.add(fingerprint(folder))
-    assert len(seen) == 4
+    hashes.add(fingerprint(folder))
+    assert len(hashes) == 4

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.helpers.paths import ROOT
 from tests.helpers.rollout_engines import by_job, evaluation, expected
@@ -22,6 +23,7 @@ from tokenprune.evaluation import local_engine as local
 from tokenprune.evaluation.jobs import Job
 from tokenprune.evaluation.local_engine import LocalEngine
 from tokenprune.evaluation.results_file import ResultsFile, read_results
+from tokenprune.report.provenance import provenance
 
 
 def children():
@@ -128,15 +130,17 @@ def test_nothing_to_do_starts_nothing():
 EVALUATE = """
 import sys
 from pathlib import Path
+import torch
 from tests.helpers.rollout_engines import evaluation
 from tokenprune.evaluation.local_engine import LocalEngine
 from tokenprune.evaluation.results_file import ResultsFile
+from tokenprune.report.provenance import provenance
 
 if __name__ == "__main__":
     spec, jobs = evaluation(log=sys.argv[2], hang={"0-1": 1}, count=str(Path(sys.argv[2]).parent))
-    with ResultsFile(Path(sys.argv[1]), {"seed": 0}, {}) as results:
+    with ResultsFile(Path(sys.argv[1]), {"seed": 0}, provenance(torch.device("cpu"))) as results:
         for variant in spec.variants:
-            results.declare(variant.label, {"pipeline": variant.pipeline})
+            results.declare(variant.label, {"pipeline": variant.pipeline, "condition": variant.condition})
         missing = [job for job in jobs if not results.holds(job.start, job.variant)]
         for record in LocalEngine(1).run(spec, missing):
             results.append(record)
@@ -167,7 +171,7 @@ def test_an_evaluation_that_was_killed_goes_on_where_it_was(tmp_path):
     with path.open("ab") as file:
         file.write(b'{"kind": "episode", "variant": "dense", "envi')
     spec, jobs = evaluation()
-    with ResultsFile(path, {"seed": 0}, {}) as results:
+    with ResultsFile(path, {"seed": 0}, provenance(torch.device("cpu"))) as results:
         missing = [job for job in jobs if not results.holds(job.start, job.variant)]
         assert missing == [job for job in jobs if job not in [Job(r.start, r.variant) for r in done]]
         assert len(missing) == len(jobs) - 3

@@ -34,9 +34,9 @@ def cluster():
 
 def listening(ray):
     """Addresses at which the cluster listens."""
-    told = subprocess.run(["ss", "-ltnpH"], capture_output=True, text=True, check=True).stdout
+    sockets = subprocess.run(["ss", "-ltnpH"], capture_output=True, text=True, check=True).stdout
     return [
-        line.split()[3] for line in told.splitlines() if "gcs_server" in line or "raylet" in line or "ray::" in line
+        line.split()[3] for line in sockets.splitlines() if "gcs_server" in line or "raylet" in line or "ray::" in line
     ]
 
 
@@ -97,7 +97,7 @@ def test_what_no_machine_has_is_not_waited_for(cluster):
     ],
 )
 def test_an_address_that_does_not_answer_is_given_up(monkeypatch, address, message):
-    monkeypatch.setattr(ray_engine, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(ray_engine, "CONNECT_S", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as silent, socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         given = address.format(closed=closed.getsockname()[1], silent=silent.getsockname()[1])

@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict, replace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,8 +15,12 @@ from tests.helpers.episode_record import RECORD
 from tokenprune.errors import ResultError, RolloutError
 from tokenprune.evaluation.results_file import ResultsFile, read_results
 from tokenprune.evaluation.starts import Start
+from tokenprune.report.provenance import provenance
 
 SETTINGS = {"backbone": "toy", "execute": None, "environments": {"toy": {"views": ("primary", "wrist"), "horizon": 9}}}
+
+
+PROVENANCE = provenance(torch.device("cpu"))
 
 
 VARIANT = {"pipeline": {"version": 1, "name": "dense", "stages": []}, "condition": ""}
@@ -27,7 +32,7 @@ def path(tmp_path):
 
 
 def opened(path, **changed):
-    return ResultsFile(path, {**SETTINGS, **changed}, {"git": "abc"})
+    return ResultsFile(path, {**SETTINGS, **changed}, PROVENANCE)
 
 
 def filled(path, episodes=3):
@@ -43,11 +48,11 @@ def test_a_file_holds_a_header_variants_and_episodes_line_by_line(path):
     records = filled(path, 2)
     header, variant, *episodes = (json.loads(line) for line in path.read_text().splitlines())
     plain = {**SETTINGS, "environments": {"toy": {"views": ["primary", "wrist"], "horizon": 9}}}
-    assert header == {"kind": "header", "format_version": 1, "settings": plain, "provenance": {"git": "abc"}}
+    assert header == {"kind": "header", "format_version": 1, "settings": plain, "provenance": PROVENANCE.to_json()}
     assert variant == {"kind": "variant", "label": "dense", **VARIANT}
     assert episodes == [{"kind": "episode", **asdict(record)} for record in records]
     results = read_results(path)
-    assert (results.settings, results.provenance) == (plain, {"git": "abc"})
+    assert (results.settings, results.provenance) == (plain, PROVENANCE.to_json())
     assert (results.variants, results.records) == ({"dense": VARIANT}, records)
 
 
@@ -170,6 +175,11 @@ def line(**changed):
     return json.dumps({"kind": "episode", **asdict(RECORD), **changed})
 
 
+def header(**changed):
+    facts = PROVENANCE.to_json() | changed
+    return json.dumps({"kind": "header", "format_version": 1, "settings": SETTINGS, "provenance": facts})
+
+
 def without(key):
     return json.dumps({k: v for k, v in json.loads(line()).items() if k != key})
 
@@ -195,6 +205,10 @@ def without(key):
         (1, line(), "goal.jsonl:1: this is not a results file, or its header is damaged: the first line is not a head"),
         (1, '{"kind": "header", "format_version": 2}', "goal.jsonl:1: .*only format version 1 can be read"),
         (1, '{"kind": "header", "format_version": 1}', "goal.jsonl:1: .*settings"),
+        (1, '{"kind": "header"}', "goal.jsonl:1: .*missing key 'format_version'"),
+        (1, header(cpu=3), "goal.jsonl:1: .*header is damaged: provenance.cpu: Input should be a valid string"),
+        (2, '{"kind": "variant", "label": "dense", "condition": ""}', "goal.jsonl:2: .*pipeline: Field required"),
+        (2, json.dumps({"kind": "variant", "label": "dense", **VARIANT, "pipeline": {}}), "pipeline: .*a 'name'"),
     ],
 )
 def test_a_damaged_line_is_named(path, number, text, message):

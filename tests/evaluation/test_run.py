@@ -1,4 +1,4 @@
-"""One episode: what the policy is given, what the environment is told, and every number of the record."""
+"""One episode: what the policy is given, which actions the environment gets, and every number of the record."""
 
 from __future__ import annotations
 
@@ -69,20 +69,20 @@ class Watched:
 
     def __init__(self, policy, clock):
         self.policy, self.clock, self.backbone = policy, clock, policy.backbone
-        self.told, self.seen, self.chunks, self.executions = [], [], [], []
+        self.instructions, self.observations, self.chunks, self.executions = [], [], [], []
 
     looks_back = property(lambda self: self.policy.looks_back)
 
     def reset(self, instruction):
         self.clock[0] += 10.0
-        self.told.append(instruction)
+        self.instructions.append(instruction)
         self.policy.reset(instruction)
 
     def act(self, observation):
         self.clock[0] += 100.0
         # The toy draws into the same arrays again.
         images = {view: image.copy() for view, image in observation["images"].items()}
-        self.seen.append({**observation, "images": images})
+        self.observations.append({**observation, "images": images})
         chunk = self.policy.act(observation)
         # Chunk and step each action begins at.
         self.chunks.append((len(self.executions), chunk))
@@ -156,7 +156,7 @@ def test_every_number_of_a_record(clock, start, pipeline, how, replans):
     modes = [trace.mode for trace in traces]
     assert record.modes == {mode: modes.count(mode) for mode in set(modes)}
     # One token of the state, and one of each number and word, are never pruned.
-    fixed = 1 + 16 + len(policy.told[0].split())
+    fixed = 1 + 16 + len(policy.instructions[0].split())
     held = [[n - fixed for n in trace.held] for trace in traces]
     assert record.tokens_mean == pytest.approx(sum(sum(h) / 3 for h in held) / len(held))
     assert record.tokens_last == pytest.approx(sum(h[-1] for h in held) / len(held))
@@ -218,7 +218,8 @@ def test_the_policy_is_told_pose_and_time_of_what_was_executed(clock):
 
 def black(policy):
     """Views that were black in every query; the others never are."""
-    found = [{view for view, image in seen["images"].items() if not image.any()} for seen in policy.seen]
+    images = [observation["images"] for observation in policy.observations]
+    found = [{view for view, image in views.items() if not image.any()} for views in images]
     assert all(views == found[0] for views in found)
     return found[0]
 
@@ -236,7 +237,7 @@ def black(policy):
 def test_a_condition_changes_what_the_policy_is_given_and_nothing_else(clock, condition, dark, instruction):
     _, policy, _ = play(clock, moody(back=2), condition, (0, 1, 0))
     assert black(policy) == dark
-    assert policy.told == [instruction]
+    assert policy.instructions == [instruction]
     (past,) = [images for images in policy.policy._slots[0].past._frames.values() if callable(images)][-1:]
     assert {view for view, image in past().items() if not image.any()} == dark
 
@@ -253,7 +254,7 @@ def test_frames_are_drawn_only_where_a_stage_looks_back(clock, condition):
 def test_a_policy_is_given_the_views_it_looks_at_and_no_others(clock):
     one = toy.ToyPolicy(("wrist",), 0)
     _, policy, _ = play(clock, backbone=one)
-    assert list(policy.seen[0]["images"]) == ["wrist"]
+    assert list(policy.observations[0]["images"]) == ["wrist"]
     with pytest.raises(ConfigError, match="environment 'toy' has the views primary; the policy also looks at wrist"):
         play(clock, options={"views": ["primary"]})
 
@@ -379,7 +380,7 @@ def test_settings_hold_what_changes_results(tmp_path):
     assert replace(spec, dtype="auto").settings(suites, None)["dtype"] in ("float32", "bfloat16")
     assert replace(spec, execution="compile").settings(suites, None)["execution"] == "compile"
     assert spec.describe(spec.variants[0], suites) == {"pipeline": spec.variants[0].pipeline, "condition": ""}
-    told = spec.describe(spec.variants[1], suites)["instructions"]
-    assert told == {"toy": {"0": toy.TASKS[1], "1": toy.TASKS[0]}}
+    instructions = spec.describe(spec.variants[1], suites)["instructions"]
+    assert instructions == {"toy": {"0": toy.TASKS[1], "1": toy.TASKS[0]}}
     with pytest.raises(ConfigError, match="needs a second task"):
         replace(spec, tasks={"toy": (0,)}).describe(spec.variants[1], suites)

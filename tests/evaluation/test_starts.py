@@ -66,7 +66,7 @@ def test_no_episode_is_repeated_where_the_seed_changes_nothing():
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"),
+    ("changed", "message"),
     [
         ({"tasks": ["reach_q"]}, r"'toy' has no task 'reach_q'; did you mean 'reach_[abc]'\? valid: reach_a, reach_b"),
         ({"tasks": ["3"]}, "'toy' has no task 3; it has tasks 0 to 2"),
@@ -80,9 +80,9 @@ def test_no_episode_is_repeated_where_the_seed_changes_nothing():
         ({"seed": -1}, "seed: 0 or more, not -1"),
     ],
 )
-def test_what_there_is_not_is_refused(asked, message):
+def test_what_there_is_not_is_refused(changed, message):
     with pytest.raises(ConfigError, match=message):
-        plan_starts(suite(4, 4, 4), **{"tasks": None, "episodes": 2, **asked})
+        plan_starts(suite(4, 4, 4), **{"tasks": None, "episodes": 2, **changed})
 
 
 def test_starts_are_checked_against_what_is_evaluated():

@@ -98,10 +98,10 @@ def test_more_of_the_same_pairs_never_raise_p(lost, gained, times):
 def test_counts_difference_and_symmetry(pairs):
     baseline, other, strata = ([pair[i] for pair in pairs] for i in range(3))
     result, swapped = paired(baseline, other, strata), paired(other, baseline, strata)
-    told = {(True, True): 0, (True, False): 0, (False, True): 0, (False, False): 0}
+    tally = {(True, True): 0, (True, False): 0, (False, True): 0, (False, False): 0}
     for a, b in zip(baseline, other, strict=True):
-        told[a, b] += 1
-    assert (result.both, result.only_baseline, result.only_other, result.neither) == tuple(told.values())
+        tally[a, b] += 1
+    assert (result.both, result.only_baseline, result.only_other, result.neither) == tuple(tally.values())
     assert result.n == len(pairs)
     assert result.difference == pytest.approx(sum(other) / len(pairs) - sum(baseline) / len(pairs))
     assert -1 <= result.low <= result.difference <= result.high <= 1
@@ -199,15 +199,15 @@ def test_pairs_needed_against_statsmodels(lost, gained, alike):
 def test_as_many_pairs_as_needed_do_see_the_difference(lost, gained, n):
     def power(pairs):
         """Of the exact test, over every possible outcome that is not vanishingly rare."""
-        seen = 0.0
+        detected = 0.0
         for discordant in range(1, pairs + 1):
             chance = scipy.stats.binom.pmf(discordant, pairs, (lost + gained) / n)
             if chance < 1e-6:
                 continue
             won = np.arange(discordant + 1)
             clear = 2 * scipy.stats.binom.cdf(np.minimum(won, discordant - won), discordant, 0.5) < 0.05
-            seen += chance * scipy.stats.binom.pmf(won[clear], discordant, gained / (lost + gained)).sum()
-        return seen
+            detected += chance * scipy.stats.binom.pmf(won[clear], discordant, gained / (lost + gained)).sum()
+        return detected
 
     needed = pairs_needed(lost, gained, n)
     assert 0.75 < power(needed) < 0.81
@@ -260,7 +260,7 @@ def test_more_pairs_detect_less_and_too_few_detect_nothing():
 
 
 @pytest.mark.parametrize(
-    ("counts", "said"),
+    ("counts", "sentence"),
     [
         ((0, 0, 0, 0), "cannot be compared: no start has been finished by both"),
         ((30, 13, 1, 6), "loses 24 points (95 % interval -38 to -12, McNemar p = 0.0018)"),
@@ -293,8 +293,8 @@ def test_more_pairs_detect_less_and_too_few_detect_nothing():
         ),
     ],
 )
-def test_verdicts(counts, said):
-    assert verdict(of_counts(*counts)) == said
+def test_verdicts(counts, sentence):
+    assert verdict(of_counts(*counts)) == sentence
 
 
 def test_a_verdict_needs_p_below_five_per_cent():

@@ -16,7 +16,7 @@ from tokenprune.errors import ResultError
 from tokenprune.evaluation.starts import Start
 from tokenprune.evaluation.statistics import paired, wilson
 from tokenprune.evaluation.summary import summarise
-from tokenprune.evaluation.table import WIDTH, broken, eval_legend, eval_table, success_tables, verdict_lines
+from tokenprune.evaluation.table import WIDTH, eval_legend, eval_table, success_tables, verdict_lines
 
 COLUMNS = [
     "variant", "environment", "task", "episodes", "missing", "successes", "success_share", "success_low",
@@ -118,20 +118,20 @@ def test_every_number_of_every_row(many):
             one for one in many if row.environment in (None, one.environment) and row.task in (None, one.task)
         ]  # fmt: skip
         mine = [one for one in within if one.variant == row.variant]
-        told = row.to_json()
+        plain = row.to_json()
         for name, value in expected(mine, [one for one in within if one.variant == "dense"]).items():
-            assert told[name] == (None if value is None else pytest.approx(value, rel=1e-12)), name
+            assert plain[name] == (None if value is None else pytest.approx(value, rel=1e-12)), name
 
 
 def test_pairs_are_those_of_the_same_start(many):
     dense = {one.start: one.success for one in many if one.variant == "dense"}
     own = {one.start: one.success for one in many if one.variant == "fastv"}
-    told = summarise(many).at()[1].to_json()
-    assert told["pairs"] == len(dense) == 12
-    assert told["unpaired"] == 0
-    assert told["pairs_only_baseline"] == sum(dense[start] and not own[start] for start in dense)
-    assert told["pairs_only_variant"] == sum(own[start] and not dense[start] for start in dense)
-    assert told["difference_share"] == pytest.approx((sum(own.values()) - sum(dense.values())) / 12)
+    plain = summarise(many).at()[1].to_json()
+    assert plain["pairs"] == len(dense) == 12
+    assert plain["unpaired"] == 0
+    assert plain["pairs_only_baseline"] == sum(dense[start] and not own[start] for start in dense)
+    assert plain["pairs_only_variant"] == sum(own[start] and not dense[start] for start in dense)
+    assert plain["difference_share"] == pytest.approx((sum(own.values()) - sum(dense.values())) / 12)
 
 
 def test_pairs_are_resampled_within_their_task():
@@ -360,19 +360,6 @@ def test_tables_of_what_is_unfinished(many):
 def test_a_label_is_shown_as_it_is_written():
     label = "fastv@names=[bold],kind=[/x]"
     assert "".join(line.split(" ")[0] for line in printed(eval_table(summarise([record(label)])))).endswith(label)
-
-
-@pytest.mark.parametrize(
-    ("label", "lines"),
-    [
-        ("specprune", ["specprune"]),
-        ("specprune.controller@keep=0.25+no-wrist", ["specprune.controller", "@keep=0.25+no-wrist"]),
-        ("fastv@keep=0.25,layer=3", ["fastv@keep=0.25,", "layer=3"]),
-        ("pipeline@first=0.123456", ["pipeline", "@first=0.123456"]),
-    ],
-)
-def test_labels_are_broken_between_their_parts(label, lines):
-    assert broken(label).split("\n") == lines
 
 
 def test_verdicts_and_legend_name_who_is_meant():

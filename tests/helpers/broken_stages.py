@@ -9,9 +9,9 @@ import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor
 
-from tokenprune.registry.discovery import Owner, Registered, Registry
+from tests.helpers.registries import with_stages
+from tokenprune.registry.discovery import Registry
 from tokenprune.registry.hookspecs import hookimpl
-from tokenprune.registry.specs import StageSpec
 from tokenprune.stages.config import CutConfig, Cuts, Keep
 from tokenprune.stages.feature_context import FeatureContext
 from tokenprune.stages.stage import Probe, Stage
@@ -252,9 +252,4 @@ def broken() -> list[type[Sound]]:
 
 def registry() -> Registry:
     """Everything installed, the stages above, and the sound one."""
-    found = Registry.discover()
-    for stage in (Sound, *broken()):
-        name = f"broken.{stage.__name__.lower()}"
-        spec = StageSpec(name, "selector", "for tests", f"{__name__}:{stage.__name__}")
-        found.stages[name] = Registered(spec, Owner("tests", "0", __name__))
-    return found
+    return with_stages(Registry.discover(), (Sound, *broken()), "broken", "selector")

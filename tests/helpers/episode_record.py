@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tokenprune.evaluation.results_file import EpisodeRecord
+from tokenprune.evaluation.records import EpisodeRecord
 
 RECORD = EpisodeRecord(
     variant="dense", environment="toy", task=1, init_state=2, seed=3, success=True, steps=9, queries=2, replans=0,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tokenprune.evaluation.results_file import EpisodeRecord
+from tokenprune.evaluation.records import EpisodeRecord
 
 
 def record(variant="dense", environment="goal", task=0, init_state=0, success=True, steps=40, ms=(10.0,), **more):

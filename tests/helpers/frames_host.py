@@ -10,12 +10,12 @@ import torch
 
 from tests.helpers import stages
 from tests.helpers.planting import pipeline
+from tests.helpers.registries import with_stages
 from tests.helpers.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
 from tokenprune.model.info import BackboneInfo
 from tokenprune.policy import Policy
-from tokenprune.registry.discovery import Owner, Registered, Registry
+from tokenprune.registry.discovery import Registry
 from tokenprune.registry.hookspecs import hookimpl
-from tokenprune.registry.specs import StageSpec
 from tokenprune.stages.config import CutConfig, Keep
 from tokenprune.stages.control_context import ControlContext
 from tokenprune.stages.needs import StageNeeds
@@ -72,12 +72,7 @@ class Stumbling(Look):
 
 
 def _registry() -> Registry:
-    found = stages.registry()
-    for stage in (Look, Forward, Stumbling):
-        name = f"test.{stage.__name__.lower()}"
-        spec = StageSpec(name, "selector", "for tests", f"{__name__}:{stage.__name__}")
-        found.stages[name] = Registered(spec, Owner("tests", "0", __name__))
-    return found
+    return with_stages(stages.registry(), (Look, Forward, Stumbling), "test", "selector")
 
 
 REGISTRY = _registry()

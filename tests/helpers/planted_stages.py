@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 
 from tokenprune.errors import ConfigError
 from tokenprune.pipelines.loader import load_pipeline
-from tokenprune.registry.discovery import Owner, Registered, Registry
+from tokenprune.registry.discovery import Owner, Registry
 from tokenprune.registry.specs import PipelineSpec, StageSpec
 from tokenprune.stages.config import CutConfig, StageConfig, Strict
 from tokenprune.stages.stage import Stage
@@ -78,17 +78,14 @@ stages:
 
 def make_registry(**pipelines):
     """Stages of this file; pipelines are given as name=(package, resource)."""
-    found = Registry()
     owner = Owner("planted-plugin", "1.2", __name__)
     specs = (
         StageSpec("pick", "selector", "picks", f"{__name__}:Pick"),
         StageSpec("steer", "controller", "steers", f"{__name__}:Steer"),
         StageSpec("broken", "selector", "cannot be imported", "no_such_module_at_all:Thing"),
     )
-    found.stages.update({spec.name: Registered(spec, owner) for spec in specs})
-    for name, place in pipelines.items():
-        found.pipelines[name] = Registered(PipelineSpec(name, "", *place), owner)
-    return found
+    files = (PipelineSpec(name, "", *place) for name, place in pipelines.items())
+    return Registry().with_specs(*specs, *files, owner=owner)
 
 
 REGISTRY = make_registry()

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import torch
 
+from tests.helpers.registries import with_stages
 from tokenprune.model.info import BackboneInfo
-from tokenprune.registry.discovery import Owner, Registered, Registry
+from tokenprune.registry.discovery import Registry
 from tokenprune.registry.hookspecs import hookimpl
-from tokenprune.registry.specs import StageSpec
 from tokenprune.stages.config import CutConfig, Keep
 from tokenprune.stages.needs import StageNeeds
 from tokenprune.stages.stage import Stage
@@ -118,9 +118,5 @@ class Careless(Stage[TestConfig]):
 
 def registry() -> Registry:
     """Everything installed, and the stages above under `test.` and their lower-case name."""
-    found = Registry.discover()
-    for stage in (Memory, Protector, Broken, NaN, WrongShape, WrongType, Silent, Careless):
-        name = f"test.{stage.__name__.lower()}"
-        spec = StageSpec(name, "selector", "for tests", f"{__name__}:{stage.__name__}")
-        found.stages[name] = Registered(spec, Owner("tests", "0", __name__))
-    return found
+    own = (Memory, Protector, Broken, NaN, WrongShape, WrongType, Silent, Careless)
+    return with_stages(Registry.discover(), own)

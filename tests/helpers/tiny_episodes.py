@@ -11,14 +11,14 @@ import numpy as np
 from hypothesis import strategies as st
 
 from tests.helpers import stages
+from tests.helpers.registries import with_stages
 from tests.helpers.tiny_oft import INSTRUCTION, tiny_config, tiny_policy_parts
 from tokenprune.model.info import BackboneInfo
 from tokenprune.pipelines.config import PipelineConfig
 from tokenprune.pipelines.loader import load_pipeline, parse_pipeline
 from tokenprune.policy import ActionChunk, Policy
-from tokenprune.registry.discovery import Owner, Registered, Registry
+from tokenprune.registry.discovery import Registry
 from tokenprune.registry.hookspecs import hookimpl
-from tokenprune.registry.specs import StageSpec
 from tokenprune.stages.config import StageConfig
 from tokenprune.stages.control_context import ControlContext, ControlDecision
 from tokenprune.stages.memory import ExecutedAction
@@ -114,12 +114,7 @@ class Failing(Stage[FailingConfig]):
 @cache
 def registry() -> Registry:
     """Everything installed, and the stages above under `test.` and their lower-case name."""
-    found = stages.registry()
-    for stage in (Scripted, Diary, Failing):
-        name = f"test.{stage.__name__.lower()}"
-        spec = StageSpec(name, "observer", "for tests", f"{__name__}:{stage.__name__}")
-        found.stages[name] = Registered(spec, Owner("tests", "0", __name__))
-    return found
+    return with_stages(stages.registry(), (Scripted, Diary, Failing), "test", "scorer")
 
 
 def shrunk(name: str, *overrides: str) -> PipelineConfig:

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tests.helpers.registries import with_stages
 from tokenprune.model.info import BackboneInfo
 from tokenprune.pipelines.config import PipelineConfig
 from tokenprune.policy import ActionChunk, Policy
-from tokenprune.registry.discovery import Owner, Registered, Registry
+from tokenprune.registry.discovery import Registry
 from tokenprune.registry.hookspecs import hookimpl
-from tokenprune.registry.specs import StageSpec
 from tokenprune.stages.config import CutConfig, StageConfig
 from tokenprune.stages.needs import StageNeeds
 from tokenprune.stages.query_record import ActionAttention
@@ -149,12 +149,7 @@ class Watcher(Stage[WatcherConfig]):
 @cache
 def registry() -> Registry:
     """Everything installed, and the two stages above."""
-    found = Registry.discover()
-    for stage in (Keeper, Watcher):
-        name = f"test.{stage.__name__.lower()}"
-        spec = StageSpec(name, "selector", "for tests", f"{__name__}:{stage.__name__}")
-        found.stages[name] = Registered(spec, Owner("tests", "0", __name__))
-    return found
+    return with_stages(Registry.discover(), (Keeper, Watcher), "test", "selector")
 
 
 def keeping(kept: Mapping[int, list[list[int]]], watch: tuple[int, ...] = ()) -> PipelineConfig:

@@ -361,10 +361,10 @@ def test_loading_imports_no_torch_unless_a_stage_does(tmp_path):
     program = """
 import sys
 from tokenprune.pipelines.loader import load_pipeline, pipeline_schema
-from tokenprune.registry.discovery import Owner, Registered, Registry
+from tokenprune.registry.discovery import Owner, Registry
 from tokenprune.registry.specs import StageSpec
-found = Registry()
-found.stages["light"] = Registered(StageSpec("light", "baseline", "", "light:Light"), Owner("light", "1", "light"))
+spec = StageSpec("light", "baseline", "", "light:Light")
+found = Registry().with_specs(spec, owner=Owner("light", "1", "light"))
 loaded, schema = load_pipeline("pipe.yaml", found), pipeline_schema(found)
 print(loaded.config.stages[0].use, *schema["$defs"], "torch" in sys.modules)
 """

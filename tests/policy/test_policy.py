@@ -12,14 +12,14 @@ import torch
 import tokenprune
 from tests.helpers import stages
 from tests.helpers.planting import pipeline
+from tests.helpers.registries import with_stages
 from tests.helpers.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
 from tokenprune.engine import combine as resolution
 from tokenprune.errors import CapabilityError, ConfigError, PluginError, StageError, TokenPruneError, TraceError
 from tokenprune.pipelines.config import DENSE, PipelineConfig
 from tokenprune.policy import Policy
-from tokenprune.registry.discovery import Owner, Registered, Registry
+from tokenprune.registry.discovery import Owner, Registry
 from tokenprune.registry.hookspecs import hookimpl
-from tokenprune.registry.specs import StageSpec
 from tokenprune.stages.config import StageConfig, ViewBudget
 from tokenprune.stages.control_context import ControlContext, ControlDecision
 from tokenprune.stages.feature_context import FeatureContext
@@ -65,12 +65,7 @@ class Rogue(Stage[StageConfig]):
 
 @pytest.fixture(scope="module")
 def registry() -> Registry:
-    found = stages.registry()
-    for stage in (ByCount, Rogue):
-        name = f"test.{stage.__name__.lower()}"
-        spec = StageSpec(name, "controller", "for tests", f"{__name__}:{stage.__name__}")
-        found.stages[name] = Registered(spec, Owner("tests", "0", __name__))
-    return found
+    return with_stages(stages.registry(), (ByCount, Rogue), "test", "controller")
 
 
 @pytest.fixture(scope="module")
@@ -187,8 +182,7 @@ def test_a_trace_that_differs_from_the_plan_is_refused(
 
 def test_capabilities_are_checked_when_bound(backbone: OpenVLAOFT, registry: Registry) -> None:
     spec = replace(registry.stages["random"].spec, name="needy", requires=frozenset({"head_cache"}))
-    needy = stages.registry()
-    needy.stages["needy"] = Registered(spec, Owner("tests", "0", __name__))
+    needy = stages.registry().with_specs(spec, owner=Owner("tests", "0", __name__))
     with pytest.raises(CapabilityError, match="'needy' requires head_cache, which backbone 'openvla-oft' does not"):
         Policy(backbone, pipeline(HalfConfig(use="needy")), needy)
 

@@ -11,10 +11,12 @@ from speed_page import ROOT, TARGETS, filled
 
 from tests.helpers.bench_episode import EPISODE, given_roof
 from tests.helpers.planting import REGISTRY
-from tokenprune.bench.row import SpeedRow
-from tokenprune.bench.speed import BenchSettings, Subject, bench
+from tokenprune.bench.result import BenchResult, SpeedRow
+from tokenprune.bench.settings import BenchSettings
+from tokenprune.bench.speed import Subject, bench
 from tokenprune.bench.upstream import UPSTREAM
 from tokenprune.pipelines.loader import load_pipeline
+from tokenprune.report.files import read_result, write_json
 
 PAGE = ROOT / "docs" / "speed.md"
 
@@ -31,18 +33,18 @@ def test_every_table_is_what_bench_prints():
 def test_results_are_finished_and_of_a_commit():
     assert RESULTS
     for path in RESULTS:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        assert data["complete"]
-        assert data["provenance"]["git"]["commit"]
+        result = read_result(path, BenchResult)
+        assert result.complete
+        assert result.provenance.git is not None
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     settings = BenchSettings(dtypes=("float32",), pairs=1, warmup=1, queries=1)
     subject = Subject("openvla-oft", "small", EPISODE)
-    data = bench([subject], [load_pipeline("specprune", REGISTRY)], settings, REGISTRY, roof=given_roof)
+    result = bench([subject], [load_pipeline("specprune", REGISTRY)], settings, REGISTRY, roof=given_roof)
     path = tmp_path_factory.mktemp("results") / "bench-small.json"
-    path.write_text(json.dumps(data), encoding="utf-8")
+    write_json(path, result.to_json())
     return path
 
 
@@ -58,48 +60,49 @@ def test_blocks_are_filled_and_the_rest_stays(small):
     assert made.count("| at least 0.92 |") == made.count("| at most 0.5 % |") == 1
 
 
-@pytest.mark.parametrize(("value", "said"), [(0.95, "met"), (0.91, "missed")])
-def test_a_target_is_met_or_missed(small, value, said):
+@pytest.mark.parametrize(("value", "verdict"), [(0.95, "met"), (0.91, "missed")])
+def test_a_target_is_met_or_missed(small, value, verdict):
     efficiency, share = TARGETS["eager"]
     row = json.loads(small.read_text())["results"][0]["rows"][1]
 
     def rows(**changed):
-        return {"specprune": SpeedRow.from_json(row | changed)}
+        return {"specprune": SpeedRow.model_validate(row | changed)}
 
-    assert efficiency.line(rows(efficiency=value)).endswith(f"| {value:g} | {said} |")
+    assert efficiency.line(rows(efficiency=value)).endswith(f"| {value:g} | {verdict} |")
     # A share of 1 - value: 5 % and 9 % are both too much, a tenth of either is not.
-    for taken, verdict in ((1 - value, "missed"), ((1 - value) / 100, "met")):
-        assert share.line(rows(selection=taken)).endswith(f"| {verdict} |")
+    for taken, expected in ((1 - value, "missed"), ((1 - value) / 100, "met")):
+        assert share.line(rows(selection=taken)).endswith(f"| {expected} |")
 
 
-def test_targets_of_a_gpu_are_told_of_graphs_and_by_cameras(small, tmp_path):
+def test_targets_of_a_gpu_are_of_graphs_and_by_cameras(small, tmp_path):
     data = json.loads(small.read_text())
-    dense, pruned = data["results"][0]["rows"]
+    case = data["results"][0]
+    dense, pruned = case["rows"]
     rows = [
         dense | {"over_floor": 1.4},
         pruned | {"speedup": 1.8, "efficiency": 0.95, "median_ms": 10.0, "phases": {"selection": 0.2, "history": 0.05}},
         dense | {"pipeline": UPSTREAM, "median_ms": 50.0},
     ]
     results = [
-        data["results"][0] | {"backbone": {"name": name, "views": views}, "mode": mode, "rows": rows}
+        case | {"backbone": case["backbone"] | {"name": name, "views": views}, "mode": mode, "rows": rows}
         for name, views in (("openvla-oft", ["a", "b"]), ("pi0", ["a", "b"]), ("pi0", ["a", "b", "c"]))
         for mode in ("eager", "cuda_graph")
     ]
     path = tmp_path / "bench-gpu.json"
-    path.write_text(json.dumps(data | {"provenance": {"gpu": "NVIDIA H200"}, "results": results}), encoding="utf-8")
+    write_json(path, data | {"provenance": data["provenance"] | {"gpu": "NVIDIA H200"}, "results": results})
     lines = speed_page.targets(str(path)).splitlines()[2:]
     assert [line.split("|")[1].strip().partition(":")[0] for line in lines] == [
         "dense", *["`specprune`"] * 4, "pi0, three cameras, `specprune`",
     ]  # fmt: skip
-    told = [[cell.strip() for cell in line.split("|")[3:5]] for line in lines]
-    assert told == [
+    cells = [[cell.strip() for cell in line.split("|")[3:5]] for line in lines]
+    assert cells == [
         ["1.4", "met"], ["1.8", "missed"], ["0.95", "met"], ["0.25 ms", "met"], ["5", "met"], ["1.8", "met"],
     ]  # fmt: skip
 
 
 def test_a_result_that_is_not_there_is_not_invented():
-    for told in (speed_page.tables, speed_page.long_run):
-        assert "Not measured" in told("docs/evidence/no.json")
+    for text_of in (speed_page.tables, speed_page.long_run):
+        assert "Not measured" in text_of("docs/evidence/no.json")
     lines = speed_page.targets("docs/evidence/no.json").splitlines()[2:]
     assert len(lines) == len(TARGETS["cuda_graph"])
     assert all(line.endswith("| - | not measured |") for line in lines)

@@ -338,9 +338,9 @@ def test_two_plugin_files_of_one_name_are_two_modules(plugin_file, tmp_path):
 WRONG = {
     "Gud": "there is no 'Gud'; did you mean 'Good'?",
     "Holder.Good": "there is no 'Good'; valid: Inner",
-    "tokenprune_register": "it must be a subclass of tokenprune.stages.stage.Stage",
-    "Plain": "it must be a subclass of tokenprune.stages.stage.Stage",
-    "WrongConfig": "its Config must be a subclass of tokenprune.stages.config.StageConfig",
+    "tokenprune_register": "it must be a subclass of tokenprune.Stage",
+    "Plain": "it must be a subclass of tokenprune.Stage",
+    "WrongConfig": "its Config must be a subclass of tokenprune.StageConfig",
     "Misspelt": "unknown hook 'selekt_tokens'; did you mean 'select_tokens'?",
     "WrongArgument": "hook 'score_layer' takes the arguments (ctx), not (context)",
     "NoArgument": "hook 'score_layer' takes the arguments (ctx), not ()",

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.helpers.paths import EPISODE
@@ -17,6 +18,8 @@ from tokenprune.compare.comparison import compare
 from tokenprune.compare.episode import load_episode
 from tokenprune.errors import ResultError
 from tokenprune.pipelines.loader import load_pipeline
+from tokenprune.report.provenance import provenance
+from tokenprune.report.result import CompareRow, RunSettings
 from tokenprune.viz.draw import HEIGHT, WIDTH, draw_query
 from tokenprune.viz.film import write_pictures
 from tokenprune.viz.paint import paint, patch_box
@@ -37,15 +40,37 @@ def segment(role: str, start: int, length: int, view: str | None = None, **more:
 
 def query(mode: str = "coarse", **more: Any) -> dict[str, Any]:
     """Tokens 1 to 16 and 17 to 32 of two views; two cuts, the first keeps ids up to 24, the second up to 8."""
+    held = [36, 28, 28, 12]
     return {
+        "pipeline": "mine",
         "mode": mode,
+        "tokens_held": held,
+        "tokens_planned": held,
+        "keys_cached": [],
+        "layers_skipped": [],
+        "head_passes": {"ran": 0, "spared": 0},
+        "kept_per_view": {},
+        "query_ms": 1.5,
+        "phases_ms": {},
+        "attention_kernel": "math",
+        "probes": [],
+        "encoder_attention": [],
+        "protected_over_budget": {},
+        "looked_back": {},
         "fallback": "",
-        "tokens_held": [36, 28, 28, 12],
+        "replayed": False,
+        "execution": "eager",
         "kept_ids": {"2": [[*range(1, 9)]], "0": [[*range(1, 25)]]},
         "reasons": {},
-        "looked_back": {},
+        "actions": [[0.0] * 7] * 8,
         **more,
     }
+
+
+SETTINGS = {
+    "preset": "small", "checkpoint": None, "device": "cpu", "dtype": "auto", "seed": 0, "options": {},
+    "episode": "bundled", "execution": "eager",
+}  # fmt: skip
 
 
 def plain(*queries: dict[str, Any]) -> dict[str, Any]:
@@ -53,13 +78,21 @@ def plain(*queries: dict[str, Any]) -> dict[str, Any]:
     return {
         "format_version": 1,
         "kind": "run",
-        "settings": {"preset": "small", "checkpoint": None, "options": {}, "episode": "bundled"},
+        "provenance": provenance(torch.device("cpu")).to_json(),
+        "settings": dict(SETTINGS),
         "backbone": {
             "name": "openvla-oft",
             "source": "small",
             "untrained": True,
+            "dtype": "float32",
+            "decoder": {
+                "depth": 4, "hidden": 8, "heads": 2, "kv_heads": 2, "head_dim": 4, "mlp": 16, "causal": False,
+            },
+            "views": ["primary", "wrist"],
             "action": {"horizon": 8, "groups": {"translation": [0, 1, 2], "gripper": [6]}, "gripper": [6, 0.5]},
+            "capabilities": [],
         },
+        "note": "",
         "episode": {"name": "e", "instruction": "push it", "steps": [8 * i for i in range(len(queries))]},
         "layout": {
             "segments": [
@@ -71,7 +104,22 @@ def plain(*queries: dict[str, Any]) -> dict[str, Any]:
         },
         "pipeline": {"name": "mine", "modes": ["coarse", "fine"], "stages": []},
         "queries": list(queries),
-    }
+        "findings": {},
+    }  # fmt: skip
+
+
+def comparison(**queries: list[dict[str, Any]]) -> dict[str, Any]:
+    """A comparison with these queries by label, in which only `dense` is declared."""
+    own = {label: [{k: v for k, v in one.items() if k != "actions"} for one in ones] for label, ones in queries.items()}
+    shared = {key: value for key, value in plain().items() if key not in ("pipeline", "findings")}
+    row = {
+        **dict.fromkeys(CompareRow.model_fields, 1), "pipeline": "dense", "phases": {}, "error": {},
+        "prefill": {"speedup": 1, "flop_ratio": 1, "efficiency": 1},
+    }  # fmt: skip
+    return shared | {
+        "kind": "compare", "episode": plain()["episode"] | {"meta": {}}, "warmup_queries": 0,
+        "pipelines": {"dense": {"version": 1, "name": "dense"}}, "notes": {}, "rows": [row], "queries": own,
+    }  # fmt: skip
 
 
 def read(data: dict[str, Any], folder: Path, pipeline: str | None = None) -> Result:
@@ -107,10 +155,10 @@ def is_grey(block: np.ndarray) -> bool:
 
 
 def test_each_token_is_lost_at_the_first_cut_that_leaves_it_out(tmp_path: Path) -> None:
-    told = read(plain(), tmp_path).queries[0]
-    assert told.cuts == ("0", "2")
-    assert told.lost == dict.fromkeys(range(25, 33), 0) | dict.fromkeys(range(9, 25), 1)
-    assert told.reasons == dict.fromkeys(range(1, 9), "score")
+    result = read(plain(), tmp_path).queries[0]
+    assert result.cuts == ("0", "2")
+    assert result.lost == dict.fromkeys(range(25, 33), 0) | dict.fromkeys(range(9, 25), 1)
+    assert result.reasons == dict.fromkeys(range(1, 9), "score")
 
 
 def test_a_cut_before_layer_0_comes_first(tmp_path: Path) -> None:
@@ -123,24 +171,24 @@ def test_the_foremost_reason_of_the_last_cut_that_gave_one_counts(tmp_path: Path
         "0": {"local": [[1, 2, 3, 4, 20]], "dynamic": [[3, 4]], "previous": [[2, 3]], "own": [[1, 5]]},
         "2": {"previous": [[4]], "own": [[6]], "score": [[2, 6]]},
     }
-    told = read(plain(query(reasons=reasons)), tmp_path)
-    assert told.queries[0].reasons == {
+    result = read(plain(query(reasons=reasons)), tmp_path)
+    assert result.queries[0].reasons == {
         1: "local", 2: "score", 3: "dynamic", 4: "previous", 5: "own", 6: "own", 7: "score", 8: "score",
     }  # fmt: skip
-    assert told.reason_names == ("dynamic", "previous", "local", "own", "score")
+    assert result.reason_names == ("dynamic", "previous", "local", "own", "score")
 
 
 def test_reasons_beyond_the_colours_share_one(tmp_path: Path) -> None:
     reasons = {"0": {name: [[i]] for i, name in enumerate("abcdefg", start=1)}}
-    told = read(plain(query(reasons=reasons)), tmp_path)
-    assert told.reason_names == ("a", "b", "c", "other", "score")
-    assert len(set(reason_colours(told.reason_names).values())) == 5
+    result = read(plain(query(reasons=reasons)), tmp_path)
+    assert result.reason_names == ("a", "b", "c", "other", "score")
+    assert len(set(reason_colours(result.reason_names).values())) == 5
 
 
 def test_cut_patches_are_grey_and_kept_ones_keep_their_colours(tmp_path: Path) -> None:
-    told = read(plain(), tmp_path)
+    result = read(plain(), tmp_path)
     original = np.array(Image.fromarray(frames()["primary"]).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
-    picture = painted(told)
+    picture = painted(result)
     for number in range(8):
         np.testing.assert_array_equal(patch(picture, number)[3:-3, 3:-3], patch(original, number)[3:-3, 3:-3])
         assert not is_grey(patch(picture, number)[5:-5, 5:-5])
@@ -151,9 +199,9 @@ def test_cut_patches_are_grey_and_kept_ones_keep_their_colours(tmp_path: Path) -
 
 
 def test_patches_cut_earlier_are_fainter(tmp_path: Path) -> None:
-    told = read(plain(), tmp_path)
+    result = read(plain(), tmp_path)
     flat = np.full((56, 56, 3), (90, 30, 30), np.uint8)
-    picture = paint(flat, SIDE, told.views[1], told.queries[0], reason_colours(told.reason_names))
+    picture = paint(flat, SIDE, result.views[1], result.queries[0], reason_colours(result.reason_names))
     early, late = patch(picture, 15), patch(picture, 0)
     assert is_grey(early)
     assert is_grey(late)
@@ -163,8 +211,8 @@ def test_patches_cut_earlier_are_fainter(tmp_path: Path) -> None:
 @pytest.mark.parametrize("side", [SIDE, 40])
 def test_the_colour_of_a_reason_frames_its_patch_and_no_other(tmp_path: Path, side: int) -> None:
     reasons = {"0": {"dynamic": [[2]], "previous": [[3, 2]], "local": [[4]]}}
-    told = read(plain(query(reasons=reasons)), tmp_path)
-    picture, colours = painted(told, side=side), reason_colours(told.reason_names)
+    result = read(plain(query(reasons=reasons)), tmp_path)
+    picture, colours = painted(result, side=side), reason_colours(result.reason_names)
     expected = ["score", "dynamic", "previous", "local", *["score"] * 4, *[None] * 8]
     for number, name in enumerate(expected):
         for reason, colour in colours.items():
@@ -184,12 +232,12 @@ def test_non_square_grids_and_frames_are_painted() -> None:
 
 
 def test_the_page_holds_each_view_as_painted_and_its_legend(tmp_path: Path) -> None:
-    told = read(plain(query(reasons={"0": {"dynamic": [[2]]}})), tmp_path)
-    page = draw_query(told, 0, frames(), SPEED)
+    result = read(plain(query(reasons={"0": {"dynamic": [[2]]}})), tmp_path)
+    page = draw_query(result, 0, frames(), SPEED)
     assert page.shape == (HEIGHT, WIDTH, 3)
     assert page.dtype == np.uint8
     for view in (0, 1):
-        assert contains(page, painted(told, view, side=400))
+        assert contains(page, painted(result, view, side=400))
     for colour in reason_colours(("dynamic", "score")).values():
         assert (page[:, 850:] == colour).all(-1).any()
 
@@ -210,7 +258,7 @@ def test_other_reasons_make_another_page_and_equal_ones_the_same(tmp_path: Path)
         {"looked_back": {"x": [4]}},
     ],
 )
-def test_everything_told_of_a_query_shows(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_everything_the_result_says_of_a_query_shows(tmp_path: Path, change: dict[str, Any]) -> None:
     pages = [draw_query(read(plain(q), tmp_path), 0, frames(), SPEED) for q in (query(), query(**change))]
     assert not np.array_equal(*pages)
 
@@ -226,10 +274,10 @@ def test_the_note_on_untrained_weights_stands_on_the_page(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("kept", [{}, {"0": [[*range(1, 33)]]}])
 def test_where_nothing_is_cut_every_pixel_stays(tmp_path: Path, kept: dict[str, Any]) -> None:
-    told = read(plain(query(kept_ids=kept, tokens_held=[36] * 4)), tmp_path)
-    assert not told.queries[0].reasons
+    result = read(plain(query(kept_ids=kept, tokens_held=[36] * 4)), tmp_path)
+    assert not result.queries[0].reasons
     original = np.array(Image.fromarray(frames()["wrist"]).resize((400, 400), Image.Resampling.BICUBIC))
-    assert contains(draw_query(told, 0, frames(), SPEED), original)
+    assert contains(draw_query(result, 0, frames(), SPEED), original)
 
 
 @pytest.mark.parametrize("views", [1, 2, 3])
@@ -237,12 +285,12 @@ def test_one_to_three_views_fit_the_page(tmp_path: Path, views: int) -> None:
     data = plain(query(kept_ids={"embedding": [[1, 2, 3]]}))
     names = ("primary", "wrist", "left")[:views]
     data["layout"]["segments"] = [segment("vision", 16 * i, 16, name) for i, name in enumerate(names)]
-    told = read(data, tmp_path)
+    result = read(data, tmp_path)
     pixels = {name: frames()["primary"] for name in names}
-    page = draw_query(told, 0, pixels, SPEED)
+    page = draw_query(result, 0, pixels, SPEED)
     side = 400 if views < 3 else 280
-    for view in told.views:
-        assert contains(page, paint(pixels[view.name], side, view, told.queries[0], reason_colours(("score",))))
+    for view in result.views:
+        assert contains(page, paint(pixels[view.name], side, view, result.queries[0], reason_colours(("score",))))
 
 
 def test_nothing_is_written_over_the_edge_of_the_page(tmp_path: Path) -> None:
@@ -260,16 +308,16 @@ def test_nothing_is_written_over_the_edge_of_the_page(tmp_path: Path) -> None:
 def test_without_translation_the_strip_shows_modes_alone(tmp_path: Path) -> None:
     data = plain()
     del data["backbone"]["action"]["groups"]["translation"]
-    told = read(data, tmp_path)
-    assert told.translation == ()
+    result = read(data, tmp_path)
+    assert result.translation == ()
     assert not np.array_equal(
-        draw_query(told, 0, frames(), np.empty(0)), draw_query(read(plain(), tmp_path), 0, frames(), SPEED)
+        draw_query(result, 0, frames(), np.empty(0)), draw_query(read(plain(), tmp_path), 0, frames(), SPEED)
     )
 
 
 def test_a_picture_per_query_and_a_film_of_all(tmp_path: Path) -> None:
-    told = read(plain(query(), query("fine"), query()), tmp_path)
-    written = write_pictures(told, frames, SPEED, tmp_path / "out")
+    result = read(plain(query(), query("fine"), query()), tmp_path)
+    written = write_pictures(result, frames, SPEED, tmp_path / "out")
     assert [path.name for path in written] == [*(f"mine-query-00{i}.png" for i in range(3)), "mine.gif"]
     assert sorted((tmp_path / "out").iterdir()) == sorted(written)
     with Image.open(written[-1]) as film:
@@ -278,13 +326,13 @@ def test_a_picture_per_query_and_a_film_of_all(tmp_path: Path) -> None:
         for index in range(3):
             film.seek(index)
             page = np.array(Image.open(written[index]))
-            np.testing.assert_array_equal(page, draw_query(told, index, frames(8 * index), SPEED))
+            np.testing.assert_array_equal(page, draw_query(result, index, frames(8 * index), SPEED))
             assert np.abs(np.array(film.convert("RGB")).astype(int) - page).mean() < 3
 
 
 def test_the_same_result_gives_the_same_bytes(tmp_path: Path) -> None:
-    told = read(plain(), tmp_path)
-    one, two = (write_pictures(told, frames, SPEED, tmp_path / name) for name in ("one", "two"))
+    result = read(plain(), tmp_path)
+    one, two = (write_pictures(result, frames, SPEED, tmp_path / name) for name in ("one", "two"))
     assert [path.read_bytes() for path in one] == [path.read_bytes() for path in two]
     with Image.open(one[0]) as picture:
         assert picture.info == {}
@@ -299,12 +347,12 @@ def test_one_query_alone_makes_no_film(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    told = read(plain(), tmp_path)
+    result = read(plain(), tmp_path)
     for wrong in (-1, 2):
         with pytest.raises(ResultError, match="0 to 1"):
-            write_pictures(told, frames, SPEED, tmp_path / "out", wrong)
+            write_pictures(result, frames, SPEED, tmp_path / "out", wrong)
     with pytest.raises(ResultError, match=r"result\.json"):
-        write_pictures(told, frames, SPEED, tmp_path / "result.json", 0)
+        write_pictures(result, frames, SPEED, tmp_path / "result.json", 0)
 
 
 def drop(data: dict[str, Any], *path: Any) -> dict[str, Any]:
@@ -323,14 +371,18 @@ def drop(data: dict[str, Any], *path: Any) -> dict[str, Any]:
         (plain() | {"format_version": 2}, "version 2; valid: 1"),
         (drop(plain(), "layout"), "lacks 'layout'.*again with `tokenprune run`"),
         (drop(plain(), "queries", 1, "kept_ids"), r"lacks 'queries\.1\.kept_ids'"),
+        (plain() | {"layuot": {}}, "'layuot' is {}: Extra inputs"),
+        (plain() | {"settings": None}, "no 'settings'; make the result with `tokenprune run`"),
+        (plain() | {"pipeline": {"stages": []}}, "'pipeline'.*needs a 'name'"),
+        (plain() | {"pipeline": {"name": "mine", "modes": "coarse"}}, "'modes' of a pipeline must be a list"),
         (plain(query(tokens_held=[])), "tokens_held"),
         (plain(query(kept_ids={"first": [[1]]})), "step 0.*'first'.*valid"),
         (plain(query(kept_ids={"1": []})), "step 0.*'1'"),
         (plain(query(kept_ids={"1": [[34]]})), "token 34"),
         (plain() | {"queries": [query()]}, "1 queries, the episode 2 steps"),
         (plain() | {"layout": {"segments": [segment("vision", 0, 33, "primary")]}}, "'primary'.*33"),
-        (plain() | {"kind": "compare", "pipelines": {}, "queries": {"a": [query()] * 2}}, "queries of 'a'"),
-        (plain() | {"kind": "compare", "pipelines": {}, "queries": {}}, "queries"),
+        (comparison(a=[query()] * 2), "queries of 'a'"),
+        (comparison(), "queries"),
     ],
 )
 def test_what_is_no_result_is_refused(tmp_path: Path, data: Any, message: str) -> None:
@@ -350,19 +402,19 @@ def test_files_that_hold_no_result_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_comparison_is_read_by_label(tmp_path: Path) -> None:
-    backbone, settings = tiny_policy_parts(tiny_config()), plain()["settings"]
     labels = ("random", "fastv@keep=8,after=0")
     loaded = [load_pipeline(name, REGISTRY) for name in labels]
-    data = compare(backbone, loaded, load_episode(EPISODE), REGISTRY, queries=2, settings=settings).data
-    told = {name: read(data, tmp_path, name) for name in (None, "dense", *labels)}
-    assert told[None].label == "random"
-    assert not told["dense"].queries[0].lost
+    episode, backbone = load_episode(EPISODE), tiny_policy_parts(tiny_config())
+    data = compare(backbone, loaded, episode, REGISTRY, queries=2, settings=RunSettings(**SETTINGS)).to_json()
+    results = {name: read(data, tmp_path, name) for name in (None, "dense", *labels)}
+    assert results[None].label == "random"
+    assert not results["dense"].queries[0].lost
     for name, cut in zip(labels, ("embedding", "0"), strict=True):
-        for index, asked in enumerate(told[name].queries):
+        for index, drawn in enumerate(results[name].queries):
             kept = data["queries"][name][index]["kept_ids"][cut][0]
-            assert set(asked.reasons) == set(kept)
-            assert set(asked.lost) == set(range(1, 33)) - set(kept)
-    assert [view.name for view in told[None].views] == ["primary", "wrist"]
-    assert (told[None].horizon, told[None].translation) == (8, (0, 1, 2))
+            assert set(drawn.reasons) == set(kept)
+            assert set(drawn.lost) == set(range(1, 33)) - set(kept)
+    assert [view.name for view in results[None].views] == ["primary", "wrist"]
+    assert (results[None].horizon, results[None].translation) == (8, (0, 1, 2))
     with pytest.raises(ResultError, match="did you mean 'random'"):
         read(data, tmp_path, "randm")

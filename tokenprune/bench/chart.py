@@ -2,50 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from tokenprune.bench.result import BenchResult, CaseResult
 from tokenprune.errors import ResultError
-from tokenprune.viz.frame import FAINT, INK, plain, write_chart
-from tokenprune.viz.labels import DPI, MARK, label_points
-
-Result = Mapping[str, Any]
-
+from tokenprune.viz.frame import FAINT, INK, MARK, plain, point_handle, write_chart, write_legend, write_title
+from tokenprune.viz.labels import DPI, label_points
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-
-
 _WIDTH, _PANEL, _ABOVE = 1200, 600, 45
 
 
-def write_speed(data: Mapping[str, Any], path: Path) -> None:
-    """Write the chart of a result of `bench`; a file of that name is replaced.
+def write_speed(result: BenchResult, path: Path) -> None:
+    """Write the chart of a result of `bench`; an existing file is replaced.
 
     Args:
-        data: What the result file holds.
+        result: What `bench` measured.
         path: Ends in `.png` or `.svg`.
 
     Raises:
-        ResultError: If the ending is another one, there is nothing to draw, or the file cannot be written.
+        ResultError: If the ending is not one of `FORMATS`, there is nothing to draw, or the file cannot be written.
     """
-    write_chart(lambda: draw_speed(data), path)
+    write_chart(lambda: draw_speed(result), path)
 
 
-def draw_speed(data: Mapping[str, Any]) -> Figure:
-    """A panel per backbone and preset; within it, a colour per dtype and mode.
+def draw_speed(result: BenchResult) -> Figure:
+    """Return a chart with a panel per backbone and preset, and a colour per dtype and mode.
 
     Raises:
         ResultError: If nothing has been measured.
     """
-    panels: dict[tuple[str, str], list[Result]] = {}
-    for result in data["results"]:
-        panels.setdefault((result["backbone"]["name"], result["preset"]), []).append(result)
+    panels: dict[tuple[str, str], list[CaseResult]] = {}
+    for case in result.results:
+        panels.setdefault((case.backbone.name, case.preset), []).append(case)
     if not panels:
         raise ResultError("there is nothing to draw: no pipeline has been measured")
     columns = min(2, len(panels))
@@ -53,9 +48,9 @@ def draw_speed(data: Mapping[str, Any]) -> Figure:
     height = _ABOVE + lines * _PANEL
     figure = Figure(figsize=(_WIDTH / DPI, height / DPI), dpi=DPI, facecolor="white")
     canvas = FigureCanvasAgg(figure)
-    ways = list(dict.fromkeys(_way(result) for result in data["results"]))
-    colours = {way: _COLOURS[index % len(_COLOURS)] for index, way in enumerate(ways)}
-    for number, ((name, preset), results) in enumerate(panels.items()):
+    series = list(dict.fromkeys(_series(case) for case in result.results))
+    colours = {name: _COLOURS[index % len(_COLOURS)] for index, name in enumerate(series)}
+    for number, ((name, preset), cases) in enumerate(panels.items()):
         line, column = divmod(number, columns)
         width = 1 / columns
         axes = figure.add_axes(
@@ -67,28 +62,31 @@ def draw_speed(data: Mapping[str, Any]) -> Figure:
             )
         )
         axes.set_title(f"{name} {preset}", fontsize=11, color=INK, loc="left")
-        _panel(axes, canvas, results, [colours[_way(result)] for result in results])
-    title = "Latency of a query and visual tokens held"
-    figure.text(0.02, 1 - 28 / height, title, fontsize=12, va="center", color=INK, fontweight="bold")
-    _key(figure, colours, 1 - 28 / height)
+        _panel(axes, canvas, cases, [colours[_series(case)] for case in cases])
+    top = 1 - 28 / height
+    write_title(figure, 0.02, top, "Latency of a query and visual tokens held")
+    handles = [point_handle(colour, name) for name, colour in colours.items()]
+    handles.append(Line2D([], [], linestyle="-", color=FAINT, label="dense time x share of its FLOPs"))
+    handles.append(Line2D([], [], linestyle=":", color=FAINT, label="floor of this device"))
+    write_legend(figure, handles, top, gap=0.5)
     return figure
 
 
-def _way(result: Result) -> str:
-    return f"{result['dtype']}, {result['mode']}"
+def _series(case: CaseResult) -> str:
+    return f"{case.dtype}, {case.mode}"
 
 
-def _panel(axes: Axes, canvas: FigureCanvasAgg, results: Sequence[Result], colours: Sequence[str]) -> None:
+def _panel(axes: Axes, canvas: FigureCanvasAgg, cases: Sequence[CaseResult], colours: Sequence[str]) -> None:
     points, names, tints = [], [], []
-    for result, colour in zip(results, colours, strict=True):
-        rows, curve = result["rows"], result["curve"]
-        tokens = [point["tokens"] for point in curve]
-        promised = [rows[0]["median_ms"] * point["gflops"] / curve[-1]["gflops"] for point in curve]
+    for case, colour in zip(cases, colours, strict=True):
+        rows, curve = case.rows, case.curve
+        tokens = [point.tokens for point in curve]
+        promised = [rows[0].median_ms * point.gflops / curve[-1].gflops for point in curve]
         axes.plot(tokens, promised, "-", color=colour, linewidth=1.1, alpha=0.6)
-        axes.plot(tokens, [point["floor_ms"] for point in curve], ":", color=colour, linewidth=1.4)
+        axes.plot(tokens, [point.floor_ms for point in curve], ":", color=colour, linewidth=1.4)
         for row in rows:
-            points.append((row["tokens_mean"], row["median_ms"]))
-            names.append(row["pipeline"])
+            points.append((row.tokens_mean, row.median_ms))
+            names.append(row.pipeline)
             tints.append(colour)
             axes.plot(*points[-1], "o", color=colour, markersize=MARK, zorder=3)
     widest = max(x for x, _ in points)
@@ -97,17 +95,3 @@ def _panel(axes: Axes, canvas: FigureCanvasAgg, results: Sequence[Result], colou
     axes.set_ylabel("median query (ms)", fontsize=10, color=FAINT)
     plain(axes)
     label_points(axes, canvas, points, names, tints)
-
-
-def _key(figure: Figure, colours: Mapping[str, str], height: float) -> None:
-    """What colours and lines say."""
-    handles = [
-        Line2D([], [], marker="o", linestyle="", color=colour, markersize=MARK, label=way)
-        for way, colour in colours.items()
-    ]
-    handles.append(Line2D([], [], linestyle="-", color=FAINT, label="dense time x share of its FLOPs"))
-    handles.append(Line2D([], [], linestyle=":", color=FAINT, label="floor of this device"))
-    figure.legend(
-        handles=handles, loc="center right", bbox_to_anchor=(0.985, height), ncols=len(handles), frameon=False,
-        fontsize=9.5, labelcolor=INK, borderpad=0, handletextpad=0.5,
-    )  # fmt: skip

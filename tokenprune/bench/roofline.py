@@ -1,4 +1,4 @@
-"""How fast a query could be at best: its arithmetic at the device's peak, or its weights at the device's bandwidth."""
+"""The least time of a query: its arithmetic at the device's peak, or its weights at the device's bandwidth."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tokenprune.model.info import BackboneInfo, DecoderShape
 from tokenprune.tokens.plan import Plan
 
 _REPEATS = 5
-# Rows of the square matrices, and bytes of the copy: large enough that starting them costs nothing beside.
+# Rows of the square matrices, and bytes of the copy: so large that the launch does not count.
 _ON_GPU, _ON_CPU = (8192, 2**30), (2048, 2**28)
 
 
 @dataclass(frozen=True, slots=True)
 class Roof:
-    """What a device reached, the best of a few tries.
+    """The speed that a device reached, best of a few tries.
 
     Attributes:
         flops: Per second, in one large matrix product.
@@ -35,18 +35,18 @@ class Roof:
     copied: int
 
     def best(self, other: Roof) -> Roof:
-        """The higher of two measurements of the same device."""
+        """Return the higher of two measurements of the same device."""
         return replace(self, flops=max(self.flops, other.flops), bandwidth=max(self.bandwidth, other.bandwidth))
 
 
 @dataclass(frozen=True, slots=True)
 class Floor:
-    """Least milliseconds of a query: each part takes as long as its arithmetic or reading its weights, if that is more.
+    """Least milliseconds of a query; each part takes the longer of its arithmetic and of reading its weights.
 
     Attributes:
         other: Outside the decoder, by part.
         layers: Each decoder layer, all its passes over the layout's tokens.
-        follow_up: Passes behind the layout.
+        follow_up: Passes of tokens behind the layout.
     """
 
     other: dict[str, float]
@@ -64,16 +64,16 @@ def measure_roof(device: torch.device, dtype: torch.dtype) -> Roof:
     rows, copied = _ON_GPU if device.type == "cuda" else _ON_CPU
     a, b = (torch.randn(rows, rows, device=device).to(dtype) for _ in range(2))
     product = torch.empty(rows, rows, device=device, dtype=dtype)
-    # By a transposed matrix, as linear layers do.
+    # Linear layers multiply by a transposed matrix too.
     flops = 2 * rows**3 / _shortest(partial(torch.mm, a, b.T, out=product), device)
-    # Ones, because zeros are pages that nobody has written, and reading those reads no memory.
+    # Ones, because untouched pages of zeros are not read from memory.
     source, target = (torch.ones(copied, dtype=torch.uint8, device=device) for _ in range(2))
     bandwidth = 2 * copied / _shortest(partial(target.copy_, source), device)
     return Roof(flops, bandwidth, rows, copied)
 
 
 def _shortest(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the fastest of a few tries, after one that warms up."""
+    """Return the seconds of the fastest of a few tries, after one for warm-up."""
     spent = []
     for _ in range(1 + _REPEATS):
         _wait(device)
@@ -90,10 +90,10 @@ def _wait(device: torch.device) -> None:
 
 
 def floor(info: BackboneInfo, plan: Plan, roof: Roof, itemsize: int) -> Floor:
-    """The floor of a query that runs to plan; choosing tokens is no part of it.
+    """Return the least time of a query that runs to plan, without the selection of tokens.
 
-    What is not known to read weights is counted by its arithmetic alone, and activations, keys and values are not
-    counted as reading: a floor that is too low is one still.
+    A part whose weights are not known counts by its arithmetic alone, and reading activations, keys and values does not
+    count. The floor may therefore be too low, but never too high.
 
     Args:
         info: The backbone.
@@ -112,7 +112,7 @@ def floor(info: BackboneInfo, plan: Plan, roof: Roof, itemsize: int) -> Floor:
     follow_up = 0.0
     if (follow := info.follow_up) is not None:
         for rows, before, norms in follow.ran(plan.flow_interval):
-            # Adaptive norms multiply one condition, so they read a weight for every two of their FLOPs.
+            # Adaptive norms multiply a single condition vector, so they read one weight per two FLOPs.
             read = layer_weights(follow.decoder) + norms // 2
             works = (layer_flops(follow.decoder, rows, n + before + rows) + norms for n in plan.keys if n)
             follow_up += sum(least(work, read) for work in works)
@@ -124,5 +124,5 @@ def floor(info: BackboneInfo, plan: Plan, roof: Roof, itemsize: int) -> Floor:
 
 
 def _entering_weights(shape: DecoderShape) -> int:
-    """Numbers in the matrices that make queries, keys and values."""
+    """Return the number of weights in the projections of queries, keys and values."""
     return shape.hidden * (shape.heads + 2 * shape.kv_heads) * shape.head_dim

@@ -1,59 +1,50 @@
-"""What a result of `bench` says, as text of 80 columns."""
+"""A result of `bench` as text of 80 columns."""
 
 from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from tokenprune.bench.row import SpeedRow
+from tokenprune.bench.result import BenchResult, CaseResult, SpeedRow
 from tokenprune.compare.table import phase_table
-from tokenprune.report.text import WIDTH, broken, milliseconds
-
-Result = Mapping[str, Any]
+from tokenprune.report.text import WIDTH, milliseconds, result_table, wrap_label
 
 
-def bench_text(data: Mapping[str, Any]) -> str:
-    """Everything: the device, tables of each backbone, dtype and mode, and what columns mean."""
-    facts = data["provenance"]
-    said = [facts.get("gpu") or f"{facts['cpu']}, {facts['torch_threads']} threads"]
-    said += [result_text(result) for result in data["results"]]
-    said += [textwrap.fill(f"left out on {r['backbone']}: {r['why']}", WIDTH) for r in data["refused"]]
-    if not data["complete"]:
-        said.append("The run was not finished: what is missing here was not measured.")
-    return "\n\n".join([*said, legend(data)])
+def bench_text(result: BenchResult) -> str:
+    """Return everything: the device, tables of each backbone, dtype and mode, and what columns mean."""
+    texts = [result.provenance.machine]
+    texts += [case_text(case) for case in result.results]
+    texts += [textwrap.fill(f"left out on {refusal.backbone}: {refusal.why}", WIDTH) for refusal in result.refused]
+    if not result.complete:
+        texts.append("The run was not finished: what is missing here was not measured.")
+    return "\n\n".join([*texts, legend(result)])
 
 
-def result_text(result: Result) -> str:
-    """The tables of one backbone, dtype and mode."""
-    rows = [SpeedRow.from_json(row) for row in result["rows"]]
-    roof, dense = result["roof"], rows[0]
-    head = f"{result['backbone']['name']} {result['preset']}, {result['dtype']}, {result['mode']}"
+def case_text(case: CaseResult) -> str:
+    """Return the tables of one backbone, dtype and mode."""
+    head = f"{case.backbone.name} {case.preset}, {case.dtype}, {case.mode}"
     lines = [
-        f"{head}, attention {dense.kernel}",
-        f"roof: {roof['flops'] / 1e12:.4g} TFLOP/s, {roof['bandwidth'] / 1e9:.4g} GB/s; "
-        f"pairs per pipeline: {rows[-1].pairs}",
+        f"{head}, attention {case.rows[0].kernel}",
+        f"roof: {case.roof.flops / 1e12:.4g} TFLOP/s, {case.roof.bandwidth / 1e9:.4g} GB/s; "
+        f"pairs per pipeline: {case.rows[-1].pairs}",
     ]
-    inner = tuple(row.row for row in rows)
-    tables = (speed_table(rows), phase_table(inner, result["follow_up"]), needs_table(rows))
+    tables = (speed_table(case.rows), phase_table(case.rows, case.follow_up), needs_table(case.rows))
     return "\n\n".join(["\n".join(lines), *map(_printed, tables)])
 
 
 def speed_table(rows: Sequence[SpeedRow]) -> Table:
-    """Time of the whole query beside its FLOPs, and beside the least this device allows."""
-    table = _table(
+    """Return a table of the whole query's time beside its FLOPs, and beside the least time this device allows."""
+    table = result_table(
         "\npipeline", "tokens\nmean", "FLOP\nratio", "ms\np50", "\np95", "speed\nup", "\neff", "sel\n%",
         "TFLOP\n/s", "of\npeak", "floor\nms", "over\nfloor",
     )  # fmt: skip
-    for speed in rows:
-        row = speed.row
+    for row in rows:
         table.add_row(
-            broken(row.pipeline),
+            wrap_label(row.pipeline),
             f"{row.tokens_mean:.0f}",
             f"{row.flop_ratio:.2f}",
             milliseconds(row.median_ms),
@@ -61,28 +52,28 @@ def speed_table(rows: Sequence[SpeedRow]) -> Table:
             f"{row.speedup:.2f}",
             f"{row.efficiency:.2f}",
             f"{100 * row.selection:.2f}",
-            _short(speed.tflops),
-            f"{100 * speed.of_peak:.0f}%",
-            milliseconds(speed.floor_ms),
-            _short(speed.over_floor),
+            _short(row.tflops),
+            f"{100 * row.of_peak:.0f}%",
+            milliseconds(row.floor_ms),
+            _short(row.over_floor),
         )
     return table
 
 
 def needs_table(rows: Sequence[SpeedRow]) -> Table:
-    """Memory, waits and the attention kernel."""
-    table = _table("\npipeline", "peak\nGB", "waits\n/query", "tokens\nlast", "\nGFLOP")
+    """Return a table of memory, waits for the device and the attention kernel."""
+    table = result_table("\npipeline", "peak\nGB", "waits\n/query", "tokens\nlast", "\nGFLOP")
     table.add_column("\nattention kernel", overflow="fold")
-    for speed in rows:
-        waits = "-" if speed.waits is None else str(speed.waits)
-        last, gflops = f"{speed.row.tokens_last:.0f}", f"{speed.row.gflops:.4g}"
-        peak = "-" if speed.peak_bytes is None else f"{speed.peak_bytes / 1e9:.2f}"
-        table.add_row(broken(speed.row.pipeline), peak, waits, last, gflops, speed.kernel)
+    for row in rows:
+        waits = "-" if row.waits is None else str(row.waits)
+        last, gflops = f"{row.tokens_last:.0f}", f"{row.gflops:.4g}"
+        peak = "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e9:.2f}"
+        table.add_row(wrap_label(row.pipeline), peak, waits, last, gflops, row.kernel)
     return table
 
 
-def legend(data: Mapping[str, Any]) -> str:
-    """What the columns mean, and what the numbers do not say."""
+def legend(result: BenchResult) -> str:
+    """Return what the columns mean, and what the numbers do not show."""
     lines = [
         "ms: the whole query, observation to actions. speed up: time of the dense",
         "query beside each over its own, median. eff: speed up / FLOP ratio. sel:",
@@ -92,12 +83,12 @@ def legend(data: Mapping[str, Any]) -> str:
         "whichever is longer. peak: memory, weights included. waits: of the host for",
         "the device, in one query.",
     ]
-    if data["settings"]["reference"] == "upstream":
+    if result.settings.reference == "upstream":
         lines += [
             "upstream reconstruction (ours): our weights and layout, run as repositories",
             "of the field do: eager attention, every map kept, unread logits computed.",
         ]
-    if any(result["backbone"]["untrained"] for result in data["results"]):
+    if any(case.backbone.untrained for case in result.results):
         lines += [
             "The weights are untrained random numbers: a query costs what it does with",
             "trained ones, unless what it keeps depends on what it sees (keep: union).",
@@ -105,16 +96,8 @@ def legend(data: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _table(*headings: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, header_style="bold", show_edge=False)
-    table.add_column(headings[0], overflow="fold", min_width=15)
-    for heading in headings[1:]:
-        table.add_column(heading, justify="right", no_wrap=True)
-    return table
-
-
 def _short(value: float) -> str:
-    """Four characters, two decimals where they fit."""
+    """Return four characters, two decimals where they fit."""
     return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
 
 

@@ -1,7 +1,7 @@
-"""How repositories of the field run the same weights: eager attention, every attention map kept, unread logits made.
+"""Runs a backbone as upstream repositories do: eager attention, every attention map kept, unread logits computed.
 
-A reconstruction, and ours: it stands for upstream's way of running, not for upstream's code. What is lossless in the
-layout (no pads, no absent cameras) it keeps, and everything outside the decoder, so it is no slower than upstream.
+This is our reconstruction of how upstream runs, without its code. It keeps the lossless savings of the layout (no pads,
+no absent cameras) and everything outside the decoder, so it is not slower than upstream.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ UPSTREAM = "upstream reconstruction (ours)"
 
 
 class UpstreamRunner:
-    """Runs a decoder's layers as upstream does: no fused kernel, no row left out, nothing pruned.
+    """Runs a decoder's layers as upstream does: no fused kernel, every row computed, nothing pruned.
 
     Attributes:
         maps: Attention maps `[B, H, n, m]` of every layer and pass, held as upstream's outputs hold them.
-        logits: Logits `[B, n, V]` of the layout's tokens, held likewise.
+        logits: Logits `[B, n, V]` of the layout's tokens, held as upstream's outputs hold them.
     """
 
     def __init__(self, vocabulary: Tensor | None) -> None:
-        """With an output layer `[V, D]`, every token of the layout is multiplied by it."""
+        """Multiply every token of the layout by the output layer `vocabulary` `[V, D]` where there is one."""
         self.maps: list[Tensor] = []
         self.logits: list[Tensor] = []
         self._vocabulary = vocabulary
@@ -56,22 +56,22 @@ class UpstreamRunner:
         cos, sin = rotary(tokens, positions, decoder.head_dim, decoder.rope_theta, hidden.dtype, *behind[:1])
         for index, layer in enumerate(decoder.layers):
             q, k, v, gate = project(layer, hidden, cos, sin, decoder.head_dim, condition)
-            seen = LayerKV(k, v, tokens.ids)
-            seen = seen if cache is None else cache.extend(index, seen)
-            hidden = finish(layer, hidden, self._attend(decoder, q, seen, tokens.ids), gate, condition)
+            kv = LayerKV(k, v, tokens.ids)
+            kv = kv if cache is None else cache.extend(index, kv)
+            hidden = finish(layer, hidden, self._attend(decoder, q, kv, tokens.ids), gate, condition)
         normed = decoder.finish(hidden, condition)
         if self._vocabulary is not None and not behind:
             self.logits.append((normed @ self._vocabulary.T).float())
         rows = normed if read is None else rows_at(normed, tokens.to_current(read))
         return Decoded(rows, hidden, tokens, (hidden.shape[1],) * len(decoder.layers))
 
-    def _attend(self, decoder: Decoder, q: Tensor, seen: LayerKV, ids: OriginalIds) -> Tensor:
-        """Attention output `[B, H, n, d]`; keys and values repeated for each query head, softmax in float32."""
-        repeats = q.shape[1] // seen.k.shape[1]
-        k, v = (part.repeat_interleave(repeats, dim=1) if repeats > 1 else part for part in (seen.k, seen.v))
+    def _attend(self, decoder: Decoder, q: Tensor, kv: LayerKV, ids: OriginalIds) -> Tensor:
+        """Return attention output `[B, H, n, d]`; keys and values repeat per query head, softmax is in float32."""
+        repeats = q.shape[1] // kv.k.shape[1]
+        k, v = (part.repeat_interleave(repeats, dim=1) if repeats > 1 else part for part in (kv.k, kv.v))
         logits = q @ k.transpose(2, 3) * decoder.head_dim**-0.5
         if decoder.causal:
-            future = seen.ids[:, None, None] > ids[:, None, :, None]
+            future = kv.ids[:, None, None] > ids[:, None, :, None]
             logits = logits + torch.zeros_like(logits).masked_fill(future, torch.finfo(q.dtype).min)
         weights = logits.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
         self.maps.append(weights)
@@ -81,23 +81,23 @@ class UpstreamRunner:
 class UpstreamBackbone:
     """A backbone that runs its decoder as upstream does; implements `tokenprune.engine.adapter.Backbone`.
 
-    Where upstream makes logits of every token that no query reads, an output layer of random numbers stands in for its
-    own: what it costs is the same, and nobody looks at the result.
+    Where upstream computes logits of every token that no query reads, an output layer of random numbers takes the place
+    of its own: the cost is the same, and the result is not used.
     """
 
     def __init__(self, backbone: Backbone) -> None:
-        """Share the weights of another."""
+        """Share the weights of another backbone."""
         self.info, self.device, self.dtype = backbone.info, backbone.device, backbone.dtype
         self._backbone = backbone
         shape = (backbone.info.unread_logits, backbone.info.decoder.hidden)
         self._vocabulary = torch.randn(shape, device=self.device, dtype=self.dtype) if shape[0] else None
 
     def layout(self, instruction: str, state: object = None) -> TokenLayout:
-        """Tokens of a query."""
+        """Return the tokens of a query."""
         return self._backbone.layout(instruction, state)
 
     def check(self, observation: Observation) -> None:
-        """Refuse an observation the policy was not made for."""
+        """Refuse an observation that does not fit the policy."""
         self._backbone.check(observation)
 
     def pixels(self, images: Sequence[Mapping[str, np.ndarray]]) -> Mapping[str, Tensor]:
@@ -109,13 +109,13 @@ class UpstreamBackbone:
         return self._backbone.prepare(observations, instructions)
 
     def infer(self, inputs: Any, query: Query) -> Tensor:  # noqa: ANN401 - the adapter's own Inputs
-        """Run the model; all maps of the query are held until it has ended, as upstream's outputs hold them."""
+        """Run the model; all attention maps are held until the query ends, as upstream's outputs hold them."""
         runner = UpstreamRunner(self._vocabulary)
         query.runner = runner
         actions = self._backbone.infer(inputs, query)
-        query.trace.kernel = f"eager, {len(runner.maps)} maps kept ({self.device.type})"
+        query.trace.kernel = f"eager, {self.info.decoder.depth} maps kept ({self.device.type})"
         return actions
 
     def unnormalise(self, actions: np.ndarray, observations: Sequence[Observation]) -> np.ndarray:
-        """Normalised actions in the environment's units."""
+        """Return normalised actions in the environment's units."""
         return self._backbone.unnormalise(actions, observations)

@@ -4,44 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tokenprune.cli.options import (
-    Device,
-    EpisodePath,
-    Json,
-    Options,
-    Plugins,
-    Seed,
-    Sets,
-    bundled_episode,
-    charts,
-    free_path,
-    key_values,
-    print_json,
-    progress,
-    registry,
-    source,
-    write_json,
-)
-from tokenprune.errors import ConfigError
+from tokenprune.cli.options import EpisodePath, Json, ModelOptions, Plugins, Sets, registry, takes_model
+from tokenprune.cli.output import needs_matplotlib, print_json, progress
 
 if TYPE_CHECKING:
-    from tokenprune.bench.speed import Subject
-    from tokenprune.registry.discovery import Registry
-
-DEFAULT = (
-    "uniform_grid@keep=0.5",
-    "uniform_grid@keep=0.25",
-    "uniform_grid@keep=0.125",
-    "fastv@keep=0.25",
-    "specprune.static",
-    "specprune.dynamic",
-    "specprune",
-)
-"""What is measured where nothing is named."""
+    from tokenprune.bench.result import BenchResult
 
 
 def add_to(app: typer.Typer) -> None:
@@ -49,6 +20,7 @@ def add_to(app: typer.Typer) -> None:
     app.command()(bench)
 
 
+@takes_model("device", "seed", "options")
 def bench(
     pipelines: Annotated[
         list[str] | None, typer.Argument(help="Names or files; NAME@keep=0.25 varies one. A selection when left out.")
@@ -68,7 +40,8 @@ def bench(
         list[str] | None,
         typer.Option("--dtype", help="bfloat16, float32, float16, float64 or auto; may be repeated. [auto]"),
     ] = None,
-    device: Device = "cpu",
+    *,
+    model: ModelOptions,
     pairs: Annotated[int, typer.Option(help="Queries per pipeline, each with a dense one beside it.")] = 10,
     warmup: Annotated[int, typer.Option(help="Such pairs that come before and are not counted.")] = 2,
     queries: Annotated[
@@ -80,8 +53,6 @@ def bench(
     ] = None,
     profile: Annotated[Path | None, typer.Option(help="Folder for torch profiler traces.")] = None,
     chart: Annotated[Path | None, typer.Option(help="Draw latency against kept tokens: a .png or .svg.")] = None,
-    seed: Seed = 0,
-    options: Options = None,
     sets: Sets = None,
     plugins: Plugins = None,
     out: Annotated[Path, typer.Option(help="Folder for the result file, or its name ending in .json.")] = Path(
@@ -92,76 +63,60 @@ def bench(
     """Measure pipelines at real size: latency, FLOPs, memory, and the least time that the device allows."""
     if chart is not None:
         _check_chart(chart)
-    from tokenprune.bench.speed import BenchSettings
+    from tokenprune.bench.settings import BenchSettings
     from tokenprune.bench.speed import bench as measure
+    from tokenprune.bench.subjects import DEFAULT_PIPELINES, choose_subjects
     from tokenprune.bench.table import bench_text
     from tokenprune.engine.executor import Execution
-    from tokenprune.pipelines.loader import load_pipeline
+    from tokenprune.pipelines.loader import load_pipelines
+    from tokenprune.report.files import write_json
 
     settings = BenchSettings(
         dtypes=tuple(dict.fromkeys(dtypes or ("auto",))),
         modes=tuple(dict.fromkeys(modes or (Execution.EAGER,))),
-        device=device,
+        device=model.device,
         pairs=pairs,
         warmup=warmup,
         queries=queries,
         reference=reference,
         profile=profile,
-        seed=seed,
-        options=key_values("--option", options),
+        seed=model.seed,
+        options=model.own(),
     )
     settings.check()
     found = registry(plugins)
-    subjects = _subjects(found, backbones or ["openvla-oft"], presets or [], episode)
-    named = list(dict.fromkeys(pipelines or DEFAULT))
-    loaded = [load_pipeline(name, found, () if name == "dense" else (sets or ())) for name in named]
-    path = _result_path(out, subjects)
+    subjects = choose_subjects(found, backbones or [model.backbone], presets or [], episode)
+    loaded = load_pipelines(pipelines or DEFAULT_PIPELINES, found, sets or ())
+    path = _result_path(out, [subject.backbone for subject in subjects])
 
-    def save(data: dict[str, Any]) -> None:
-        write_json(path, data)
+    def save(result: BenchResult) -> None:
+        write_json(path, result.to_json())
 
     with progress() as begin:
-        data = measure(subjects, loaded, settings, found, save, begin)
+        result = measure(subjects, loaded, settings, found, save, begin)
     if chart is not None:
         from tokenprune.bench.chart import write_speed
 
-        write_speed(data, chart)
+        write_speed(result, chart)
     if as_json:
-        print_json(data)
+        print_json(result.to_json())
         return
-    print(bench_text(data))
+    print(bench_text(result))
     for written in filter(None, (chart, path)):
         print(f"\nwrote {written}")
 
 
-def _subjects(found: Registry, backbones: Sequence[str], presets: Sequence[str], episode: Path | None) -> list[Subject]:
-    from tokenprune.bench.speed import Subject
-    from tokenprune.compare.episode import load_episode
-
-    if len(presets) > 1 and len(presets) != len(backbones):
-        raise ConfigError(
-            f"--preset is given {len(presets)} times for {len(backbones)} backbones; "
-            "give one for all, or one for each in their order"
-        )
-    each = presets if len(presets) == len(backbones) else [*presets, None][:1] * len(backbones)
-    subjects = []
-    for backbone, preset in zip(backbones, each, strict=True):
-        chosen, _ = source(found, backbone, preset, None)
-        if chosen is None:
-            raise ConfigError(f"backbone '{backbone}' has no preset to make weights from")
-        subjects.append(Subject(backbone, chosen, load_episode(episode or bundled_episode(found, backbone))))
-    return subjects
-
-
 def _check_chart(chart: Path) -> None:
-    """Find out before the run, not after it, whether the chart can be drawn."""
-    with charts():
+    """Refuse a chart that cannot be drawn before the run, not after it."""
+    with needs_matplotlib("--chart"):
         from tokenprune.viz.frame import check_format
     check_format(chart)
 
 
-def _result_path(out: Path, subjects: Sequence[Subject]) -> Path:
+def _result_path(out: Path, backbones: Sequence[str]) -> Path:
     if out.suffix == ".json":
         out.parent.mkdir(parents=True, exist_ok=True)
         return out
-    return free_path(out, "-".join(["bench", *dict.fromkeys(subject.backbone for subject in subjects)]))
+    from tokenprune.report.files import free_path
+
+    return free_path(out, "-".join(["bench", *dict.fromkeys(backbones)]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import platform
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,17 +13,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from tokenprune.cli.options import (
-    Checkpoint,
-    Json,
-    Options,
-    Plugins,
-    Preset,
-    Sets,
-    key_values,
-    print_json,
-    registry,
-)
+from tokenprune.cli.options import Json, ModelOptions, Plugins, Sets, registry, takes_model
+from tokenprune.cli.output import print_json
 from tokenprune.errors import ConfigError, PluginError, TokenPruneError, nearest
 from tokenprune.registry.discovery import Registry
 from tokenprune.registry.specs import HOOK_API_VERSION
@@ -148,18 +140,17 @@ def _print_facts(console: Console, facts: dict[str, Any], indent: str) -> None:
             console.print(f"{indent}{key}: {value}", highlight=False, markup=False)
 
 
+@takes_model("preset", "checkpoint", "options")
 def validate(
     files: Annotated[list[str], typer.Argument(help="Pipeline files or names.")],
     backbone: Annotated[str | None, typer.Option(help="Also check against this backbone.")] = None,
-    preset: Preset = None,
-    checkpoint: Checkpoint = None,
-    options: Options = None,
+    *,
+    model: ModelOptions,
     sets: Sets = None,
     plugins: Plugins = None,
     as_json: Json = False,
 ) -> None:
     """Check pipeline files; exit 1 if any is wrong. Nothing is run and no weight is read."""
-    from tokenprune.cli.explain import describe_backbone
     from tokenprune.pipelines.binding import bind
     from tokenprune.pipelines.loader import load_pipeline
 
@@ -169,7 +160,7 @@ def validate(
         try:
             config = load_pipeline(file, found, sets or ()).config
             if backbone is not None:
-                described = describe_backbone(found, backbone, preset, checkpoint, key_values("--option", options))
+                described = replace(model, backbone=backbone).describe(found)
                 bound = bind(config, described.info, found)
                 for mode in config.modes:
                     bound.plan(described.layout("put the bowl on the plate"), mode)

@@ -1,58 +1,31 @@
-"""Verbs of closed-loop evaluation: eval runs episodes, report tells what a results file says."""
+"""Verbs of closed-loop evaluation: eval runs episodes, report prints what a results file holds."""
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from tokenprune.cli.options import (
-    BackboneName,
-    Checkpoint,
-    Device,
-    Dtype,
-    Execution,
-    Json,
-    Options,
-    Plugins,
-    Preset,
-    Seed,
-    Sets,
-    charts,
-    key_values,
-    print_json,
-    registry,
-    source,
-)
+from tokenprune.cli.options import Json, ModelOptions, Plugins, Sets, key_values, registry, takes_model
+from tokenprune.cli.output import needs_matplotlib, print_json
 from tokenprune.errors import ConfigError
+from tokenprune.evaluation.engines import EngineName
 
 if TYPE_CHECKING:
-    from tokenprune.evaluation.environment import Suite
-    from tokenprune.evaluation.local_engine import LocalEngine
-    from tokenprune.evaluation.ray_engine import RayEngine
-    from tokenprune.evaluation.results_file import EpisodeRecord, Results
+    from tokenprune.evaluation.records import EpisodeRecord
+    from tokenprune.evaluation.results_file import Results
+    from tokenprune.evaluation.session import Begin, OnRecord
     from tokenprune.evaluation.starts import Start
     from tokenprune.evaluation.summary import Summary
-    from tokenprune.registry.discovery import Registry
-
 
 EPISODES = 50
-
-
-class EngineName(StrEnum):
-    """Where episodes run."""
-
-    local = "local"
-    ray = "ray"
-
 
 Environments = Annotated[
     list[str] | None, typer.Option("--env", help="A registered environment; may be repeated. Not with --starts.")
@@ -71,6 +44,7 @@ def add_to(app: typer.Typer) -> None:
     app.command()(report)
 
 
+@takes_model()
 def evaluate(
     variants: Annotated[
         list[str],
@@ -93,14 +67,8 @@ def evaluate(
     ] = None,
     execute: Annotated[int | None, typer.Option(help="Actions of each chunk to execute; all when left out.")] = None,
     replan: Annotated[bool, typer.Option(help="Whether a controller that asks for a new query gets it.")] = True,
-    backbone: BackboneName = "openvla-oft",
-    preset: Preset = None,
-    checkpoint: Checkpoint = None,
-    options: Options = None,
-    device: Device = "cpu",
-    dtype: Dtype = "auto",
-    execution: Execution = "eager",
-    seed: Seed = 0,
+    *,
+    model: ModelOptions,
     sets: Sets = None,
     plugins: Plugins = None,
     engine: Annotated[EngineName, typer.Option(help="Processes of this machine, or a Ray cluster.")] = EngineName.local,
@@ -125,62 +93,50 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Evaluate pipelines in simulated environments, every one from the same starts."""
-    import torch
-
-    from tokenprune.cli.explain import describe_backbone
-    from tokenprune.evaluation.jobs import Job, plan_jobs
-    from tokenprune.evaluation.results_file import ResultsFile
-    from tokenprune.evaluation.starts import check_starts, first_of_each_task
-    from tokenprune.evaluation.variant import black_views, parse_variant
+    from tokenprune.evaluation.engines import make_engine
+    from tokenprune.evaluation.planning import initial_states, plan_episodes, plan_exact_episodes
+    from tokenprune.evaluation.session import open_session
+    from tokenprune.evaluation.starts import first_of_each_task
+    from tokenprune.evaluation.variant import parse_variant
     from tokenprune.evaluation.worker import WorkerSpec
-    from tokenprune.report.provenance import provenance
 
     found = registry(plugins)
-    parsed = [parse_variant(text, found, sets or ()) for text in variants]
-    chosen = key_values("--env-option", env_options)
-    begin = _read_starts(starts, environments, tasks, init_states, episodes)
-    suites = _suites(found, list(dict.fromkeys(s.environment for s in begin)) or environments or [], chosen)
-    planned = begin or _planned(suites, tasks, EPISODES if episodes is None else episodes, init_states, start_seed)
-    check_starts(planned, suites)
-    preset, checkpoint = source(found, backbone, preset, checkpoint)
+    parsed = tuple(parse_variant(text, found, sets or ()) for text in variants)
+    own = key_values("--env-option", env_options)
+    if starts is not None:
+        if environments or tasks or init_states:
+            raise ConfigError("--starts says where every episode begins; leave out --env, --tasks and --init-states")
+        plan = plan_exact_episodes(found, starts, own, episodes)
+    elif environments:
+        chosen = [[word.strip() for word in words.split(",")] for words in tasks or ()]
+        states = None if init_states is None else initial_states(init_states)
+        count = EPISODES if episodes is None else episodes
+        plan = plan_episodes(found, environments, own, count, chosen, states, start_seed)
+    else:
+        raise ConfigError("name an environment with --env, or a file of starts with --starts")
     spec = WorkerSpec(
-        backbone=backbone,
-        checkpoint=checkpoint,
-        preset=preset,
-        options=key_values("--option", options),
-        device=device,
-        dtype=dtype,
-        seed=seed,
-        variants=tuple(parsed),
-        environments={name: chosen for name in suites},
-        tasks={name: _tasks_of(planned, name) for name in suites},
+        backbone=model.backbone,
+        checkpoint=model.checkpoint,
+        preset=model.chosen_preset(found),
+        options=model.own(),
+        device=model.device,
+        dtype=model.dtype,
+        seed=model.seed,
+        variants=parsed,
+        environments=dict.fromkeys(plan.suites, plan.options),
+        tasks=plan.tasks,
         execute=execute,
         replan=replan,
-        execution=execution,
+        execution=model.execution,
         plugins=tuple(str(path) for path in plugins or ()),
         videos=None if videos is None else str(videos),
-        filmed=() if videos is None else first_of_each_task(planned, 1),
+        filmed=() if videos is None else first_of_each_task(plan.starts, 1),
     )
-    if videos is not None:
-        from tokenprune.evaluation.video import imageio
-
-        imageio()
-    running = _engine(engine, workers, threads, limit, gpus, address)
-    policy = describe_backbone(found, backbone, preset, checkpoint, spec.options)
-    settings = {**spec.settings(suites, policy.weights), "untrained": policy.info.untrained}
-    described = {variant.label: spec.describe(variant, suites) for variant in parsed}
-    for variant in parsed:
-        black_views(variant, policy.info.views)
-    with ResultsFile(out, settings, provenance(torch.device(device))) as results:
-        for label, what in described.items():
-            results.declare(label, what)
-        jobs = plan_jobs(planned, [variant.label for variant in parsed])
-        finished = {Job(record.start, record.variant): record for record in results.results.records}
-        with _progress(len(jobs), [finished[job] for job in jobs if job in finished]) as show:
-            for record in running.run(spec, [job for job in jobs if job not in finished]):
-                results.append(record)
-                show(record)
-        _tell(out, results.results, baseline, [v.label for v in parsed], planned, csv, chart, as_json)
+    running = make_engine(engine, workers, threads, limit, gpus, address)
+    session = open_session(spec, plan, found)
+    with _progress() as begin:
+        results = session.run(running, out, begin)
+    _show(out, results, baseline, list(session.variants), plan.starts, csv, chart, as_json)
 
 
 def report(
@@ -200,77 +156,10 @@ def report(
     for label in labels:
         if label not in read.variants:
             raise ResultError(f"{results}: variant '{label}' was not evaluated{nearest(label, read.variants)}")
-    _tell(results, read, baseline, labels, (), csv, chart, as_json)
+    _show(results, read, baseline, labels, (), csv, chart, as_json)
 
 
-def _read_starts(
-    path: Path | None,
-    environments: Sequence[str] | None,
-    tasks: Sequence[str] | None,
-    init_states: str | None,
-    episodes: int | None,
-) -> tuple[Start, ...]:
-    from tokenprune.evaluation.starts import first_of_each_task, read_starts
-
-    if path is None:
-        if not environments:
-            raise ConfigError("name an environment with --env, or a file of starts with --starts")
-        return ()
-    if environments or tasks or init_states:
-        raise ConfigError("--starts says where every episode begins; leave out --env, --tasks and --init-states")
-    read = read_starts(path)
-    return read if episodes is None else first_of_each_task(read, episodes)
-
-
-def _suites(found: Registry, names: Sequence[str], options: Mapping[str, Any]) -> dict[str, Suite]:
-    return {name: found.environment_factory(name).describe(name, options) for name in names}
-
-
-def _planned(
-    suites: Mapping[str, Suite], tasks: Sequence[str] | None, episodes: int, init_states: str | None, seed: int
-) -> tuple[Start, ...]:
-    from tokenprune.evaluation.starts import plan_starts
-
-    if tasks and len(tasks) != len(suites):
-        raise ConfigError(f"--tasks was given {len(tasks)} times for {len(suites)} environments; give it once for each")
-    named = [None] * len(suites) if not tasks else [[word.strip() for word in words.split(",")] for words in tasks]
-    states = None if init_states is None else initial_states(init_states)
-    plans = [plan_starts(s, names, episodes, states, seed) for s, names in zip(suites.values(), named, strict=True)]
-    return tuple(start for plan in plans for start in plan)
-
-
-def initial_states(text: str) -> list[int]:
-    """Read `25:50`, whose end is left out, or `0,3,7`.
-
-    Raises:
-        ConfigError: If it is neither.
-    """
-    try:
-        first, colon, end = text.partition(":")
-        return list(range(int(first), int(end))) if colon else [int(word) for word in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"--init-states {text}: write 25:50, which leaves out 50, or 0,3,7") from None
-
-
-def _tasks_of(planned: Iterable[Start], name: str) -> list[int]:
-    return list(dict.fromkeys(start.task for start in planned if start.environment == name))
-
-
-def _engine(
-    name: EngineName, workers: int, threads: int, limit: float, gpus: float, address: str | None
-) -> LocalEngine | RayEngine:
-    if name == EngineName.ray:
-        from tokenprune.evaluation.ray_engine import RayEngine
-
-        return RayEngine(workers, address, threads, gpus, limit)
-    if gpus or address is not None:
-        raise ConfigError("--gpus-per-worker and --address belong to --engine ray")
-    from tokenprune.evaluation.local_engine import LocalEngine
-
-    return LocalEngine(workers, threads, limit)
-
-
-def _tell(
+def _show(
     path: Path,
     results: Results,
     baseline: str | None,
@@ -280,7 +169,7 @@ def _tell(
     chart: Path | None,
     as_json: bool,
 ) -> None:
-    """Print tables or data, and write what was asked for."""
+    """Print tables or data of these variants, and write the files asked for."""
     from tokenprune.evaluation.summary import summarise
 
     wanted = [record for record in results.records if record.variant in labels]
@@ -312,32 +201,36 @@ def _print(summary: Summary) -> None:
 
 
 def _draw(summary: Summary, chart: Path) -> None:
-    with charts():
+    with needs_matplotlib("--chart"):
         from tokenprune.evaluation.chart import write_success
     write_success(summary, chart)
 
 
 @contextmanager
-def _progress(total: int, done: Sequence[EpisodeRecord]) -> Iterator[Callable[[EpisodeRecord], None]]:
-    """A bar on standard error with the success so far; lines instead where that is no terminal."""
+def _progress() -> Iterator[Begin]:
+    """Show a bar on standard error with the success so far, or a line per episode where that is no terminal."""
     console = Console(file=sys.stderr)
     columns = (
         TextColumn("episodes"), BarColumn(), MofNCompleteColumn(), TextColumn("success {task.fields[share]}"),
         TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
-    counts = Counter(record.success for record in done)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
 
-        def share() -> str:
-            return f"{counts[True] / counts.total():.0%}" if counts else "-"
+        def begin(total: int, finished: Sequence[EpisodeRecord]) -> OnRecord:
+            counts = Counter(record.success for record in finished)
 
-        task = bar.add_task("episodes", total=total, completed=len(done), share=share())
+            def share() -> str:
+                return f"{counts[True] / counts.total():.0%}" if counts else "-"
 
-        def show(record: EpisodeRecord) -> None:
-            counts[record.success] += 1
-            bar.update(task, advance=1, share=share())
-            if not console.is_terminal:
-                outcome = "success" if record.success else "failure"
-                print(f"{record.start}: {record.variant}: {outcome} after {record.steps} steps", file=sys.stderr)
+            task = bar.add_task("episodes", total=total, completed=len(finished), share=share())
 
-        yield show
+            def show(record: EpisodeRecord) -> None:
+                counts[record.success] += 1
+                bar.update(task, advance=1, share=share())
+                if not console.is_terminal:
+                    outcome = "success" if record.success else "failure"
+                    print(f"{record.start}: {record.variant}: {outcome} after {record.steps} steps", file=sys.stderr)
+
+            return show
+
+        yield begin

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,25 +12,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from tokenprune.cli.options import (
-    BackboneName,
-    Checkpoint,
-    Json,
-    Options,
-    Plugins,
-    Preset,
-    Sets,
-    bundled_episode,
-    key_values,
-    print_json,
-    registry,
-    source,
-)
+from tokenprune.cli.options import Json, ModelOptions, Plugins, Sets, registry, takes_model
+from tokenprune.cli.output import print_json
 from tokenprune.errors import ConfigError
 from tokenprune.report.text import WIDTH
 
 if TYPE_CHECKING:
-    from tokenprune.engine.adapter import Description
     from tokenprune.model.info import BackboneInfo
     from tokenprune.pipelines.binding import BoundPipeline
     from tokenprune.pipelines.loader import LoadedPipeline
@@ -44,25 +30,14 @@ def add_to(app: typer.Typer) -> None:
     app.command()(explain)
 
 
-def describe_backbone(
-    found: Registry, name: str, preset: str | None, checkpoint: str | None, options: Mapping[str, Any]
-) -> Description:
-    """A backbone without its weights."""
-    preset, checkpoint = source(found, name, preset, checkpoint)
-    folder = None if checkpoint is None else Path(checkpoint)
-    described: Description = found.backbone_factory(name).describe(preset, folder, options)
-    return described
-
-
+@takes_model("backbone", "preset", "checkpoint", "options")
 def explain(
     pipeline: Annotated[str | None, typer.Argument(help="A pipeline file or name.")] = None,
-    backbone: BackboneName = "openvla-oft",
-    preset: Preset = None,
-    checkpoint: Checkpoint = None,
+    *,
+    model: ModelOptions,
     instruction: Annotated[str | None, typer.Option(help="The bundled episode's when left out.")] = None,
     depth: Annotated[int | None, typer.Option(min=2, help="Explain it as if the decoder had this many layers.")] = None,
     every: Annotated[bool, typer.Option("--all", help="Every shipped pipeline instead, a line each.")] = False,
-    options: Options = None,
     sets: Sets = None,
     plugins: Plugins = None,
     as_json: Json = False,
@@ -71,18 +46,18 @@ def explain(
 
     With `--all`, what choosing costs each shipped pipeline.
     """
-    from tokenprune.compare.episode import load_episode
+    from tokenprune.compare.episode_source import open_episode
     from tokenprune.pipelines.binding import bind
     from tokenprune.pipelines.loader import load_pipeline
 
     found = registry(plugins)
     if (pipeline is None) == (not every):
         raise ConfigError("name a pipeline, or give --all")
-    described = describe_backbone(found, backbone, preset, checkpoint, key_values("--option", options))
+    described = model.describe(found)
     info = described.info
     if depth is not None:
         info = replace(info, decoder=replace(info.decoder, depth=depth))
-    instruction = instruction or load_episode(bundled_episode(found, backbone)).instruction
+    instruction = instruction or open_episode(None, found, model.backbone).instruction
     layout = described.layout(instruction)
     if pipeline is None:
         _explain_all([load_pipeline(name, found) for name in sorted(found.pipelines)], info, layout, found, as_json)

@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from tokenprune.cli.options import print_json
+from tokenprune.cli.output import print_json
 from tokenprune.registry.discovery import Registry
 from tokenprune.report.text import WIDTH
 

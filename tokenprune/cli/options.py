@@ -1,58 +1,154 @@
-"""Options that several verbs share."""
+"""Options that several verbs share; those that name the model are declared once, in `ModelOptions`."""
 
 from __future__ import annotations
 
-import importlib.resources
-import json
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from datetime import UTC, datetime
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tokenprune.errors import ConfigError
 from tokenprune.registry.discovery import Registry
+
+if TYPE_CHECKING:
+    from tokenprune.engine.adapter import Backbone, Description
+    from tokenprune.report.result import RunSettings
 
 Plugins = Annotated[list[Path] | None, typer.Option("--plugin", help="A python file with stages; may be repeated.")]
 Json = Annotated[bool, typer.Option("--json", help="Print plain data instead of tables.")]
 Sets = Annotated[
     list[str] | None, typer.Option("--set", help="stages.1.keep=0.5 and the like, for every pipeline named.")
 ]
-BackboneName = Annotated[str, typer.Option("--backbone", help="A registered backbone.")]
-Preset = Annotated[
-    str | None, typer.Option(help="What the backbone offers without a checkpoint; its first when neither is given.")
-]
-Checkpoint = Annotated[str | None, typer.Option(help="Folder in the release's format, or a hub id.")]
-Options = Annotated[
-    list[str] | None, typer.Option("--option", help="The backbone's own: views=[primary], proprio=false, unnorm_key=…")
-]
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:0.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64; auto: bfloat16 where it is native.")]
-Execution = Annotated[str, typer.Option(help="eager, compile, or on a CUDA device cuda_graph and compiled_cuda_graph.")]
-Seed = Annotated[int, typer.Option(help="Seed of an untrained preset's random weights.")]
 EpisodePath = Annotated[
     Path | None, typer.Option("--episode", help="A recorded episode; the bundled one when left out.")
 ]
+BackboneName = Annotated[str, typer.Option("--backbone", help="A registered backbone.")]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The options that name a model; `takes_model` adds them to a verb."""
+
+    backbone: BackboneName = "openvla-oft"
+    preset: Annotated[
+        str | None,
+        typer.Option(help="What the backbone offers without a checkpoint; its first when neither is given."),
+    ] = None
+    checkpoint: Annotated[str | None, typer.Option(help="Folder in the release's format, or a hub id.")] = None
+    options: Annotated[
+        list[str] | None,
+        typer.Option("--option", help="The backbone's own: views=[primary], proprio=false, unnorm_key=…"),
+    ] = None
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:0.")] = "cpu"
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, float16 or float64; auto: bfloat16 where it is native.")
+    ] = "auto"
+    execution: Annotated[
+        str, typer.Option(help="eager, compile, or on a CUDA device cuda_graph and compiled_cuda_graph.")
+    ] = "eager"
+    seed: Annotated[int, typer.Option(help="Seed of an untrained preset's random weights.")] = 0
+
+    def own(self) -> dict[str, Any]:
+        """The backbone's own options, `--option`, as a mapping.
+
+        Raises:
+            ConfigError: If one is not `key=value`.
+        """
+        return key_values("--option", self.options)
+
+    def describe(self, found: Registry) -> Description:
+        """Describe the backbone without its weights; raises as `tokenprune.loading.describe_backbone`."""
+        from tokenprune.loading import describe_backbone
+
+        return describe_backbone(self.backbone, found, self.checkpoint, self.preset, self.own())
+
+    def load(self, found: Registry) -> Backbone:
+        """Load the backbone; raises as `tokenprune.loading.load_backbone`."""
+        from tokenprune.loading import load_backbone
+
+        return load_backbone(
+            self.backbone,
+            found,
+            self.checkpoint,
+            self.chosen_preset(found),
+            self.device,
+            self.dtype,
+            self.seed,
+            self.own(),
+        )
+
+    def chosen_preset(self, found: Registry) -> str | None:
+        """The preset that is loaded; see `tokenprune.loading.chosen_preset`."""
+        from tokenprune.loading import chosen_preset
+
+        return chosen_preset(self.backbone, found, self.checkpoint, self.preset)
+
+    def run_settings(self, found: Registry, episode: Path | None) -> RunSettings:
+        """What a result file of `run` and `compare` records of the options."""
+        from tokenprune.report.result import RunSettings
+
+        return RunSettings(
+            preset=self.chosen_preset(found),
+            checkpoint=self.checkpoint,
+            device=self.device,
+            dtype=self.dtype,
+            seed=self.seed,
+            options=self.own(),
+            episode=str(episode or "bundled"),
+            execution=self.execution,
+        )
+
+
+def takes_model(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Replace the parameter `model` of a verb by the options of `ModelOptions`, which the verb gets as one object.
+
+    Args:
+        *names: Fields of `ModelOptions` that the verb offers, in the order of its help; all when left out. The others
+            keep their defaults.
+    """
+    hints = get_type_hints(ModelOptions, include_extras=True)
+    defaults = {field.name: field.default for field in fields(ModelOptions)}
+    offered = names or tuple(defaults)
+    options = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=hints[name])
+        for name in offered
+    ]
+
+    def decorate(verb: Callable[..., None]) -> Callable[..., None]:
+        @wraps(verb)
+        def call(**values: Any) -> None:  # noqa: ANN401 - whatever typer parsed
+            model = ModelOptions(**{name: values.pop(name) for name in offered})
+            verb(model=model, **values)
+
+        parameters = []
+        for parameter in inspect.signature(verb, eval_str=True).parameters.values():
+            if parameter.name == "model":
+                parameters += options
+            else:
+                parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+        # typer reads both.
+        call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return call
+
+    return decorate
 
 
 def registry(plugins: Sequence[Path] | None) -> Registry:
-    """Everything installed, and the files given."""
+    """Discover what is installed, and read the plugin files given."""
     return Registry.discover(plugin_files=tuple(plugins or ()))
 
 
-def print_json(data: object) -> None:
-    """Plain data on standard output."""
-    json.dump(data, sys.stdout, indent=1, default=str)
-    sys.stdout.write("\n")
+def key_values(option: str, pairs: Sequence[str] | None) -> dict[str, Any]:
+    """Read the `key=value` pairs of an option that may be repeated; values are YAML.
 
-
-def key_values(option: str, given: Sequence[str] | None) -> dict[str, Any]:
-    """`key=value` pairs of an option that may be repeated, values read as YAML.
+    Args:
+        option: The option's name, for messages.
+        pairs: What was given.
 
     Raises:
         ConfigError: If a pair has no `=` or its value is not YAML.
@@ -60,7 +156,7 @@ def key_values(option: str, given: Sequence[str] | None) -> dict[str, Any]:
     from tokenprune.pipelines.yaml_document import Document
 
     parsed = {}
-    for pair in given or ():
+    for pair in pairs or ():
         key, equals, value = pair.partition("=")
         if not equals or not key:
             raise ConfigError(f"{option} {pair}: write key=value, such as views=[primary]")
@@ -69,70 +165,3 @@ def key_values(option: str, given: Sequence[str] | None) -> dict[str, Any]:
             raise ConfigError(f"{option} {pair}: {'; '.join(problem.text for problem in document.problems)}")
         parsed[key.strip()] = document.data
     return parsed
-
-
-def source(found: Registry, backbone: str, preset: str | None, checkpoint: str | None) -> tuple[str | None, str | None]:
-    """Preset and checkpoint; the backbone's first preset when neither is given."""
-    return (preset, checkpoint) if preset or checkpoint else (found.backbone(backbone).spec.default_preset, None)
-
-
-def bundled_episode(found: Registry, backbone: str) -> Path:
-    """Path of the episode that ships with a backbone.
-
-    Raises:
-        ConfigError: If none does.
-    """
-    name = found.backbone(backbone).spec.episode
-    if not name:
-        raise ConfigError(f"no episode ships with backbone '{backbone}'; give one with --episode PATH")
-    package, _, resource = name.partition(":")
-    return Path(str(importlib.resources.files(package).joinpath(resource)))
-
-
-@contextmanager
-def charts() -> Iterator[None]:
-    """Import inside what draws charts.
-
-    Raises:
-        ConfigError: If matplotlib is not installed, naming the extra.
-    """
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "matplotlib":
-            raise
-        raise ConfigError(
-            '--chart draws with matplotlib, which is missing: pip install "tokenprune-vla[viz]"'
-        ) from error
-
-
-@contextmanager
-def progress() -> Iterator[Callable[[int], Callable[[], None]]]:
-    """A bar of queries on standard error, absent where that is no terminal."""
-    console = Console(file=sys.stderr)
-    columns = (TextColumn("queries"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-
-        def begin(total: int) -> Callable[[], None]:
-            task = bar.add_task("queries", total=total)
-            return lambda: bar.advance(task)
-
-        yield begin
-
-
-def free_path(folder: Path, stem: str) -> Path:
-    """Where a result can be written under a name that is not taken; the folder is made."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    path = folder / f"{stem}-{stamp}.json"
-    number = 1
-    while path.exists():
-        path, number = folder / f"{stem}-{stamp}-{number}.json", number + 1
-    return path
-
-
-def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Write plain data, so that whoever reads the file meanwhile finds it whole."""
-    beside = path.with_name(f".{path.name}.new")
-    beside.write_text(json.dumps(data, indent=1, default=str) + "\n", encoding="utf-8")
-    beside.replace(path)

@@ -5,23 +5,19 @@ from __future__ import annotations
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokenprune.cli.options import BackboneName, Device, Dtype, Json, Options, Plugins, key_values, print_json, registry
-from tokenprune.errors import PluginError
+from tokenprune.cli.options import BackboneName, Json, ModelOptions, Plugins, registry, takes_model
+from tokenprune.cli.output import print_json
 from tokenprune.report.text import WIDTH
 
 if TYPE_CHECKING:
-    import numpy as np
+    from tokenprune.engine.adapter import Findings
 
-    from tokenprune.engine.adapter import Backbone, Findings
-    from tokenprune.registry.discovery import Registry
-
-_SIDE = 256
 _LABEL = 13
 _SHOWN = 10
 
@@ -31,13 +27,13 @@ def add_to(app: typer.Typer) -> None:
     app.command()(verify)
 
 
+@takes_model("options", "device", "dtype")
 def verify(
     checkpoint: Annotated[str, typer.Argument(help="Folder in the release's format, or a hub id.")],
     backbone: BackboneName,
-    options: Options = None,
+    *,
+    model: ModelOptions,
     instruction: Annotated[str, typer.Option(help="What the policy is told.")] = "put the bowl on the plate",
-    device: Device = "cpu",
-    dtype: Dtype = "auto",
     plugins: Plugins = None,
     as_json: Json = False,
 ) -> None:
@@ -45,20 +41,17 @@ def verify(
 
     Exit 1 if a tensor is unmapped, missing or misshapen, or if a view changes nothing.
     """
-    from tokenprune.loading import load_backbone
+    from tokenprune.compare.view_check import view_changes
+    from tokenprune.loading import verify_checkpoint
 
     found = registry(plugins)
-    factory = found.backbone_factory(backbone)
-    if not callable(getattr(factory, "verify", None)):
-        raise PluginError(f"backbone '{backbone}' of {found.backbone(backbone).owner} cannot verify checkpoints")
-    chosen = key_values("--option", options)
-    findings: Findings = factory.verify(Path(checkpoint), chosen)
+    findings = verify_checkpoint(backbone, found, Path(checkpoint), model.own())
     if not as_json:
         print(textwrap.fill(f"{checkpoint} as {backbone}", WIDTH, break_on_hyphens=False))
         _print_findings(findings)
     changes: dict[str, float] | None = None
     if findings.clean:
-        loaded = load_backbone(backbone, found, checkpoint, None, device, dtype, 0, chosen)
+        loaded = replace(model, backbone=backbone, checkpoint=checkpoint).load(found)
         changes = view_changes(loaded, found, instruction, findings.state_size)
     blind = [view for view, change in (changes or {}).items() if not change]
     if as_json:
@@ -70,51 +63,6 @@ def verify(
         _print_changes(changes, blind)
     if blind or not findings.clean:
         raise typer.Exit(1)
-
-
-def view_changes(backbone: Backbone, found: Registry, instruction: str, state_size: int | None) -> dict[str, float]:
-    """How much each view matters: its image all white instead of all black, while the others stay black.
-
-    The same query is asked twice first, so that what differs between equal queries is not taken for the image's doing.
-
-    Args:
-        backbone: The policy's backbone; it runs dense.
-        found: Discovered plugins.
-        instruction: What the policy is told.
-        state_size: Zeros of robot state to give, None for none.
-
-    Returns:
-        Per view, the greatest change of a normalised action beyond that between equal queries; 0 where there is none.
-    """
-    import numpy as np
-
-    black, white = (np.full((_SIDE, _SIDE, 3), value, dtype=np.uint8) for value in (0, 255))
-    dark = dict.fromkeys(backbone.info.views, black)
-    first = _actions(backbone, found, instruction, dark, state_size)
-
-    def change(images: Mapping[str, np.ndarray]) -> float:
-        return float(np.abs(_actions(backbone, found, instruction, images, state_size) - first).max())
-
-    repeated = change(dark)
-    changes = {view: change({**dark, view: white}) for view in dark}
-    return {view: found if found > repeated else 0.0 for view, found in changes.items()}
-
-
-def _actions(
-    backbone: Backbone, found: Registry, instruction: str, images: Mapping[str, np.ndarray], state_size: int | None
-) -> np.ndarray:
-    """Normalised actions of a new policy's first query: with nothing remembered, every call has the same noise."""
-    import numpy as np
-
-    from tokenprune.pipelines.config import DENSE
-    from tokenprune.policy import Policy
-
-    policy = Policy(backbone, DENSE, found)
-    policy.reset(instruction)
-    state = {} if state_size is None else {"state": np.zeros(state_size)}
-    actions = policy.act({"images": images, **state}).normalised
-    assert actions is not None  # no controller is there to answer
-    return actions
 
 
 def _print_findings(findings: Findings) -> None:

@@ -34,7 +34,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True, eq=False)
 class Episode:
-    """One recorded episode; frames are decoded when they are asked for.
+    """One recorded episode; frames are decoded on access.
 
     Attributes:
         name: The file's name without its suffix.
@@ -42,7 +42,7 @@ class Episode:
         views: Camera names.
         state: Proprioceptive state before each action, float32 `[T, S]`, read-only.
         actions: Executed actions, float32 `[T, D]`, read-only.
-        meta: Provenance, as recorded.
+        meta: What its file says of its origin.
     """
 
     name: str
@@ -83,7 +83,7 @@ class Episode:
             ) from error
 
     def observation(self, step: int) -> dict[str, Any]:
-        """Return what a policy sees before the action of `step`.
+        """Return the observation before the action of `step`.
 
         Args:
             step: Control step, `0 <= step < len(self)`.
@@ -92,7 +92,7 @@ class Episode:
             `{"images": {view: uint8 [H, W, 3]}, "state": float32 [S]}`.
 
         Raises:
-            EpisodeError: As for `frame`.
+            EpisodeError: The step does not exist, or a JPEG is damaged.
         """
         self._check_step(step)
         return {"images": {view: self.frame(step, view) for view in self.views}, "state": self.state[step].copy()}
@@ -110,7 +110,7 @@ def load_episode(path: str | Path) -> Episode:
         path: An `.npz` file in the format this module describes.
 
     Returns:
-        The episode. Nothing is decoded yet, so a damaged JPEG shows at `Episode.frame`.
+        The episode. Its frames are not decoded yet, so a damaged JPEG raises in `Episode.frame`.
 
     Raises:
         EpisodeError: The file is missing, is not an npz file, is truncated, lacks a key, holds a pickled object, has

@@ -1,4 +1,4 @@
-"""A recorded episode, replayed to policies as a host loop would call them: one query per chunk."""
+"""Replays a recorded episode to policies as a host loop would call them: one query per chunk."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Tick = Callable[[], None]
 
 
 def query_steps(episode: Episode, horizon: int, queries: int | None) -> list[int]:
-    """Control steps at which a policy with chunks of `horizon` actions is asked.
+    """Return the control steps at which a policy with chunks of `horizon` actions is queried.
 
     Raises:
-        EpisodeError: If the episode has fewer queries than asked for.
+        EpisodeError: If the episode has fewer queries than `queries`.
     """
     steps = list(range(0, len(episode), horizon))
     if queries is not None and not 1 <= queries <= len(steps):
@@ -28,26 +28,26 @@ def query_steps(episode: Episode, horizon: int, queries: int | None) -> list[int
 def replay(
     policies: Sequence[Policy], episode: Episode, steps: Sequence[int], tick: Tick = lambda: None
 ) -> list[list[ActionChunk]]:
-    """Query every policy at every step, the policies in turn within a step, and tell each what was executed.
+    """Query every policy at every step, in turn, and report the executed actions to each.
 
     The recorded actions are what the robot did; the policies' own actions are only compared.
 
     Args:
-        policies: Asked in turn at each step, so that drifts of the machine's speed meet all of them alike.
-        episode: What they look at.
+        policies: Queried in turn at each step, so that a drift of the machine's speed meets all of them.
+        episode: Recorded observations and actions.
         steps: Control steps to query at, ascending.
         tick: Called after each query.
 
     Returns:
-        Chunks per policy and step.
+        The action chunks, by policy and step.
     """
     chunks: list[list[ActionChunk]] = [[] for _ in policies]
     for policy in policies:
         policy.reset(episode.instruction)
     for index, step in enumerate(steps):
         observation = observe(episode, step, policies[0])
-        for policy, answers in zip(policies, chunks, strict=True):
-            answers.append(policy.act(observation))
+        for policy, own in zip(policies, chunks, strict=True):
+            own.append(policy.act(observation))
             tick()
         until = steps[index + 1] if index + 1 < len(steps) else step
         hz = float(str(episode.meta.get("control_hz", 20)))
@@ -59,7 +59,7 @@ def replay(
 
 
 def observe(episode: Episode, step: int, policy: Policy) -> dict[str, object]:
-    """The observation of a step, limited to what the policy looks at.
+    """Return the observation of a step, with the views of the policy only.
 
     Raises:
         EpisodeError: If the episode lacks a view.
@@ -70,7 +70,7 @@ def observe(episode: Episode, step: int, policy: Policy) -> dict[str, object]:
 
 
 def check_views(episode: Episode, views: Sequence[str]) -> None:
-    """Refuse an episode that a policy with these views cannot look at.
+    """Refuse an episode that lacks one of these views.
 
     Raises:
         EpisodeError: If the episode lacks a view.

@@ -1,9 +1,8 @@
-"""What one pipeline's queries come to, beside the dense queries on the same observations."""
+"""Summarises one pipeline's queries beside the dense queries on the same observations."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,64 +12,12 @@ from tokenprune.model.info import BackboneInfo
 from tokenprune.model.phase import Phase
 from tokenprune.policy import ActionChunk
 from tokenprune.report.describe import trace_flops
+from tokenprune.report.result import CompareRow, Gain
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
-@dataclass(frozen=True)
-class Gain:
-    """What pruning gained: median speedup query by query, FLOP ratio, and the first over the second."""
-
-    speedup: float
-    flop_ratio: float
-    efficiency: float
-
-
-@dataclass(frozen=True)
-class Row:
-    """One pipeline's line in the table.
-
-    Attributes:
-        pipeline: Its label.
-        tokens_mean: Visual tokens held, mean over layers and queries.
-        tokens_last: Visual tokens the last layer holds, mean over queries.
-        gflops: Per query, the whole policy.
-        flop_ratio: Dense FLOPs over its own.
-        median_ms: Whole query, observation to actions.
-        p95_ms: Likewise.
-        speedup: Median over queries of dense time over its own, query by query; where a controller answered some in
-            place of the model, all of dense time over all of its own.
-        efficiency: Speedup over FLOP ratio: how much of the saved arithmetic became saved time.
-        selection: Time spent choosing, moving and remembering tokens, as a share of the dense query.
-        phases: Median milliseconds of each phase of a query.
-        prefill: The decoder over the layout's tokens, choosing among them included, beside dense.
-        error: Mean absolute difference from the dense actions per group of dimensions, in the environment's units.
-        gripper_flips: Actions whose gripper command differs from dense.
-        actions: Actions compared.
-        fallbacks: Queries that ran dense because a stage failed.
-        replayed: Queries that a controller answered in place of the model.
-    """
-
-    pipeline: str
-    tokens_mean: float
-    tokens_last: float
-    gflops: float
-    flop_ratio: float
-    median_ms: float
-    p95_ms: float
-    speedup: float
-    efficiency: float
-    selection: float
-    phases: dict[str, float]
-    prefill: Gain
-    error: dict[str, float]
-    gripper_flips: int
-    actions: int
-    fallbacks: int
-    replayed: int
-
-
-def make_row(label: str, own: Sequence[ActionChunk], dense: Sequence[ActionChunk], info: BackboneInfo) -> Row:
+def make_row(label: str, own: Sequence[ActionChunk], dense: Sequence[ActionChunk], info: BackboneInfo) -> CompareRow:
     """Summarise one pipeline's queries beside the dense ones at the same steps."""
     traces = [chunk.trace for chunk in own]
     times = np.array([trace.milliseconds for trace in traces])
@@ -93,7 +40,7 @@ def make_row(label: str, own: Sequence[ActionChunk], dense: Sequence[ActionChunk
     if info.action.gripper is not None:
         dim, threshold = info.action.gripper
         flips = int(((pairs[0][..., dim] > threshold) != (pairs[1][..., dim] > threshold)).sum())
-    return Row(
+    return CompareRow(
         pipeline=label,
         tokens_mean=float(np.mean([np.mean(trace.plan.prunable) for trace in traces])),
         tokens_last=float(np.mean([trace.plan.prunable[-1] for trace in traces])),
@@ -119,7 +66,7 @@ def _gain(
 ) -> Gain:
     speedup = float(dense.sum() / own.sum() if of_sums else np.median(dense / own))
     flop_ratio = float(np.mean(dense_flops) / np.mean(own_flops))
-    return Gain(speedup, flop_ratio, speedup / flop_ratio)
+    return Gain(speedup=speedup, flop_ratio=flop_ratio, efficiency=speedup / flop_ratio)
 
 
 def _prefill(trace: QueryTrace) -> float:

@@ -1,4 +1,4 @@
-"""What an adapter is to the core: it describes its tokens and runs its model, calling back at the hook points."""
+"""Everything an adapter is written against: it describes its tokens and runs its model, calling back at hook points."""
 
 from __future__ import annotations
 
@@ -12,9 +12,41 @@ import torch
 from torch import Tensor
 
 from tokenprune.engine.inputs import ModelInputs
+from tokenprune.engine.observations import check_image, check_observation
 from tokenprune.engine.query import Query
-from tokenprune.model.info import BackboneInfo
-from tokenprune.tokens.layout import TokenLayout
+from tokenprune.model.decoder import Decoder
+from tokenprune.model.device import upload
+from tokenprune.model.info import ActionSpec, BackboneInfo, DecoderShape, EncoderAnswer, FollowUp
+from tokenprune.model.kv_cache import FrozenKV, KVCache
+from tokenprune.model.phase import Phase
+from tokenprune.tokens.layout import Role, Segment, TokenLayout
+
+__all__ = [
+    "ActionSpec",
+    "Adopts",
+    "Backbone",
+    "BackboneFactory",
+    "BackboneInfo",
+    "Decoder",
+    "DecoderShape",
+    "Description",
+    "EncoderAnswer",
+    "Findings",
+    "FollowUp",
+    "FrozenKV",
+    "KVCache",
+    "ModelInputs",
+    "Observation",
+    "Phase",
+    "Query",
+    "Role",
+    "Segment",
+    "TokenLayout",
+    "Verifies",
+    "check_image",
+    "check_observation",
+    "upload",
+]
 
 Observation = Mapping[str, Any]
 """`{"images": {view: uint8 [H, W, 3]}, "state": float [S]}`; `state` only where the policy has one."""
@@ -112,7 +144,11 @@ class Findings:
 
 
 class BackboneFactory(Protocol):
-    """What a `BackboneSpec.target` names: makes backbones of one family."""
+    """What a `BackboneSpec.target` names: makes backbones of one family.
+
+    It may also be one that `Adopts` live models, or that `Verifies` checkpoints; where it is not, `from_module` and
+    `tokenprune verify` say so.
+    """
 
     @staticmethod
     def describe(preset: str | None, checkpoint: Path | None, options: Mapping[str, Any]) -> Description:
@@ -131,6 +167,10 @@ class BackboneFactory(Protocol):
         """Make it: with the checkpoint's weights, a trained preset's own, or random ones."""
         ...
 
+
+class Adopts(Protocol):
+    """A factory that takes a live upstream model."""
+
     @staticmethod
     def adopt(module: torch.nn.Module, options: Mapping[str, Any]) -> Backbone:
         """Take a live upstream model's weights by reference; its device and dtype are the policy's.
@@ -144,6 +184,10 @@ class BackboneFactory(Protocol):
             CheckpointError: If the model is not of this family.
         """
         ...
+
+
+class Verifies(Protocol):
+    """A factory of backbones with checkpoints, which it sets against the model."""
 
     @staticmethod
     def verify(checkpoint: Path, options: Mapping[str, Any]) -> Findings:

@@ -8,37 +8,34 @@ from typing import TYPE_CHECKING
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from tokenprune.errors import ResultError
 from tokenprune.evaluation.statistics import ALPHA
-from tokenprune.viz.frame import FAINT, INK, plain, write_chart
-from tokenprune.viz.labels import DPI, MARK, label_points
+from tokenprune.viz.frame import FAINT, INK, MARK, plain, point_handle, write_chart, write_legend, write_title
+from tokenprune.viz.labels import DPI, label_points
 
 if TYPE_CHECKING:
-    from tokenprune.evaluation.summary import Row, Summary
+    from tokenprune.evaluation.summary import Summary, VariantRow
 
 _WIDTH, _HEIGHT = 1200, 750
-
-
-_UNSEEN, _SEEN = "#0072b2", "#d55e00"
+_ALIKE, _DIFFERS = "#0072b2", "#d55e00"
 
 
 def write_success(summary: Summary, path: Path) -> None:
-    """Write the chart; a file of that name is replaced, and equal summaries give equal files.
+    """Write the chart; an existing file is replaced, and equal summaries give equal files.
 
     Args:
         summary: What to draw, over all environments.
         path: Ends in `.png` or `.svg`.
 
     Raises:
-        ResultError: If the ending is another one, there is nothing to draw, or the file cannot be written.
+        ResultError: If the ending is not one of `FORMATS`, there is nothing to draw, or the file cannot be written.
     """
     write_chart(lambda: draw_success(summary), path)
 
 
 def draw_success(summary: Summary) -> Figure:
-    """Success with Wilson's 95 % interval against the median latency of a query, over all environments.
+    """Return a chart of success, with Wilson's 95 % interval, against the median latency of a query.
 
     Raises:
         ResultError: If no variant has finished an episode.
@@ -55,35 +52,27 @@ def draw_success(summary: Summary) -> Figure:
         axes.vlines(x, 100 * row.success_low, 100 * row.success_high, color=colour, alpha=0.45, linewidth=1.4)
         axes.plot(x, y, "o", color=colour, markersize=MARK, zorder=3)
     _frame(axes, rows)
-    figure.text(
-        0.065,
-        0.96,
-        "Success (95 % Wilson interval) and latency",
-        fontsize=12,
-        va="center",
-        color=INK,
-        fontweight="bold",
-    )
-    _key(figure, summary.baseline, set(colours))
+    write_title(figure, 0.065, 0.96, "Success (95 % Wilson interval) and latency")
+    _legend(figure, summary.baseline, set(colours))
     intervals = [(100 * row.success_low, 100 * row.success_high) for row in rows]
     label_points(axes, canvas, [_point(row) for row in rows], [row.variant for row in rows], colours, intervals)
     return figure
 
 
-def _point(row: Row) -> tuple[float, float]:
+def _point(row: VariantRow) -> tuple[float, float]:
     if row.success_share is None or row.query_ms_p50 is None:
         raise ValueError(f"'{row.variant}' has no episode")
     return row.query_ms_p50, 100 * row.success_share
 
 
-def _colour(row: Row, baseline: str | None) -> str:
+def _colour(row: VariantRow, baseline: str | None) -> str:
     if row.variant == baseline:
         return INK
-    return _SEEN if row.paired is not None and row.paired.p < ALPHA else _UNSEEN
+    return _DIFFERS if row.paired is not None and row.paired.p < ALPHA else _ALIKE
 
 
-def _frame(axes: Axes, rows: list[Row]) -> None:
-    """Limits with room for labels, and axes as plain as those of the other pictures."""
+def _frame(axes: Axes, rows: list[VariantRow]) -> None:
+    """Set limits with room for labels, and the style of the axes."""
     xs = [_point(row)[0] for row in rows]
     room = 0.12 * (max(xs) - min(xs)) or 0.2 * xs[0]
     low = 100 * min(row.success_low for row in rows)
@@ -98,23 +87,14 @@ def _frame(axes: Axes, rows: list[Row]) -> None:
     plain(axes)
 
 
-def _key(figure: Figure, baseline: str | None, used: set[str]) -> None:
-    """What the colours say."""
+def _legend(figure: Figure, baseline: str | None, used: set[str]) -> None:
+    """Explain the colours that occur."""
     if baseline is None:
         return
     meaning = {
         INK: baseline,
-        _UNSEEN: f"no difference from {baseline} seen",
-        _SEEN: f"differs from {baseline}, p < {ALPHA:g}",
+        _ALIKE: f"no difference from {baseline} seen",
+        _DIFFERS: f"differs from {baseline}, p < {ALPHA:g}",
     }
-    marks = {said: colour for colour, said in meaning.items() if colour in used}
-    handles = [
-        Line2D([], [], marker="o", linestyle="", color=colour, markersize=MARK, label=said)
-        for said, colour in marks.items()
-    ]
-    key = figure.legend(
-        handles=handles, loc="center right", bbox_to_anchor=(0.985, 0.96), ncols=3, frameon=False, fontsize=9.5,
-        labelcolor=INK, borderpad=0, handletextpad=0.2,
-    )  # fmt: skip
-    for text in key.get_texts():
-        text.set_parse_math(False)
+    handles = [point_handle(colour, text) for colour, text in meaning.items() if colour in used]
+    write_legend(figure, handles, 0.96, gap=0.2)

@@ -1,4 +1,4 @@
-"""What a simulated environment implements, so that policies can be evaluated in it."""
+"""What a simulated environment implements so that policies can be evaluated in it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from tokenprune.engine.adapter import Observation
 
 Frames = Callable[[], Mapping[str, np.ndarray]]
-"""Draws the images `{view: uint8 [H, W, 3]}` of one moment when it is called, however much later that is."""
+"""Renders the images `{view: uint8 [H, W, 3]}` of one moment; may be called later."""
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,10 @@ class Task:
     """One task of an environment.
 
     Attributes:
-        index: Its place in the environment's order.
+        index: Its position among the environment's tasks.
         name: What `--tasks` accepts besides the index.
-        instruction: What the robot is told.
-        init_states: How many initial states there are to start from.
+        instruction: The language instruction.
+        init_states: Number of initial states.
     """
 
     index: int
@@ -33,7 +33,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Suite:
-    """What an environment offers, known before any simulator is made.
+    """What an environment offers; known before any simulator is made.
 
     Attributes:
         name: Registered name of the environment.
@@ -41,8 +41,8 @@ class Suite:
         views: Cameras of an observation.
         horizon: Control steps after which an episode has failed.
         control_hz: Control steps per second.
-        settings: Everything that changes what a policy sees or meets, as plain data: settling steps, rendering,
-            widened initial positions, versions. Episodes are comparable only where these are equal.
+        settings: Everything that changes observations or dynamics, as plain data: settling steps, rendering, widened
+            initial positions, versions. Episodes are comparable only where these are equal.
         seeded: Whether the seed changes where an episode begins.
     """
 
@@ -57,11 +57,11 @@ class Suite:
 
 @dataclass(frozen=True)
 class Step:
-    """What executing one action led to.
+    """The result of executing one action.
 
     Attributes:
         success: Whether the task is done.
-        pose: Achieved end-effector position (m) and quaternion x y z w, `[7]`, or None where it is not known.
+        pose: Achieved end-effector position (m) and quaternion (x, y, z, w), `[7]`; None where it is not known.
     """
 
     success: bool
@@ -69,15 +69,15 @@ class Step:
 
 
 class Environment(Protocol):
-    """A simulator of one suite; belongs to one process and one thread.
+    """A simulator of one suite; used by one process and one thread.
 
-    Actions are those of the policies it was made for, in their conventions: the adapter converts them.
+    It takes actions in the conventions of the policies that it was made for, and converts them itself.
     """
 
     suite: Suite
 
     def reset(self, task: int, init_state: int, seed: int) -> None:
-        """Begin an episode and let the scene settle; the same arguments begin the same episode, whatever came before.
+        """Begin an episode and let the scene settle; equal arguments begin equal episodes, whatever ran before.
 
         Raises:
             SimulatorError: If there is no such task or initial state, or the simulator fails.
@@ -85,11 +85,11 @@ class Environment(Protocol):
         ...
 
     def observe(self) -> Observation:
-        """Draw and measure what the robot sees and feels now."""
+        """Return the current observation: images and proprioceptive state."""
         ...
 
     def frames(self) -> Frames:
-        """The images of this moment, drawn only if they are asked for."""
+        """Return a function that renders the images of this moment."""
         ...
 
     def step(self, action: np.ndarray) -> Step:
@@ -97,29 +97,29 @@ class Environment(Protocol):
         ...
 
     def close(self) -> None:
-        """Free the simulator."""
+        """Release the simulator."""
         ...
 
 
 class EnvironmentFactory(Protocol):
-    """What an `EnvironmentSpec.target` names: makes environments."""
+    """The class that `EnvironmentSpec.target` names; describes and makes environments."""
 
     @staticmethod
     def describe(name: str, options: Mapping[str, Any]) -> Suite:
-        """What the environment of this registered name would be; no simulator is made.
+        """Describe the environment of this registered name; no simulator is made.
 
         Raises:
-            SimulatorError: If something is missing that it needs, saying how to install it.
+            SimulatorError: If a package or file that it needs is missing, saying how to install it.
             ConfigError: If an option is wrong.
         """
         ...
 
     @staticmethod
     def build(name: str, options: Mapping[str, Any]) -> Environment:
-        """Make it.
+        """Make the environment of this registered name.
 
         Raises:
-            SimulatorError: As `describe`, or if the simulator or its renderer cannot be started.
+            SimulatorError: If a package or file is missing, or the simulator or its renderer does not start.
             ConfigError: If an option is wrong.
         """
         ...

@@ -1,4 +1,4 @@
-"""Which weights a folder holds: a path stays the same when they are trained on."""
+"""A hash of the weights in a folder, because its path stays the same when they are trained further."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _SAMPLES, _LENGTH = 64, 65_536
 
 
 def fingerprint(folder: Path) -> str:
-    """A hash of names, sizes and samples of a checkpoint's files, cards (`.md`) left out.
+    """Return a hash of names, sizes and samples of a checkpoint's files, without its cards (`.md`).
 
-    Each file is read at 64 places spread over it, 64 KiB at each: smaller ones whole, and of fifteen gigabytes little.
-    Training changes every tensor, so it shows; a few numbers changed by hand may not.
+    Each file is sampled at 64 places, 64 KiB at each, so large checkpoints take little time and small files are read
+    whole. Training changes every tensor and therefore the hash; a few numbers edited by hand may not change it.
     """
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".") and p.suffix != ".md"):

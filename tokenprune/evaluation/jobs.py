@@ -1,4 +1,4 @@
-"""What all engines share: who runs which episode next, and what becomes of one whose simulator fails."""
+"""What all engines share: which episode a worker runs next, and retries after a crash."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from tokenprune.errors import RolloutError, TokenPruneError
-from tokenprune.evaluation.results_file import EpisodeRecord
+from tokenprune.evaluation.records import EpisodeRecord
 from tokenprune.evaluation.starts import Start
 
 CRASHES = 3
-"""So many crashes of one episode end the evaluation."""
+"""Crashes of one episode that end the evaluation."""
 
 
 LIMIT_S = 3600.0
-"""An episode that takes longer has hung, which counts as a crash; a worker's start is part of its first."""
+"""Seconds after which an episode counts as hung, which is a crash; a worker's start is part of its first episode."""
 
 
-GLANCE_S = 1.0
-"""Seconds between looks at whether an episode has hung."""
+POLL_S = 1.0
+"""Seconds between checks for hung episodes."""
 
 
 @dataclass(frozen=True)
@@ -35,19 +35,19 @@ class Job:
 
 
 def plan_jobs(starts: Iterable[Start], labels: Sequence[str]) -> tuple[Job, ...]:
-    """All variants of a start beside each other, so that partial results are paired."""
+    """Return a job per start and variant; all variants of a start follow each other, so partial results are paired."""
     return tuple(Job(start, label) for start in starts for label in labels)
 
 
 @dataclass(frozen=True)
 class Crash:
-    """A worker answers this when its simulator failed; it cannot be used any more."""
+    """What a worker returns when its simulator failed; the worker cannot be used any more."""
 
     why: str
 
 
 def checked_limit(limit_s: float) -> float:
-    """The limit, if it is one.
+    """Return the limit.
 
     Raises:
         RolloutError: If it is not positive.
@@ -58,28 +58,28 @@ def checked_limit(limit_s: float) -> float:
 
 
 def hung(limit_s: float) -> Crash:
-    """What becomes of an episode that takes too long."""
+    """Return the crash of an episode that took too long."""
     return Crash(f"it had not ended after {limit_s:g} s")
 
 
-Answer = EpisodeRecord | Crash | TokenPruneError
-"""What a worker says about a job; an error ends the evaluation."""
+Outcome = EpisodeRecord | Crash | TokenPruneError
+"""What a worker returns for a job; an error ends the evaluation."""
 
 
 class JobQueue:
-    """The episodes that nobody runs yet, in order, and how often each has crashed."""
+    """The episodes that no worker runs yet, in order, and the crashes of each."""
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         self._jobs = tuple(jobs)
-        self._place = {job: place for place, job in enumerate(self._jobs)}
+        self._index = {job: index for index, job in enumerate(self._jobs)}
         self._waiting = list(range(len(self._jobs)))
         self._crashes: Counter[Job] = Counter()
 
     def take(self, last: Job | None) -> Job | None:
-        """The next episode for a worker, if there is one: of the task it has open, else of its environment, else any.
+        """Return the next episode for a worker: of its open task, else of its environment, else any; None without one.
 
         Args:
-            last: What the worker ran before.
+            last: The job that the worker ran before; None for a new worker.
         """
 
         def distance(index: int) -> tuple[bool, bool]:
@@ -90,25 +90,25 @@ class JobQueue:
 
         if not self._waiting:
             return None
-        # Of equals, `min` returns the first.
+        # Among equals, `min` returns the first.
         return self._jobs[self._waiting.pop(min(range(len(self._waiting)), key=distance))]
 
-    def settle(self, job: Job, answer: Answer) -> EpisodeRecord | None:
-        """Take what a worker answered.
+    def settle(self, job: Job, outcome: Outcome) -> EpisodeRecord | None:
+        """Handle the outcome of a job.
 
         Returns:
-            The record, with its crashes counted; None if the episode has been put back.
+            The record, with its crashes counted; None if the episode was queued again.
 
         Raises:
-            TokenPruneError: What the worker could not do.
+            TokenPruneError: The error that the worker returned.
             RolloutError: If the episode has crashed too often.
         """
-        if isinstance(answer, TokenPruneError):
-            raise answer
-        if not isinstance(answer, Crash):
-            return replace(answer, crashes=self._crashes[job])
+        if isinstance(outcome, TokenPruneError):
+            raise outcome
+        if not isinstance(outcome, Crash):
+            return replace(outcome, crashes=self._crashes[job])
         self._crashes[job] += 1
         if self._crashes[job] == CRASHES:
-            raise RolloutError(f"{job}: crashed {CRASHES} times; the last time: {answer.why}")
-        bisect.insort(self._waiting, self._place[job])
+            raise RolloutError(f"{job}: crashed {CRASHES} times; the last time: {outcome.why}")
+        bisect.insort(self._waiting, self._index[job])
         return None

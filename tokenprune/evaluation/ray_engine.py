@@ -14,24 +14,24 @@ from time import monotonic
 from typing import Any, NamedTuple
 
 from tokenprune.errors import RolloutError
-from tokenprune.evaluation.jobs import GLANCE_S, LIMIT_S, Answer, Crash, Job, JobQueue, checked_limit, hung
-from tokenprune.evaluation.results_file import EpisodeRecord
-from tokenprune.evaluation.worker import Attempts, WorkerSpec
+from tokenprune.evaluation.jobs import LIMIT_S, POLL_S, Crash, Job, JobQueue, Outcome, checked_limit, hung
+from tokenprune.evaluation.records import EpisodeRecord
+from tokenprune.evaluation.worker import SafeWorker, WorkerSpec
 
-PATIENCE_S = 20.0
-"""An address that does not answer for so long is given up; Ray itself would try for minutes and end the program."""
+CONNECT_S = 20.0
+"""Seconds that an address has to answer; Ray itself would try for minutes and end the program."""
 
 
 _ENVIRONMENT = {
-    # Nothing is reported to anyone.
+    # No usage statistics.
     "RAY_USAGE_STATS_ENABLED": "0",
-    # Workers that reserve no GPU keep the devices they see, as Ray announces to do by itself.
+    # Workers that reserve no GPU keep the devices they see, which Ray announces as its future default.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
 
-# What Ray does by itself on macOS and Windows: a cluster of one machine listens on its loopback address alone. It is
-# read when ray is imported.
+# Ray's default on macOS and Windows: a cluster of one machine listens on its loopback address only. Ray reads it when
+# it is imported.
 _LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
@@ -39,7 +39,7 @@ _PROBE = "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False, co
 
 
 class _Running(NamedTuple):
-    """An actor, what it runs, and since when."""
+    """An actor, its job, and when the job began."""
 
     actor: Any
     job: Job
@@ -49,7 +49,7 @@ class _Running(NamedTuple):
 class RayEngine:
     """Actors of a Ray cluster, each with a backbone and a simulator of its own.
 
-    In a program that has initialised Ray itself, they are actors of the cluster it has joined.
+    In a program that has initialised Ray itself, the actors run on the cluster that it has joined.
     """
 
     def __init__(
@@ -60,18 +60,18 @@ class RayEngine:
         gpus_per_worker: float = 0.0,
         limit_s: float = LIMIT_S,
     ) -> None:
-        """Nothing is started or connected to before `run`.
+        """Set the engine up; `run` connects and starts the actors.
 
         Args:
             workers: Actors.
-            address: `HOST:PORT` of a cluster, or `auto` for one this machine belongs to; one on this machine's loopback
-                address is started and ended when left out.
+            address: `HOST:PORT` of a cluster, or `auto` for the one this machine belongs to; when left out, a cluster
+                is started on this machine's loopback address and ended with the evaluation.
             cpus_per_worker: CPUs each reserves, and torch threads.
             gpus_per_worker: GPUs each reserves; 0.5 lets two share one.
-            limit_s: Seconds after which an episode has hung.
+            limit_s: Seconds after which an episode counts as hung.
 
         Raises:
-            RolloutError: If there is less than one worker, no time, or a reservation is not positive.
+            RolloutError: If `workers` is less than 1, or `limit_s` or a reservation is not positive.
         """
         if workers < 1 or cpus_per_worker <= 0 or gpus_per_worker < 0:
             raise RolloutError(
@@ -82,15 +82,15 @@ class RayEngine:
         self.reserved = {"CPU": cpus_per_worker, "GPU": gpus_per_worker}
 
     def run(self, spec: WorkerSpec, jobs: Sequence[Job]) -> Iterator[EpisodeRecord]:
-        """Run episodes; yields their records as they end.
+        """Run episodes and yield their records as they end.
 
-        An actor that dies or hangs, or whose simulator fails, is replaced and its episode run again. However this ends,
-        no actor is left behind.
+        An actor that dies or hangs, or whose simulator fails, is replaced, and its episode runs again. No actor is left
+        behind, however the evaluation ends.
 
         Raises:
             RolloutError: If Ray is missing or does not answer, no machine has what a worker reserves, one episode
                 crashes three times, or a worker cannot go on.
-            TokenPruneError: What a worker raised.
+            TokenPruneError: The error that a worker raised.
         """
         ray = self._import()
         spec, queue = replace(spec, threads=max(1, int(self.reserved["CPU"]))), JobQueue(jobs)
@@ -100,28 +100,28 @@ class RayEngine:
             if started:
                 self._connect(ray)
             self._check_resources(ray)
-            make = ray.remote(Attempts).options(num_cpus=self.reserved["CPU"], num_gpus=self.reserved["GPU"])
+            make = ray.remote(SafeWorker).options(num_cpus=self.reserved["CPU"], num_gpus=self.reserved["GPU"])
             for _ in range(min(self.workers, len(jobs))):
                 actor, first = make.remote(spec), queue.take(None)
                 assert first is not None
                 running[actor.run.remote(first)] = _Running(actor, first, monotonic())
             while running:
-                answered = ray.wait(list(running), timeout=GLANCE_S)[0]
+                ready = ray.wait(list(running), timeout=POLL_S)[0]
                 late = [of for of, episode in running.items() if monotonic() - episode.since > self.limit_s]
-                if not (answered or late):
+                if not (ready or late):
                     continue
-                reference = (answered or late)[0]
+                reference = (ready or late)[0]
                 actor, job, _ = running.pop(reference)
-                answer = _answer(ray, reference) if answered else hung(self.limit_s)
+                outcome = _outcome(ray, reference) if ready else hung(self.limit_s)
                 following = None
                 try:
-                    record = queue.settle(job, answer)
+                    record = queue.settle(job, outcome)
                     following = queue.take(job)
                 finally:
-                    if isinstance(answer, Crash) or following is None:
+                    if isinstance(outcome, Crash) or following is None:
                         ray.kill(actor)
                 if following is not None:
-                    actor = make.remote(spec) if isinstance(answer, Crash) else actor
+                    actor = make.remote(spec) if isinstance(outcome, Crash) else actor
                     running[actor.run.remote(following)] = _Running(actor, following, monotonic())
                 if record is not None:
                     yield record
@@ -155,18 +155,18 @@ class RayEngine:
             raise RolloutError(f"no machine of the Ray cluster has the {wanted} that one worker reserves")
 
 
-def _answer(ray: Any, reference: Any) -> Answer:  # noqa: ANN401
+def _outcome(ray: Any, reference: Any) -> Outcome:  # noqa: ANN401
     try:
-        answer: Answer = ray.get(reference)
+        outcome: Outcome = ray.get(reference)
     except ray.exceptions.RayActorError as error:
         return Crash(f"its actor died: {' '.join(str(error).split()):.400}")
     except ray.exceptions.RayError as error:
         return RolloutError(f"a worker of the Ray cluster failed: {error}")
-    return answer
+    return outcome
 
 
 def _probe(address: str) -> None:
-    """Find out in good time whether a cluster answers.
+    """Check soon whether a cluster answers.
 
     Raises:
         RolloutError: If it does not.
@@ -174,14 +174,14 @@ def _probe(address: str) -> None:
     host, colon, port = address.rpartition("//")[2].rpartition(":")
     try:
         if colon:
-            socket.create_connection((host.strip("[]"), int(port)), PATIENCE_S).close()
-        # Ray cannot be asked to give up sooner; a process can be ended.
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+        # Ray has no option to give up sooner, but a process can be killed.
         words = [sys.executable, "-c", _PROBE, address]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=CONNECT_S, check=False)
     except (OSError, OverflowError, ValueError) as error:
         raise RolloutError(f"no Ray cluster answers at '{address}' (write HOST:PORT, or auto): {error}") from error
     except subprocess.TimeoutExpired as error:
-        raise RolloutError(f"no Ray cluster answers at '{address}' within {PATIENCE_S:g} seconds") from error
+        raise RolloutError(f"no Ray cluster answers at '{address}' within {CONNECT_S:g} seconds") from error
     if done.returncode != 0:
-        said = (done.stderr.strip() or "no reason given").splitlines()[-1]
-        raise RolloutError(f"no Ray cluster answers at '{address}': {said}")
+        reason = (done.stderr.strip() or "no reason given").splitlines()[-1]
+        raise RolloutError(f"no Ray cluster answers at '{address}': {reason}")

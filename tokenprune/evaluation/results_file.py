@@ -1,4 +1,4 @@
-"""The results file: a line of JSON for each episode, appended as it ends, so that nothing is lost or done twice."""
+"""The results file: one line of JSON per episode, appended as it ends, so that nothing is lost or run twice."""
 
 from __future__ import annotations
 
@@ -9,93 +9,27 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from tokenprune.errors import ResultError, RolloutError
+from tokenprune.evaluation.records import EpisodeRecord, Header, VariantEntry
 from tokenprune.evaluation.starts import Start
+from tokenprune.report.record import Provenance
 
-FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True)
-class EpisodeRecord:
-    """One episode; all but the names that end in `_s` and `_ms` is the same whatever engine ran it.
-
-    Attributes:
-        variant: Label of the variant.
-        environment: Registered name.
-        task: Index of the task.
-        init_state: Initial state it began in.
-        seed: Seed it began with.
-        success: Whether the task was done.
-        steps: Executed control steps.
-        queries: Times the policy was asked.
-        replans: Queries a controller asked for before the chunk had ended.
-        fallbacks: Queries that ran dense because a stage failed.
-        modes: Queries per mode; `replayed` where a controller answered in place of the model.
-        tokens_mean: Visual tokens held, mean over layers and queries.
-        tokens_last: Visual tokens the last layer holds, mean over queries.
-        gflops: Per query, the whole policy.
-        action_change: Mean L1 distance of successive executed actions without the gripper, in the policy's units; None
-            with one step.
-        seam_change: The same where a new chunk begins; None with one query.
-        gripper_switches: Times the executed gripper command changed its meaning.
-        crashes: Times the simulator had to be restarted for this episode.
-        query_ms: Each query, from observation to actions.
-        phases_ms: Mean over queries of each phase.
-        simulator_s: Resetting, stepping and drawing.
-        policy_s: Queries, and what the policy does after each action.
-        episode_s: From the reset to the last step.
-    """
-
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-    variant: str
-    environment: str
-    task: int
-    init_state: int
-    seed: int
-    success: bool
-    steps: int
-    queries: int
-    replans: int
-    fallbacks: int
-    modes: dict[str, int]
-    tokens_mean: float
-    tokens_last: float
-    gflops: float
-    action_change: float | None
-    seam_change: float | None
-    gripper_switches: int
-    crashes: int
-    query_ms: list[float]
-    phases_ms: dict[str, float]
-    simulator_s: float
-    policy_s: float
-    episode_s: float
-
-    @property
-    def start(self) -> Start:
-        """Where it began."""
-        return Start(self.environment, self.task, self.init_state, self.seed)
-
-
-_RECORD = TypeAdapter(EpisodeRecord)
-
-
+_EPISODE = TypeAdapter(EpisodeRecord)
 _HEAD = b'{"kind": "header"'
 
 
 @dataclass
 class Results:
-    """What a results file holds.
+    """What a results file holds, as plain data but for the episodes.
 
     Attributes:
         settings: Everything that changes results.
         provenance: Versions, machine and command of the process that began the file.
-        variants: Per label, the resolved pipeline and what else makes up the variant.
+        variants: By label, the resolved pipeline and the condition; see `VariantEntry`.
         records: The episodes, in the order in which they ended.
     """
 
@@ -106,7 +40,7 @@ class Results:
 
 
 def read_results(path: Path) -> Results:
-    """Read a results file; a last line without an end is one being written, and left out.
+    """Read a results file. A last line without a line end is still being written, and is left out.
 
     Raises:
         ResultError: If it cannot be read or a line is damaged, with its number and what to do.
@@ -122,21 +56,21 @@ def read_results(path: Path) -> Results:
 
 
 class ResultsFile:
-    """A results file opened for writing; nobody else can write to it meanwhile.
+    """A results file opened for writing, and locked against other writers.
 
     Attributes:
         path: The file.
         results: What it holds.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
-        """Create the file, or go on with one that has the same settings.
+    def __init__(self, path: Path, settings: Mapping[str, Any], provenance: Provenance) -> None:
+        """Create the file, or resume one that has the same settings.
 
-        An unfinished last line, which is what a killed writer leaves, is cut off.
+        An unfinished last line, which a killed writer leaves, is cut off.
 
         Raises:
-            RolloutError: If someone else is writing to the file.
-            ResultError: If it is not a results file, a line is damaged, or its settings are others.
+            RolloutError: If another process is writing to the file.
+            ResultError: If it is not a results file, a line is damaged, or its settings differ.
         """
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -147,14 +81,13 @@ class ResultsFile:
             data = self._file.read()
             found = _parse(path, data)
             self._file.truncate(data.rfind(b"\n") + 1)
-            plain = _plain(settings)
+            header = Header(settings=_plain(settings), provenance=provenance)
             if found is None:
-                self.results = Results(plain, _plain(provenance))
-                header = {"kind": "header", "format_version": FORMAT_VERSION}
-                self._write({**header, "settings": plain, "provenance": self.results.provenance})
+                self.results = Results(header.settings, header.provenance.to_json())
+                self._write(header.to_json())
             else:
                 self.results = found
-                _compare(path, "settings", found.settings, plain)
+                _compare(path, "settings", found.settings, header.settings)
         except BaseException:
             self._file.close()
             raise
@@ -167,36 +100,36 @@ class ResultsFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Close it, and let others write."""
+        """Close and unlock the file."""
         self._file.close()
 
     def declare(self, label: str, variant: Mapping[str, Any]) -> None:
-        """Say what a label stands for, before any episode of it.
+        """Write what a label stands for, before any episode of it.
 
         Args:
             label: Of the variant.
-            variant: Its resolved pipeline and what else makes it up, as plain data.
+            variant: The other fields of its `VariantEntry`, as plain data.
 
         Raises:
-            ResultError: If the file says that the label stands for something else; what a pipeline's description
-                says does not matter.
+            ResultError: If the label stands for something else in the file; descriptions of pipelines are not compared.
         """
         plain = _plain(variant)
         if label in self.results.variants:
-            _compare(self.path, f"variant '{label}'", _undescribed(self.results.variants[label]), _undescribed(plain))
+            pair = (_without_description(known) for known in (self.results.variants[label], plain))
+            _compare(self.path, f"variant '{label}'", *pair)
             return
-        self._write({"kind": "variant", "label": label, **plain})
+        self._write(VariantEntry(label=label, **plain).to_json())
         self.results.variants[label] = plain
 
     def holds(self, start: Start, label: str) -> bool:
-        """Whether the episode of a variant from a start has been run."""
+        """Return whether the file has the episode of a variant from a start."""
         return (start, label) in self._done
 
     def append(self, record: EpisodeRecord) -> None:
-        """Add an episode; it is on the disk when this returns.
+        """Append an episode; it is on the disk when this returns.
 
         Raises:
-            ResultError: If the file has the episode already, or its variant was not declared.
+            ResultError: If the file already has the episode, or its variant was not declared.
         """
         if record.variant not in self.results.variants:
             raise ResultError(f"{self.path}: variant '{record.variant}' was not declared")
@@ -226,12 +159,12 @@ class ResultsFile:
 
 
 def _plain(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The data as it would be read from a file."""
+    """Return the data as it would be read from a file."""
     plain: dict[str, Any] = json.loads(json.dumps(data, allow_nan=False))
     return plain
 
 
-def _undescribed(variant: Mapping[str, Any]) -> Mapping[str, Any]:
+def _without_description(variant: Mapping[str, Any]) -> Mapping[str, Any]:
     pipeline = variant.get("pipeline", {})
     return {**variant, "pipeline": {key: value for key, value in pipeline.items() if key != "description"}}
 
@@ -256,7 +189,7 @@ def _compare(path: Path, where: str, old: object, new: object) -> None:
 
 
 def _parse(path: Path, data: bytes) -> Results | None:
-    """All finished lines; None where there are none.
+    """Return what all finished lines hold; None where there are none.
 
     Raises:
         ResultError: If a line is damaged.
@@ -265,11 +198,11 @@ def _parse(path: Path, data: bytes) -> Results | None:
     if not lines and rest and not _HEAD.startswith(rest[: len(_HEAD)]):
         raise ResultError(f"{path}: is not a results file")
     results: Results | None = None
-    seen: dict[tuple[Start, str], int] = {}
+    line_of: dict[tuple[Start, str], int] = {}
     for number, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)
-            kind = entry.pop("kind")
+            kind = entry["kind"]
             if results is None:
                 results = _header(kind, entry)
             elif kind == "variant":
@@ -277,9 +210,9 @@ def _parse(path: Path, data: bytes) -> Results | None:
             elif kind == "episode":
                 record = _add_episode(results, entry)
                 key = (record.start, record.variant)
-                if key in seen:
-                    raise ValueError(f"the same episode as in line {seen[key]}")
-                seen[key] = number
+                if key in line_of:
+                    raise ValueError(f"the same episode as in line {line_of[key]}")
+                line_of[key] = number
             else:
                 raise ValueError(f"no line is of the kind {kind!r:.40}")
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -290,20 +223,23 @@ def _parse(path: Path, data: bytes) -> Results | None:
 def _header(kind: object, entry: dict[str, Any]) -> Results:
     if kind != "header":
         raise ValueError("the first line is not a header")
-    if entry.pop("format_version") != FORMAT_VERSION:
-        raise ValueError(f"only format version {FORMAT_VERSION} can be read")
-    return Results(**entry)
+    valid = Header.model_fields["format_version"].default
+    if entry["format_version"] != valid:
+        raise ValueError(f"only format version {valid} can be read")
+    header = Header.model_validate(entry)
+    return Results(header.settings, header.provenance.to_json())
 
 
 def _add_variant(results: Results, entry: dict[str, Any]) -> None:
-    label = entry.pop("label")
-    if label in results.variants:
-        raise ValueError(f"variant '{label}' is declared twice")
-    results.variants[label] = entry
+    variant = VariantEntry.model_validate(entry)
+    if variant.label in results.variants:
+        raise ValueError(f"variant '{variant.label}' is declared twice")
+    results.variants[variant.label] = {key: value for key, value in entry.items() if key not in ("kind", "label")}
 
 
 def _add_episode(results: Results, entry: dict[str, Any]) -> EpisodeRecord:
-    record = _RECORD.validate_json(json.dumps(entry))
+    # From JSON, because strict validation takes a whole number for a float only there.
+    record = _EPISODE.validate_json(json.dumps({key: value for key, value in entry.items() if key != "kind"}))
     if record.variant not in results.variants:
         raise ValueError(f"variant '{record.variant}' is not declared before it")
     results.records.append(record)
@@ -311,12 +247,12 @@ def _add_episode(results: Results, entry: dict[str, Any]) -> EpisodeRecord:
 
 
 def _damage(error: Exception, number: int) -> str:
-    """What is wrong with a line, and what to do."""
+    """Return what is wrong with a line, and what to do."""
     if isinstance(error, ValidationError):
         first = error.errors()[0]
-        said = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
     else:
-        said = f"missing key {error}" if isinstance(error, KeyError) else str(error)
+        problem = f"missing key {error}" if isinstance(error, KeyError) else str(error)
     if number == 1:
-        return f"this is not a results file, or its header is damaged: {said}"
-    return f"the line is damaged: {said}; delete it, and its episode will be run again"
+        return f"this is not a results file, or its header is damaged: {problem}"
+    return f"the line is damaged: {problem}; delete it, and its episode will be run again"

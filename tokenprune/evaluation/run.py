@@ -1,4 +1,4 @@
-"""One episode: a policy acts in an environment until the task is done or the horizon is reached."""
+"""Runs one episode: a policy acts in an environment until the task is done or the horizon is reached."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from tokenprune.engine.adapter import Observation
 from tokenprune.errors import ConfigError
 from tokenprune.evaluation.environment import Environment, Frames, Suite
-from tokenprune.evaluation.results_file import EpisodeRecord
+from tokenprune.evaluation.records import EpisodeRecord
 from tokenprune.evaluation.starts import Start, check_starts
 from tokenprune.evaluation.variant import Variant, black_views, instruction_of
 from tokenprune.model.info import ActionSpec
@@ -20,7 +20,7 @@ from tokenprune.policy import ActionChunk, Policy
 from tokenprune.report.describe import trace_flops
 
 OnStep = Callable[[Frames, ActionChunk], None]
-"""Called before each action, and once at the end, with what draws that moment and the chunk in execution."""
+"""Called before each action and once at the end, with a renderer of that moment and the chunk in execution."""
 
 
 def run_episode(
@@ -36,14 +36,14 @@ def run_episode(
     """Run one episode from a start.
 
     Args:
-        policy: What acts; it is reset.
-        environment: Where; it is reset.
-        start: How the episode begins.
-        variant: What the policy's pipeline is called, and under which condition it acts.
+        policy: Acts; it is reset.
+        environment: The simulator; it is reset.
+        start: Where the episode begins.
+        variant: Label of the policy's pipeline, and the condition under which it acts.
         tasks: Indices of all tasks evaluated in this environment, in order.
         execute: Actions of each chunk that are executed; all when left out.
-        replan: Whether a controller that asks for a new query within a chunk gets it.
-        on_step: Looks on; it sees what there is to see, not what a condition leaves of it.
+        replan: Whether a controller may request a new query within a chunk.
+        on_step: Called at each step; it gets the images without the condition applied.
 
     Raises:
         ConfigError: If the environment has no such start or lacks a view, or `execute` or the condition does not fit.
@@ -57,44 +57,44 @@ def run_episode(
     black = black_views(variant, info.views)
     clock = _Clock()
 
-    def seen(images: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def visible(images: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {view: np.zeros_like(images[view]) if view in black else images[view] for view in info.views}
 
-    def look() -> Observation:
+    def observe() -> Observation:
         with clock.simulator():
             observation = environment.observe()
-        return {**observation, "images": seen(observation["images"])}
+        return {**observation, "images": visible(observation["images"])}
 
-    def drawing() -> Callable[[], Mapping[str, np.ndarray]]:
+    def capture() -> Callable[[], Mapping[str, np.ndarray]]:
         with clock.simulator():
             frames = environment.frames()
 
-        def draw() -> Mapping[str, np.ndarray]:
-            # Called from within a query, whose time is not to hold it.
+        def render() -> Mapping[str, np.ndarray]:
+            # Called within a query, but rendering is the simulator's time.
             with clock.simulator():
                 images = frames()
-            return seen(images)
+            return visible(images)
 
-        return draw
+        return render
 
     chunks: list[ActionChunk] = []
     actions: list[np.ndarray] = []
     begins: list[int] = []
-    replans, success, wanted = 0, False, False
+    replans, success, requested = 0, False, False
     begun = perf_counter()
     with clock.simulator():
         environment.reset(start.task, start.init_state, start.seed)
     with clock.policy():
         policy.reset(instruction)
     while not success and len(actions) < suite.horizon:
-        replans += wanted
-        observation = look()
+        replans += requested
+        observation = observe()
         with clock.policy():
             chunk = policy.act(observation)
         chunks.append(chunk)
         begins.append(len(actions))
         planned = chunk.actions[:execute]
-        for place, action in enumerate(planned):
+        for index, action in enumerate(planned):
             if on_step is not None:
                 on_step(environment.frames(), chunk)
             with clock.simulator():
@@ -102,10 +102,10 @@ def run_episode(
             actions.append(np.array(action))
             success = bool(step.success)
             with clock.policy():
-                frames = drawing() if policy.looks_back else None
-                asked = policy.executed(action, step.pose, len(actions) / suite.control_hz, frames=frames)
-            wanted = replan and asked and place + 1 < len(planned)
-            if success or wanted or len(actions) == suite.horizon:
+                frames = capture() if policy.looks_back else None
+                replan_requested = policy.executed(action, step.pose, len(actions) / suite.control_hz, frames=frames)
+            requested = replan and replan_requested and index + 1 < len(planned)
+            if success or requested or len(actions) == suite.horizon:
                 break
     if on_step is not None:
         on_step(environment.frames(), chunks[-1])
@@ -141,10 +141,10 @@ def run_episode(
 
 
 def check_fit(policy: Policy, suite: Suite, variant: Variant, execute: int | None) -> None:
-    """Refuse what could not run: views an environment lacks or a condition invents, too few or too many actions.
+    """Refuse a policy that could not run in an environment.
 
     Raises:
-        ConfigError: Saying what does not fit.
+        ConfigError: If the environment or the policy lacks a view, or `execute` is outside the chunk.
     """
     info = policy.backbone.info
     missing = [view for view in info.views if view not in suite.views]
@@ -159,7 +159,7 @@ def check_fit(policy: Policy, suite: Suite, variant: Variant, execute: int | Non
 
 
 class _Clock:
-    """Seconds spent in the simulator and in the policy; simulation within the policy counts for the simulator."""
+    """Seconds spent in the simulator and in the policy; rendering within a query counts for the simulator."""
 
     def __init__(self) -> None:
         self.simulator_s = 0.0
@@ -181,7 +181,7 @@ class _Clock:
 def _motion(
     actions: Sequence[np.ndarray], begins: Sequence[int], spec: ActionSpec
 ) -> tuple[float | None, float | None, int]:
-    """How evenly the executed actions followed each other: changes from step to step, at seams, of the gripper."""
+    """Return the mean change from step to step, the mean change at seams of chunks, and gripper switches."""
     executed = np.stack(actions).astype(np.float64)
     switches = 0
     if spec.gripper is not None:

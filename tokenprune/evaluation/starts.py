@@ -1,4 +1,4 @@
-"""Where episodes begin: the same list of starts for every variant, planned or read from a file."""
+"""Where episodes begin: one list of starts for every variant, planned or read from a file."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Start:
 
     Attributes:
         environment: Registered name.
-        task: Its index.
-        init_state: Which of the task's initial states.
-        seed: What else the environment draws at random.
+        task: Index of the task.
+        init_state: Index of the task's initial state.
+        seed: Seed of whatever else the environment draws at random.
     """
 
     environment: str
@@ -39,14 +39,14 @@ def plan_starts(
     init_states: Sequence[int] | None = None,
     seed: int = 0,
 ) -> tuple[Start, ...]:
-    """The first `episodes` starts of each task: the initial states in turn, with the next seed after each round.
+    """Return the first `episodes` starts of each task: the initial states in turn, with the next seed after each round.
 
     Args:
         suite: The environment.
         tasks: Indices or names; all tasks when left out.
-        episodes: Of each task.
-        init_states: Those to begin in, in this order; all of the task's when left out.
-        seed: Of the first round.
+        episodes: Number for each task.
+        init_states: Initial states in their order; all of the task's when left out.
+        seed: Seed of the first round.
 
     Raises:
         ConfigError: If there is no such task or initial state, one is named twice, or there are more episodes than
@@ -80,7 +80,7 @@ def plan_starts(
 
 
 def first_of_each_task(starts: Iterable[Start], episodes: int) -> tuple[Start, ...]:
-    """The first `episodes` starts of each task, in their order.
+    """Return the first `episodes` starts of each task, in their order.
 
     Raises:
         ConfigError: If `episodes` is not positive, or a task has fewer starts.
@@ -90,24 +90,24 @@ def first_of_each_task(starts: Iterable[Start], episodes: int) -> tuple[Start, .
     by_task: dict[tuple[str, int], list[Start]] = {}
     for start in starts:
         by_task.setdefault((start.environment, start.task), []).append(start)
-    for (environment, task), mine in by_task.items():
-        if len(mine) < episodes:
+    for (environment, task), own in by_task.items():
+        if len(own) < episodes:
             raise ConfigError(
-                f"{episodes} episodes of each task were asked for, but there are {len(mine)} starts for task {task} "
+                f"{episodes} episodes of each task were asked for, but there are {len(own)} starts for task {task} "
                 f"of '{environment}'"
             )
-    return tuple(start for mine in by_task.values() for start in mine[:episodes])
+    return tuple(start for own in by_task.values() for start in own[:episodes])
 
 
 def check_starts(starts: Iterable[Start], suites: Mapping[str, Suite]) -> None:
-    """Refuse starts that an environment does not have.
+    """Refuse starts that the environments do not have.
 
     Args:
         starts: Planned or read from a file.
         suites: What each environment offers, by name.
 
     Raises:
-        ConfigError: Naming the start, and what there is.
+        ConfigError: If the environment, task or initial state of a start does not exist.
     """
     for start in starts:
         if start.environment not in suites:
@@ -123,7 +123,7 @@ def write_starts(path: Path, starts: Iterable[Start]) -> None:
 
 
 def read_starts(path: Path) -> tuple[Start, ...]:
-    """Read what `write_starts` wrote.
+    """Read starts from a file as `write_starts` makes it.
 
     Raises:
         ConfigError: If it is not a JSON list of different starts, with the number of the entry, counted from 0.

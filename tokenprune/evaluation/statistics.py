@@ -1,4 +1,4 @@
-"""What paired episodes can and cannot show: intervals, the exact test, and how many pairs a difference needs."""
+"""Statistics of paired episodes: intervals, McNemar's exact test, and how many pairs a difference needs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,7 @@ from statistics import NormalDist
 import numpy as np
 
 ALPHA = 0.05
-
-
 POWER = 0.8
-
-
 RESAMPLES = 10_000
 
 
@@ -47,7 +43,7 @@ class Paired:
 
 
 def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Score interval of a share (Wilson, 1927), which Brown, Cai and DasGupta (2001) recommend for few trials.
+    """Return the score interval of a share (Wilson, 1927), as Brown, Cai and DasGupta (2001) recommend for few trials.
 
     With `p = successes / n` and `z` the normal quantile of `(1 + confidence) / 2` its ends are
     `(p + z²/2n ± z sqrt(p(1 - p)/n + z²/4n²)) / (1 + z²/n)`.
@@ -72,7 +68,9 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, flo
 
 
 def mcnemar(only_baseline: int, only_other: int) -> float:
-    """Exact two-sided p of McNemar's test (1947): which of two variants wins the discordant pairs is a coin's toss.
+    """Return the exact two-sided p of McNemar's test (1947).
+
+    Under its null hypothesis either variant wins a discordant pair with probability 1/2.
 
     Twice the binomial tail `P(X <= min(only_baseline, only_other))` of `X ~ B(only_baseline + only_other, 1/2)`, at
     most 1.
@@ -85,16 +83,16 @@ def mcnemar(only_baseline: int, only_other: int) -> float:
 def paired(baseline: Sequence[bool], other: Sequence[bool], strata: Sequence[object], seed: int = 0) -> Paired:
     """Compare two variants on the same starts.
 
-    The interval is the percentile bootstrap's (Efron and Tibshirani, 1993) over 10 000 resamples. Pairs are drawn
-    within their stratum, because the tasks of a suite are fixed and not a sample. Strata of one pair are drawn
-    together, since alone they cannot vary. With m pairs a stratum it is too narrow by about `sqrt((m - 1) / m)`, and
-    it has no width where no pair is discordant; the verdict therefore rests on the exact test.
+    The interval is the percentile bootstrap (Efron and Tibshirani, 1993) over 10 000 resamples. Pairs are drawn within
+    their stratum, because the tasks of a suite are fixed and not a sample. Strata of one pair are drawn together, since
+    alone they cannot vary. With m pairs in a stratum the interval is too narrow by about `sqrt((m - 1) / m)`. It has no
+    width where no pair is discordant. The verdict therefore uses the exact test.
 
     Args:
         baseline: Success of the baseline, by pair.
-        other: Success of the other variant, likewise.
-        strata: What is resampled apart, by pair: the task.
-        seed: Of the resampling; equal arguments give equal intervals, whatever the order of pairs in a stratum.
+        other: Success of the other variant, by pair.
+        strata: Stratum of each pair, resampled apart: its task.
+        seed: Seed of the resampling; equal arguments give equal intervals, whatever the order of pairs in a stratum.
 
     Raises:
         ValueError: If the three differ in length.
@@ -117,9 +115,9 @@ def paired(baseline: Sequence[bool], other: Sequence[bool], strata: Sequence[obj
 
 
 def _bootstrap(gains: Sequence[tuple[object, int]], seed: int) -> tuple[float, float]:
-    """Interval of the mean of gains (1, 0 or -1); how many of each a resample has is multinomial."""
+    """Return the interval of the mean of gains (1, 0 or -1); their counts in a resample are multinomial."""
     sizes = Counter(stratum for stratum, _ in gains)
-    # A stratum's own key cannot be used for the pool: any hashable may be a stratum.
+    # The pool of single pairs needs a key that no stratum can have, and any hashable may be a stratum.
     grouped: dict[tuple[object, ...], list[int]] = {}
     for stratum, gain in gains:
         grouped.setdefault((stratum,) if sizes[stratum] > 1 else (), []).append(gain)
@@ -133,21 +131,22 @@ def _bootstrap(gains: Sequence[tuple[object, int]], seed: int) -> tuple[float, f
 
 
 def pairs_needed(only_baseline: int, only_other: int, n: int, power: float = POWER, alpha: float = ALPHA) -> int | None:
-    """Pairs after which McNemar's test would probably see a difference as large as the one observed.
+    """Return how many pairs McNemar's test needs to detect the observed difference with a probability of `power`.
 
     Connor (1987): `(z₁ sqrt(ψ) + z₂ sqrt(ψ - δ²))² / δ²` with ψ the share of discordant pairs, δ the difference, and
-    z₁, z₂ the normal quantiles of `1 - alpha/2` and `power`. The exact test is a little weaker than the one this is
-    for: asked for a power of 0.8 it has 0.76 to 0.8. Never less than the pairs without which it can show nothing.
+    z₁, z₂ the normal quantiles of `1 - alpha/2` and `power`. The formula is for the asymptotic test; the exact one is a
+    little weaker, with a power of 0.76 to 0.8 where 0.8 is wanted. The result is never less than the pairs that the
+    exact test needs to reach `alpha` at all.
 
     Args:
         only_baseline: Pairs in which only the baseline succeeded.
         only_other: Pairs in which only the other variant succeeded.
         n: All pairs.
-        power: Wanted probability of seeing it.
-        alpha: The p below which a difference counts as seen.
+        power: Wanted probability of detecting the difference.
+        alpha: The p below which a difference counts as detected.
 
     Returns:
-        None where no difference was observed: no number of pairs would show it.
+        The number of pairs; None where no difference was observed.
     """
     if only_baseline == only_other:
         return None
@@ -156,27 +155,27 @@ def pairs_needed(only_baseline: int, only_other: int, n: int, power: float = POW
 
 
 def detectable_difference(n: int, discordant: int, power: float = POWER, alpha: float = ALPHA) -> float | None:
-    """The smallest difference that `n` pairs would probably have shown: `pairs_needed` solved for it.
+    """Return the smallest difference that `n` pairs detect with a probability of `power`; inverts `pairs_needed`.
 
-    A difference cannot exceed the share of discordant pairs, so where more is needed than was observed, every
-    discordant pair is taken to fall to one side.
+    A difference cannot exceed the share of discordant pairs. Where it needs more than were observed, all discordant
+    pairs are taken to favour one side.
 
     Args:
         n: Pairs.
         discordant: Pairs among them in which one variant succeeded and the other failed.
-        power: Wanted probability of seeing it.
-        alpha: The p below which a difference counts as seen.
+        power: Wanted probability of detecting the difference.
+        alpha: The p below which a difference counts as detected.
 
     Returns:
-        A share; None where so few pairs show no difference however large.
+        A share; None where so few pairs detect no difference, however large.
     """
     if n < _pairs(1.0, 1.0, power, alpha):
         return None
     low, high = 0.0, 1.0
     while high - low > 1e-6:
         middle = (low + high) / 2
-        seen = _pairs(max(middle, discordant / n), middle, power, alpha) <= n
-        low, high = (low, middle) if seen else (middle, high)
+        detected = _pairs(max(middle, discordant / n), middle, power, alpha) <= n
+        low, high = (low, middle) if detected else (middle, high)
     return high
 
 
@@ -189,7 +188,7 @@ def _pairs(discordance: float, difference: float, power: float, alpha: float) ->
 
 
 def verdict(result: Paired) -> str:
-    """What the pairs say of the other variant, in one sentence without its subject and full stop."""
+    """Return what the pairs show of the other variant: one sentence without its subject and full stop."""
     if result.n == 0:
         return "cannot be compared: no start has been finished by both"
     size = points(abs(result.difference))
@@ -204,22 +203,22 @@ def verdict(result: Paired) -> str:
     each = f"{result.only_other} pair{'s' if result.only_other > 1 else ''} won by each"
     alike = each if result.only_other else "every pair ended alike"
     could = detectable_difference(result.n, result.only_baseline + result.only_other)
-    seen = "so few show none, however large" if could is None else f"one of {points(could)} points probably would be"
-    return f"{unseen} ({alike}); {seen}"
+    enough = "so few show none, however large" if could is None else f"one of {points(could)} points probably would be"
+    return f"{unseen} ({alike}); {enough}"
 
 
 def points(share: float, sign: bool = False) -> str:
-    """A share in percentage points, to a tenth where that matters: `24`, `2.4`, `-36` with its sign."""
+    """Return a share in percentage points, to a tenth where that is not 0: `24`, `2.4`; with `sign`, `+24`."""
     text = f"{100 * share:{'+' if sign else ''}.1f}".removesuffix(".0")
     return "0" if text in ("-0", "+0") else text
 
 
 def p_value(p: float) -> str:
-    """`p = 0.0005`, or that it is smaller than what four digits show."""
+    """Return `p = 0.0005`, or `p < 0.0001` below that."""
     return "p < 0.0001" if p < 0.0001 else f"p = {p:.2g}"
 
 
 def _about(pairs: int) -> str:
-    """Two digits: the formula knows no more."""
+    """Return two significant digits; the formula is no more exact."""
     step = 10 ** max(0, len(str(pairs)) - 2)
     return str(math.ceil(pairs / step) * step)

@@ -1,4 +1,4 @@
-"""From episode records to rows: per variant over everything, per environment and per task, each beside the baseline."""
+"""Summarises episodes: per variant over everything, per environment and per task, each beside the baseline."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tokenprune.errors import ResultError, nearest
 from tokenprune.evaluation.statistics import Paired, paired, pairs_needed, verdict, wilson
 
 if TYPE_CHECKING:
-    from tokenprune.evaluation.results_file import EpisodeRecord
+    from tokenprune.evaluation.records import EpisodeRecord
     from tokenprune.evaluation.starts import Start
 
 DENSE = "dense"
 
 
 @dataclass(frozen=True)
-class Row:
+class VariantRow:
     """One variant over everything, over one environment or over one task.
 
     Where nothing was finished, or there is nothing to compare with, a number is None.
@@ -31,7 +31,7 @@ class Row:
         environment: None over all environments.
         task: None over all tasks.
         episodes: Finished.
-        missing: Starts that were planned, or that another variant has finished, and this one has not.
+        missing: Starts that were planned or that another variant has finished, and that this one has not finished.
         successes: Episodes that succeeded.
         success_share: Successes over episodes.
         success_low: Lower end of Wilson's 95 % interval of the share.
@@ -39,11 +39,11 @@ class Row:
         steps_per_success: Control steps of an episode that succeeded, mean.
         steps_per_episode: Control steps of any episode, mean.
         queries_per_episode: Mean.
-        replans_per_episode: Queries that a controller asked for before the chunk ended, mean.
+        replans_per_episode: Queries that a controller requested before the chunk ended, mean.
         fallbacks: Queries that fell back to dense, sum.
-        query_ms_p50: Whole query, over all queries.
-        query_ms_p95: Likewise.
-        control_steps_per_policy_s: Control steps per second spent in the policy, whatever rate the simulated robot has.
+        query_ms_p50: Whole query, median over all queries.
+        query_ms_p95: Whole query, 95th percentile over all queries.
+        control_steps_per_policy_s: Control steps per second spent in the policy, without the simulator's time.
         action_change: L1 distance between successive actions, mean over an episode's steps, mean over episodes.
         seam_change: The same where a new chunk begins, over the episodes with more than one query.
         gripper_switches_per_episode: Mean.
@@ -51,7 +51,7 @@ class Row:
         tokens_last: Visual tokens the last layer holds, mean over queries.
         gflops_per_query: Mean over queries.
         flop_ratio: The baseline's FLOPs per query over its own, on the starts both finished.
-        speedup: The baseline's median query over its own, likewise.
+        speedup: The baseline's median query over its own, on the starts both finished.
         crashes: Simulators restarted, sum.
         overhead_share: Share of the episodes' time spent in neither simulator nor policy.
         unpaired: Starts that only one of this variant and the baseline has finished.
@@ -90,11 +90,11 @@ class Row:
 
     @property
     def verdict(self) -> str | None:
-        """What the comparison says, in one sentence; None for the baseline."""
+        """What the comparison shows, in one sentence; None for the baseline."""
         return None if self.paired is None else verdict(self.paired)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data of one level, the same names for every row."""
+        """Return flat plain data, with the same names for every row."""
         plain = asdict(self)
         del plain["paired"]
         pair = self.paired
@@ -125,15 +125,15 @@ class Summary:
     """
 
     baseline: str | None
-    rows: tuple[Row, ...]
+    rows: tuple[VariantRow, ...]
     notes: tuple[str, ...]
 
-    def at(self, environment: str | None = None, task: int | None = None) -> tuple[Row, ...]:
-        """The rows of one scope, one per variant; without arguments those over everything."""
+    def at(self, environment: str | None = None, task: int | None = None) -> tuple[VariantRow, ...]:
+        """Return the rows of one scope, one per variant; without arguments those over everything."""
         return tuple(row for row in self.rows if (row.environment, row.task) == (environment, task))
 
     def tasks(self) -> dict[str, tuple[int, ...]]:
-        """Tasks that were evaluated, by environment."""
+        """Return the tasks that were evaluated, by environment."""
         found: dict[str, dict[int, None]] = {}
         for row in self.rows:
             if row.environment is not None and row.task is not None:
@@ -141,11 +141,11 @@ class Summary:
         return {environment: tuple(tasks) for environment, tasks in found.items()}
 
     def to_json(self) -> dict[str, Any]:
-        """Everything as plain data."""
+        """Return everything as plain data."""
         return {"baseline": self.baseline, "notes": list(self.notes), "rows": [row.to_json() for row in self.rows]}
 
     def write_csv(self, path: Path) -> None:
-        """Write one line per row under a line of column names; what is unknown is left empty.
+        """Write one line per row under a line of column names; unknown values are left empty.
 
         Raises:
             ResultError: If the file cannot be written.
@@ -166,18 +166,18 @@ def summarise(
     variants: Sequence[str] = (),
     planned: Iterable[Start] = (),
 ) -> Summary:
-    """Summarise what has been finished.
+    """Summarise the finished episodes.
 
     Args:
         records: Episodes in any order.
         baseline: Label of the variant to compare with; when left out it is `dense`, if that was evaluated.
         variants: Labels in the order of the rows, those without an episode included; further ones found in the
             records follow by name.
-        planned: Starts that every variant was to meet.
+        planned: Starts that every variant was to run.
 
     Raises:
         ResultError: If there is neither an episode nor a variant, the baseline is none of the variants, or a variant
-            met a start twice.
+            ran a start twice.
     """
     found: dict[str, dict[Start, EpisodeRecord]] = {label: {} for label in variants}
     unsorted: dict[str, dict[Start, EpisodeRecord]] = {}
@@ -214,7 +214,7 @@ def _row(
     own: Mapping[Start, EpisodeRecord],
     against: Mapping[Start, EpisodeRecord] | None,
     is_baseline: bool,
-) -> Row:
+) -> VariantRow:
     mine = [own[start] for start in starts if start in own]
     common = [start for start in starts if start in own and start in (against or {})]
     both = [own[start] for start in common]
@@ -227,7 +227,7 @@ def _row(
         before, after = ([record.success for record in run] for run in (theirs, both))
         compared = paired(before, after, [_place(start) for start in common])
         unpaired = sum((start in own) != (start in against) for start in starts)
-    return Row(
+    return VariantRow(
         variant=label,
         environment=scope[0] if scope else None,
         task=scope[1] if len(scope) > 1 else None,
@@ -252,7 +252,7 @@ def _row(
         tokens_last=_by_query(mine, "tokens_last"),
         gflops_per_query=gflops,
         flop_ratio=_over(_by_query(theirs, "gflops"), _by_query(both, "gflops")),
-        # Of the same starts: a baseline's other episodes may have met the machine at another speed.
+        # Of the same starts: the machine may have had another speed in the baseline's other episodes.
         speedup=_over(_latency(theirs, 50), _latency(both, 50)),
         crashes=sum(r.crashes for r in mine),
         overhead_share=_over(whole - sum(r.simulator_s + r.policy_s for r in mine), whole),
@@ -261,18 +261,18 @@ def _row(
     )
 
 
-def _notes(rows: Sequence[Row], baseline: str | None) -> Iterable[str]:
-    """What is unfinished or unpaired over everything; what is the same of several variants is said once."""
+def _notes(rows: Sequence[VariantRow], baseline: str | None) -> Iterable[str]:
+    """Yield what is unfinished or unpaired over everything; equal sentences of several variants are joined."""
     if any(row.missing for row in rows):
         yield "The evaluation is unfinished; the numbers are those of the episodes finished so far."
-    said: dict[str, list[str]] = {}
+    variants_of: dict[str, list[str]] = {}
     for row in rows:
         if row.missing or row.unpaired:
             pairs = "" if row.paired is None else f", {row.paired.n} pairs compared"
             finished = f"{row.episodes} of {row.episodes + row.missing} episodes finished{pairs}"
-            said.setdefault(finished, []).append(row.variant)
-    for what, variants in said.items():
-        yield f"{what}: {', '.join(variants)}."
+            variants_of.setdefault(finished, []).append(row.variant)
+    for finished, variants in variants_of.items():
+        yield f"{finished}: {', '.join(variants)}."
     if baseline is None:
         yield f"Nothing is compared: '{DENSE}' was not evaluated and no other baseline was named."
 
@@ -282,7 +282,7 @@ def _place(start: Start) -> tuple[Any, ...]:
 
 
 def _by_query(records: Sequence[EpisodeRecord], name: str) -> float | None:
-    """Mean over queries of what a record holds as the mean over its own."""
+    """Return the mean over all queries of a number that each record holds as the mean over its own queries."""
     return _over(sum(getattr(r, name) * r.queries for r in records), sum(r.queries for r in records))
 
 

@@ -2,47 +2,35 @@
 
 from __future__ import annotations
 
-import re
 import textwrap
 from typing import TYPE_CHECKING
 
-from rich import box
 from rich.markup import escape
-from rich.table import Table
 
 from tokenprune.evaluation.statistics import ALPHA
-from tokenprune.report.text import milliseconds
+from tokenprune.report.text import milliseconds, result_table, wrap_label
 
 if TYPE_CHECKING:
-    from tokenprune.evaluation.summary import Row, Summary
+    from rich.table import Table
+
+    from tokenprune.evaluation.summary import Summary, VariantRow
 
 WIDTH = 79
-
-
 _NAME = 20
-
-
 _TASK = 5
-
-
 _NONE = "-"
 
 
-_PARTS = re.compile(r"(?=[@+])|(?=\.\D)|(?<=,)")
-
-
 def eval_table(summary: Summary) -> Table:
-    """One line per variant over everything; the legend explains the columns."""
-    table = _table("\nvariant")
-    for heading in (
-        "succ\n%", "\n95 %", "diff\npts", "\np", "steps\n/eps", "qry\n/eps", "ms\np50", "speed\nup", "FLOP\nratio",
-        "tok\nmean",
-    ):  # fmt: skip
-        table.add_column(heading, justify="right", no_wrap=True)
+    """Return a table with one line per variant, over everything; `eval_legend` explains the columns."""
+    table = result_table(
+        "\nvariant", "succ\n%", "\n95 %", "diff\npts", "\np", "steps\n/eps", "qry\n/eps", "ms\np50", "speed\nup",
+        "FLOP\nratio", "tok\nmean", min_width=_NAME, max_width=_NAME,
+    )  # fmt: skip
     for row in summary.at():
         pair = row.paired if row.paired is not None and row.paired.n else None
         table.add_row(
-            escape(broken(row.variant)),
+            escape(wrap_label(row.variant, _NAME)),
             _percent(row.success_share),
             f"{100 * row.success_low:.0f}-{100 * row.success_high:.0f}",
             _percent(None if pair is None else pair.difference, sign="+"),
@@ -58,32 +46,33 @@ def eval_table(summary: Summary) -> Table:
 
 
 def success_tables(summary: Summary) -> list[Table]:
-    """Success by task, one line per variant: a table per environment, several where its tasks do not fit beside it."""
+    """Return tables of success by task: one per environment, or more where its tasks do not fit one table."""
     tables = []
     fitting = (WIDTH - _NAME - _TASK) // _TASK
     for environment, tasks in summary.tasks().items():
         whole = summary.at(environment)
         for first in range(0, len(tasks), fitting):
             shown = tasks[first : first + fitting]
-            table = _table(f"{environment}\nsuccess %, task")
+            table = result_table(f"{environment}\nsuccess %, task", min_width=_NAME, max_width=_NAME)
             columns = [summary.at(environment, task) for task in shown] + [whole]
             for name in [*map(str, shown), "all"]:
                 table.add_column(f"\n{name}", justify="right", no_wrap=True, min_width=_TASK - 1)
             for variant, *cells in zip([row.variant for row in whole], *columns, strict=True):
-                table.add_row(escape(broken(variant)), *(_number(row.success_share, 0, 100) for row in cells))
+                shares = (_number(row.success_share, 0, 100) for row in cells)
+                table.add_row(escape(wrap_label(variant, _NAME)), *shares)
             tables.append(table)
     return tables
 
 
 def verdict_lines(summary: Summary) -> str:
-    """What the pairs say of each variant, beside the baseline."""
-    said = [f"{row.variant}: {row.verdict}." for row in summary.at() if row.verdict is not None]
-    lines = [line for text in said for line in _wrapped(text)]
+    """Return what the pairs show of each variant beside the baseline; empty where nothing is compared."""
+    verdicts = [f"{row.variant}: {row.verdict}." for row in summary.at() if row.verdict is not None]
+    lines = [line for text in verdicts for line in _wrapped(text)]
     return "\n".join([f"Against {summary.baseline}, on the same starts:", *lines]) if lines else ""
 
 
 def eval_legend(summary: Summary) -> str:
-    """What the columns mean, what is unfinished, and what the numbers do not say."""
+    """Return what the columns mean, what is unfinished, and what the numbers do not show."""
     rows = summary.at()
     texts = [
         "95 %: Wilson interval of the success. diff, p: percentage points against the baseline on the starts both "
@@ -102,33 +91,17 @@ def eval_legend(summary: Summary) -> str:
     return "\n".join(line for text in (*texts, *summary.notes) for line in _wrapped(text))
 
 
-def broken(label: str) -> str:
-    """A label in lines no longer than its column, broken between its parts rather than in a word."""
-    lines = [""]
-    for part in _PARTS.split(label):
-        if lines[-1] and len(lines[-1]) + len(part) > _NAME:
-            lines.append("")
-        lines[-1] += part
-    return "\n".join(lines)
-
-
-def _table(heading: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, header_style="bold", show_edge=False)
-    table.add_column(heading, overflow="fold", min_width=_NAME, max_width=_NAME)
-    return table
-
-
 def _wrapped(text: str) -> list[str]:
     return textwrap.wrap(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
 
 
-def _counted(rows: tuple[Row, ...], name: str, said: str) -> list[str]:
+def _counted(rows: tuple[VariantRow, ...], name: str, meaning: str) -> list[str]:
     counted = [f"{row.variant} {count}" for row in rows if (count := getattr(row, name))]
-    return [f"{said}: {', '.join(counted)}."] if counted else []
+    return [f"{meaning}: {', '.join(counted)}."] if counted else []
 
 
 def _percent(share: float | None, sign: str = "") -> str:
-    """Percent to a tenth, at most five characters and a sign."""
+    """Return percent to a tenth, at most five characters and a sign."""
     digits = 1 if share is None or abs(share) < 0.9995 else 0
     return _number(share, digits, 100, sign)
 

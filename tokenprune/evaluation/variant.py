@@ -1,4 +1,4 @@
-"""What is compared: a pipeline, under a condition that takes something away from what the policy is given."""
+"""What is compared: a pipeline, under a condition that removes a part of the observation or changes the instruction."""
 
 from __future__ import annotations
 
@@ -13,23 +13,17 @@ from tokenprune.pipelines.loader import load_pipeline
 from tokenprune.registry.discovery import DENSE, Registry
 
 BLIND = "blind"
-
-
 OTHER_INSTRUCTION = "other-instruction"
-
-
 _NO = "no-"
-
-
 _CONDITION = re.compile(r"(?P<pipeline>.+)\+(?P<condition>[A-Za-z_][\w-]*)")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One of the things compared.
+    """A pipeline under a condition.
 
     Attributes:
-        label: What the user wrote.
+        label: The text that the user wrote.
         pipeline: The pipeline as plain data, overrides included.
         condition: `blind`, `no-<view>`, `other-instruction`, or an empty string.
     """
@@ -48,7 +42,7 @@ def parse_variant(text: str, registry: Registry, overrides: Sequence[str] = ()) 
         overrides: `path=value`, for every pipeline but `dense`.
 
     Raises:
-        ConfigError: If anything in it is wrong.
+        ConfigError: If the pipeline, an override or the condition is wrong.
         PluginError: If no pipeline has the name.
     """
     found = _CONDITION.fullmatch(text)
@@ -63,7 +57,7 @@ def parse_variant(text: str, registry: Registry, overrides: Sequence[str] = ()) 
 
 
 def black_views(variant: Variant, views: Sequence[str]) -> frozenset[str]:
-    """Views of a policy that are black under the variant's condition.
+    """Return the views of a policy that are black under the variant's condition.
 
     Raises:
         ConfigError: If the condition names a view the policy does not have.
@@ -79,13 +73,13 @@ def black_views(variant: Variant, views: Sequence[str]) -> frozenset[str]:
 
 
 def instruction_of(variant: Variant, suite: Suite, tasks: Sequence[int], task: int) -> str:
-    """What the robot is told: its task, or under `other-instruction` the next evaluated one that is told differently.
+    """Return the instruction of a task, or under `other-instruction` the next different one of the evaluated tasks.
 
     Args:
         variant: What is evaluated.
         suite: The environment.
         tasks: Indices of the tasks evaluated in it, in order.
-        task: The one at hand.
+        task: Index of the task that is run.
 
     Raises:
         ConfigError: If no evaluated task has another instruction.
@@ -93,8 +87,8 @@ def instruction_of(variant: Variant, suite: Suite, tasks: Sequence[int], task: i
     own = suite.tasks[task].instruction
     if variant.condition != OTHER_INSTRUCTION:
         return own
-    place = tasks.index(task)
-    for other in (*tasks[place + 1 :], *tasks[:place]):
+    index = tasks.index(task)
+    for other in (*tasks[index + 1 :], *tasks[:index]):
         if suite.tasks[other].instruction != own:
             return suite.tasks[other].instruction
     raise ConfigError(

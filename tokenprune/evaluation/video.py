@@ -1,4 +1,4 @@
-"""A video of one episode: what the policy saw, with the patches grey that its last query cut."""
+"""Writes a video of one episode: the policy's images, with the patches grey that its last query cut."""
 
 from __future__ import annotations
 
@@ -20,13 +20,11 @@ from tokenprune.policy import ActionChunk
 from tokenprune.viz.paint import greyed, patch_box, veil
 
 _SIDE = 336
-
-
 _CAPTION = 24
 
 
 def imageio() -> ModuleType:
-    """The library that writes videos.
+    """Return the library that writes videos.
 
     Raises:
         ConfigError: If it is not installed.
@@ -34,7 +32,7 @@ def imageio() -> ModuleType:
     try:
         import imageio.v2
 
-        # imageio finds it by itself, but misses it only when it writes.
+        # imageio loads it itself, but only when it writes.
         importlib.import_module("imageio_ffmpeg")
     except ModuleNotFoundError as error:
         raise ConfigError(
@@ -44,12 +42,12 @@ def imageio() -> ModuleType:
 
 
 class Video:
-    """An `.mp4` that grows with each control step; to be given to `run_episode` as `on_step`.
+    """An `.mp4` that grows with each control step; pass it to `run_episode` as `on_step`.
 
     Args:
-        path: The file; one that exists is replaced.
-        backbone: Tells which pixels its patches are cut from.
-        label: What is written under the pictures.
+        path: The file; an existing one is replaced.
+        backbone: Crops the images that its patches are cut from.
+        label: Written under the images.
         hz: Control steps per second.
     """
 
@@ -64,7 +62,7 @@ class Video:
         self._backbone, self._label, self._step = backbone, label, 0
 
     def __call__(self, frames: Frames, chunk: ActionChunk) -> None:
-        """Add the moment before an action, or the last one."""
+        """Append one frame."""
         pixels = self._backbone.pixels([frames()])
         pictures = [
             _painted(image[0].permute(1, 2, 0).cpu().numpy(), view, chunk.trace) for view, image in pixels.items()
@@ -85,9 +83,9 @@ class Video:
 
 
 def video_path(folder: Path, start: Start, label: str) -> Path:
-    """Where the video of a variant's episode goes."""
-    begun = f"{start.environment}-task{start.task}-init{start.init_state}-seed{start.seed}"
-    return folder / f"{begun}-{re.sub(r'[^A-Za-z0-9.+=-]+', '_', label)}.mp4"
+    """Return the path of the video of a variant's episode."""
+    name = f"{start.environment}-task{start.task}-init{start.init_state}-seed{start.seed}"
+    return folder / f"{name}-{re.sub(r'[^A-Za-z0-9.+=-]+', '_', label)}.mp4"
 
 
 def _painted(pixels: npt.NDArray[np.uint8], view: str, trace: QueryTrace) -> npt.NDArray[np.uint8]:

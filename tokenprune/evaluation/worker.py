@@ -1,4 +1,4 @@
-"""What one process does: it loads a backbone once, binds every variant's pipeline to it, and runs episodes."""
+"""A worker's process: loads a backbone once, binds every variant's pipeline to it, and runs episodes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tokenprune.engine.executor import Execution
 from tokenprune.errors import ConfigError, RolloutError, SimulatorError, TokenPruneError
 from tokenprune.evaluation.environment import Environment, Suite
 from tokenprune.evaluation.fingerprint import fingerprint
-from tokenprune.evaluation.jobs import Answer, Crash, Job
-from tokenprune.evaluation.results_file import EpisodeRecord
+from tokenprune.evaluation.jobs import Crash, Job, Outcome
+from tokenprune.evaluation.records import EpisodeRecord
 from tokenprune.evaluation.run import check_fit, run_episode
 from tokenprune.evaluation.starts import Start
 from tokenprune.evaluation.variant import OTHER_INSTRUCTION, Variant, instruction_of
@@ -29,26 +29,26 @@ from tokenprune.registry.discovery import Registry
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """Everything a worker needs, as plain data that any process can be given.
+    """Everything a worker needs, as plain data that can be sent to any process.
 
     Attributes:
         backbone: Registered name.
         checkpoint: Folder or hub id, or None.
         preset: What the backbone offers without a checkpoint, or None.
-        options: The backbone's own.
+        options: The backbone's own options.
         device: torch device.
         dtype: As in `tokenprune.load`.
-        seed: Of a preset's weights.
-        variants: What is compared; labels differ.
+        seed: Seed of a preset's weights.
+        variants: What is compared, with distinct labels.
         environments: Registered names of the environments, each with its options.
         tasks: Indices of the tasks evaluated in each environment, in order.
         execute: Actions of each chunk that are executed; all where None.
-        replan: Whether a controller that asks for a new query within a chunk gets it.
+        replan: Whether a controller may request a new query within a chunk.
         execution: As in `tokenprune.load`.
         threads: torch threads.
         plugins: Plugin files.
-        videos: Folder for the videos of filmed episodes.
-        filmed: Starts whose episodes are filmed, of every variant.
+        videos: Folder for videos, or None.
+        filmed: Starts whose episodes are filmed, for every variant.
     """
 
     backbone: str
@@ -70,10 +70,10 @@ class WorkerSpec:
     filmed: tuple[Start, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse labels that stand for two things.
+        """Check the labels.
 
         Raises:
-            ConfigError: Naming the label.
+            ConfigError: If two variants have the same label.
         """
         labels = [variant.label for variant in self.variants]
         for label in labels:
@@ -81,15 +81,15 @@ class WorkerSpec:
                 raise ConfigError(f"two variants are called '{label}'; name each once")
 
     def settings(self, suites: Mapping[str, Suite], weights: Path | None) -> dict[str, Any]:
-        """Everything that changes results, but the variants: what the header of a results file holds.
+        """Return everything that changes results, except the variants: what the header of a results file holds.
 
         Args:
             suites: What each environment offers, by name.
-            weights: Folder the weights are in; see `Description`.
+            weights: Folder of the weights; see `Description`.
         """
         device = torch.device(self.device)
         auto = str(native_dtype(device)).removeprefix("torch.")
-        # The first of them goes without saying: results of it may be older than the others.
+        # The default execution is left out, so that files without the key can be resumed.
         execution = {} if self.execution == Execution.EAGER else {"execution": self.execution}
         return execution | {
             "backbone": self.backbone,
@@ -115,7 +115,7 @@ class WorkerSpec:
         }
 
     def describe(self, variant: Variant, suites: Mapping[str, Suite]) -> dict[str, Any]:
-        """Everything that makes up a variant: what its line in a results file holds.
+        """Return everything that makes up a variant: what its line in a results file holds.
 
         Args:
             variant: One of the variants.
@@ -134,7 +134,7 @@ class WorkerSpec:
 
 
 class Worker:
-    """Runs episodes one after the other; has one simulator at a time."""
+    """Runs episodes one after the other, with one open simulator."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         """Load the backbone and bind every variant's pipeline to it.
@@ -170,7 +170,7 @@ class Worker:
         self._environment: Environment | None = None
 
     def run(self, job: Job) -> EpisodeRecord:
-        """Run one episode, and film it where that is wanted; raises as `run_episode` does."""
+        """Run one episode, and film it if its start is in `filmed`; raises as `run_episode` does."""
         name, spec = job.start.environment, self._spec
         if self._environment is None or self._environment.suite.name != name:
             self.close()
@@ -190,22 +190,22 @@ class Worker:
                 film.close()
 
     def close(self) -> None:
-        """Free the simulator."""
+        """Release the simulator."""
         if self._environment is not None:
             self._environment.close()
             self._environment = None
 
 
-class Attempts:
-    """A worker that answers with what went wrong instead of raising it; what engines run in their processes."""
+class SafeWorker:
+    """A worker that returns errors instead of raising them; engines run it in their processes."""
 
     def __init__(self, spec: WorkerSpec) -> None:
-        """The worker is made with the first job, so that what is wrong with it is an answer too."""
+        """Make the worker with the first job, so that its errors are returned too."""
         self._spec = spec
         self._worker: Worker | None = None
 
-    def run(self, job: Job) -> Answer:
-        """Run one episode, or say what went wrong."""
+    def run(self, job: Job) -> Outcome:
+        """Run one episode; return its record or the error."""
         try:
             if self._worker is None:
                 self._worker = Worker(self._spec)
@@ -213,14 +213,14 @@ class Attempts:
         except SimulatorError as error:
             return Crash(str(error))
         except TokenPruneError as error:
-            # A plugin's own class may be unknown where this is read.
+            # The reading process may not know a plugin's own error class.
             known = vars(errors).get(type(error).__name__) is type(error)
             return (type(error) if known else RolloutError)(str(error))
         except Exception as error:
-            told = "".join(traceback.format_exception(error))
-            return RolloutError(f"{job}: {type(error).__name__}: {error}\n{told}")
+            details = "".join(traceback.format_exception(error))
+            return RolloutError(f"{job}: {type(error).__name__}: {error}\n{details}")
 
     def close(self) -> None:
-        """Free the simulator."""
+        """Release the simulator."""
         if self._worker is not None:
             self._worker.close()

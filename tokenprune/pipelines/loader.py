@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,24 @@ def load_pipeline(source: str | Path, registry: Registry, overrides: Sequence[st
             draft.assign(key.strip(), value, f"--set {key.strip()}")
     config = _check(draft, registry)
     return LoadedPipeline(config, draft.data, draft.origin, str(source) if inline else config.name)
+
+
+def load_pipelines(
+    sources: Iterable[str | Path], registry: Registry, overrides: Sequence[str] = ()
+) -> list[LoadedPipeline]:
+    """Load pipelines in this order, a repeated one once; overrides are for all but `dense`, which has no stages.
+
+    Args:
+        sources: As in `load_pipeline`.
+        registry: Installed plugins.
+        overrides: As in `load_pipeline`.
+
+    Raises:
+        ConfigError: If anything in one of them is wrong.
+        PluginError: If no pipeline has a name.
+    """
+    distinct = dict.fromkeys(sources)
+    return [load_pipeline(source, registry, () if source == DENSE.name else overrides) for source in distinct]
 
 
 def parse_pipeline(data: Mapping[str, Any], registry: Registry, origin: str) -> LoadedPipeline:

@@ -6,6 +6,7 @@ the others go on. Imports no torch; a class is imported only when it is asked fo
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.metadata
 import importlib.util
@@ -15,10 +16,10 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_args
 
 import pluggy
@@ -47,6 +48,7 @@ DISABLE = "TOKENPRUNE_DISABLE"
 OWN_DISTRIBUTION = "tokenprune-vla"
 
 
+FILE_VERSION = "(file)"
 DENSE = "dense"
 """The pipeline without stages: always there, part of no plugin."""
 
@@ -108,26 +110,21 @@ class Quarantined:
 
 
 class Registry:
-    """Stages, pipelines, backbones and environments by name; made by `discover`.
+    """Stages, pipelines, backbones and environments by name; `discover` finds the installed ones.
 
     Attributes:
-        stages: Stages by name.
-        pipelines: Shipped pipeline files by name, without `dense`.
-        backbones: Backbones by name.
-        environments: Simulated environments by name.
         quarantined: Broken plugins.
         disabled: Entry points that were left out before import.
         unknown_disabled: Names that were to be left out and match nothing.
     """
 
     def __init__(self) -> None:
-        self.stages: dict[str, Registered[StageSpec]] = {}
-        self.pipelines: dict[str, Registered[PipelineSpec]] = {}
-        self.backbones: dict[str, Registered[BackboneSpec]] = {}
-        self.environments: dict[str, Registered[EnvironmentSpec]] = {}
+        """Nothing is registered."""
         self.quarantined: tuple[Quarantined, ...] = ()
         self.disabled: tuple[str, ...] = ()
         self.unknown_disabled: tuple[str, ...] = ()
+        self._tables: dict[type, dict[str, Registered[Any]]] = {kind: {} for kind in get_args(Spec)}
+        self._imported: dict[tuple[type, str], Any] = {}
 
     @classmethod
     def discover(cls, *, plugin_files: Sequence[Path] = (), disable: Iterable[str] | None = None) -> Registry:
@@ -154,18 +151,49 @@ class Registry:
                 found.disabled += (entry.name,)
                 continue
             try:
-                found._add(owner, entry.load())
+                found._add(owner, _specs_of(entry.load()))
             except _FAILURES as error:
                 trace = "".join(traceback.format_exception(error))
                 found.quarantined += (Quarantined(entry.name, owner, _one_line(error), trace),)
         found.unknown_disabled = tuple(sorted(unwanted - known))
         for path in plugin_files:
-            owner = Owner(str(path), "(file)", f"_tokenprune_file_{next(_file_numbers)}_{path.stem}")
+            owner = Owner(str(path), FILE_VERSION, f"_tokenprune_file_{next(_file_numbers)}_{path.stem}")
             try:
-                found._add(owner, _import_file(path, owner.module))
+                found._add(owner, _specs_of(_import_file(path, owner.module)))
             except _FAILURES as error:
                 raise PluginError(f"plugin file {_place(path, error)}: {_one_line(error)}") from error
         return found
+
+    def with_specs(self, *specs: Spec, owner: Owner) -> Registry:
+        """A registry that holds these specs besides; this one stays as it is.
+
+        Raises:
+            PluginError: If a spec is wrong or its name is taken.
+        """
+        more = copy.copy(self)
+        more._imported = {}
+        more._add(owner, specs)
+        return more
+
+    @property
+    def stages(self) -> Mapping[str, Registered[StageSpec]]:
+        """Stages by name."""
+        return MappingProxyType(self._tables[StageSpec])
+
+    @property
+    def pipelines(self) -> Mapping[str, Registered[PipelineSpec]]:
+        """Shipped pipeline files by name, without `dense`, which has no file."""
+        return MappingProxyType(self._tables[PipelineSpec])
+
+    @property
+    def backbones(self) -> Mapping[str, Registered[BackboneSpec]]:
+        """Backbones by name."""
+        return MappingProxyType(self._tables[BackboneSpec])
+
+    @property
+    def environments(self) -> Mapping[str, Registered[EnvironmentSpec]]:
+        """Simulated environments by name."""
+        return MappingProxyType(self._tables[EnvironmentSpec])
 
     def stage(self, name: str) -> Registered[StageSpec]:
         """The stage of this name.
@@ -173,15 +201,15 @@ class Registry:
         Raises:
             PluginError: If there is none.
         """
-        return self._get("stage", self.stages, name)
+        return self._get(StageSpec, name)
 
     def pipeline(self, name: str) -> Registered[PipelineSpec]:
-        """The shipped pipeline of this name; `dense` has no file, and the loader knows it.
+        """The shipped pipeline of this name.
 
         Raises:
             PluginError: If there is none.
         """
-        return self._get("pipeline", self.pipelines, name)
+        return self._get(PipelineSpec, name)
 
     def backbone(self, name: str) -> Registered[BackboneSpec]:
         """The backbone of this name.
@@ -189,7 +217,7 @@ class Registry:
         Raises:
             PluginError: If there is none.
         """
-        return self._get("backbone", self.backbones, name)
+        return self._get(BackboneSpec, name)
 
     def environment(self, name: str) -> Registered[EnvironmentSpec]:
         """The simulated environment of this name.
@@ -197,69 +225,81 @@ class Registry:
         Raises:
             PluginError: If there is none.
         """
-        return self._get("environment", self.environments, name)
+        return self._get(EnvironmentSpec, name)
 
     def stage_class(self, name: str) -> type[Stage[Any]]:
-        """Import a stage's class.
+        """Import a stage's class, once.
 
         Raises:
             PluginError: If there is no such stage, it cannot be imported, it is no `Stage`, its `Config` is no
                 `StageConfig`, or its hooks do not fit `StageHooks`.
         """
-        registered = self.stage(name)
-        owned = f"stage '{name}' of {registered.owner}, {registered.spec.target}"
-        return _checked_stage(_import_target(registered, owned), owned)
+        found: type[Stage[Any]] = self._import(StageSpec, name, _checked_stage)
+        return found
 
     def backbone_factory(self, name: str) -> Any:  # noqa: ANN401 - a BackboneFactory, whose module needs torch
-        """Import a backbone's factory.
+        """Import a backbone's factory, once.
 
         Raises:
             PluginError: If there is no such backbone, it cannot be imported, or it cannot describe and build.
         """
-        return _factory("backbone", self.backbone(name))
+        return self._import(BackboneSpec, name, _checked_factory)
 
     def environment_factory(self, name: str) -> Any:  # noqa: ANN401 - an EnvironmentFactory, whose module needs torch
-        """Import an environment's factory.
+        """Import an environment's factory, once.
 
         Raises:
             PluginError: If there is no such environment, it cannot be imported, or it cannot describe and build.
         """
-        return _factory("environment", self.environment(name))
+        return self._import(EnvironmentSpec, name, _checked_factory)
 
-    def _get(self, kind: str, table: Mapping[str, Registered[SpecT]], name: str) -> Registered[SpecT]:
+    def _get(self, kind: type[SpecT], name: str) -> Registered[SpecT]:
+        table: dict[str, Registered[SpecT]] = self._tables[kind]
         if name in table:
             return table[name]
-        message = f"no {kind} is called '{name}'{nearest(name, [*table, DENSE] if kind == 'pipeline' else table)}"
+        valid = [*table, DENSE] if kind is PipelineSpec else table
+        message = f"no {_kind_name(kind)} is called '{name}'{nearest(name, valid)}"
         absent = [f"'{q.name}' (broken)" for q in self.quarantined]
         absent += [f"'{entry}' (disabled)" for entry in self.disabled]
         if absent:
             message += f"; plugins that are not loaded: {', '.join(absent)}; `tokenprune doctor` tells more"
         raise PluginError(message)
 
-    def _add(self, owner: Owner, plugin: object) -> None:
-        """Register everything of one plugin, or nothing."""
-        implementation = _implementations(plugin, PluginHooks).get("tokenprune_register")
-        if implementation is None:
-            raise PluginError("it has no hook 'tokenprune_register' decorated with @hookimpl")
-        if implementation.wrapper or implementation.hookwrapper:
-            raise PluginError("'tokenprune_register' cannot be a wrapper; let it return specs")
-        tables: dict[type, dict[str, Any]] = {
-            StageSpec: dict(self.stages),
-            PipelineSpec: dict(self.pipelines),
-            BackboneSpec: dict(self.backbones),
-            EnvironmentSpec: dict(self.environments),
-        }
-        specs = implementation.function()
-        if not isinstance(specs, Iterable):
-            raise PluginError(f"'tokenprune_register' must return specs, got {type(specs).__name__}")
+    def _import(self, kind: type[SpecT], name: str, check: Callable[[Any, str], Any]) -> Any:  # noqa: ANN401
+        registered: Registered[Any] = self._get(kind, name)
+        if (kind, name) not in self._imported:
+            owned = f"{_kind_name(kind)} '{name}' of {registered.owner}, {registered.spec.target}"
+            self._imported[kind, name] = check(_import_target(registered, owned), owned)
+        return self._imported[kind, name]
+
+    def _add(self, owner: Owner, specs: Iterable[Spec]) -> None:
+        """Register all of these specs, or none."""
+        tables = {kind: dict(table) for kind, table in self._tables.items()}
         for spec in specs:
             _check(spec, owner)
             table = tables[type(spec)]
             if spec.name in table:
-                kind = type(spec).__name__.removesuffix("Spec").lower()
-                raise PluginError(f"{kind} '{spec.name}' of {owner} is already registered by {table[spec.name].owner}")
+                taken = table[spec.name].owner
+                raise PluginError(f"{_kind_name(type(spec))} '{spec.name}' of {owner} is already registered by {taken}")
             table[spec.name] = Registered(spec, owner)
-        self.stages, self.pipelines, self.backbones, self.environments = tables.values()
+        self._tables = tables
+
+
+def _kind_name(kind: type) -> str:
+    return kind.__name__.removesuffix("Spec").lower()
+
+
+def _specs_of(plugin: object) -> Iterable[Spec]:
+    """What a plugin module registers."""
+    implementation = _implementations(plugin, PluginHooks).get("tokenprune_register")
+    if implementation is None:
+        raise PluginError("it has no hook 'tokenprune_register' decorated with @hookimpl")
+    if implementation.wrapper or implementation.hookwrapper:
+        raise PluginError("'tokenprune_register' cannot be a wrapper; let it return specs")
+    specs = implementation.function()
+    if not isinstance(specs, Iterable):
+        raise PluginError(f"'tokenprune_register' must return specs, got {type(specs).__name__}")
+    return specs
 
 
 def _entry_order(entry: importlib.metadata.EntryPoint) -> tuple[bool, str, str]:
@@ -309,7 +349,7 @@ def _check(spec: Spec, owner: Owner) -> None:
             raise PluginError(f"pipeline '{spec.name}' cannot end as a file does")
         return
     target = _TARGET.fullmatch(spec.target) if isinstance(spec.target, str) else None
-    if target is None or (target["module"] is None and owner.version != "(file)"):
+    if target is None or (target["module"] is None and owner.version != FILE_VERSION):
         raise PluginError(f"target {spec.target!r} of '{spec.name}' is not of the form 'package.module:Class'")
     if isinstance(spec, StageSpec):
         kinds = get_args(StageKind)
@@ -338,9 +378,7 @@ def _import_target(registered: Registered[Any], owned: str) -> Any:  # noqa: ANN
     return found
 
 
-def _factory(kind: str, registered: Registered[Any]) -> Any:  # noqa: ANN401 - whatever the plugin names
-    owned = f"{kind} '{registered.spec.name}' of {registered.owner}, {registered.spec.target}"
-    factory = _import_target(registered, owned)
+def _checked_factory(factory: Any, owned: str) -> Any:  # noqa: ANN401 - whatever the plugin names
     for method in ("describe", "build"):
         if not callable(getattr(factory, method, None)):
             raise PluginError(f"{owned}: a factory has a method '{method}'")
@@ -352,9 +390,9 @@ def _checked_stage(stage: Any, owned: str) -> type[Stage[Any]]:  # noqa: ANN401 
     from tokenprune.stages.stage import Stage
 
     if not isinstance(stage, type) or not issubclass(stage, Stage):
-        raise PluginError(f"{owned}: it must be a subclass of tokenprune.stages.stage.Stage")
+        raise PluginError(f"{owned}: it must be a subclass of tokenprune.Stage")
     if not isinstance(stage.Config, type) or not issubclass(stage.Config, StageConfig):
-        raise PluginError(f"{owned}: its Config must be a subclass of tokenprune.stages.config.StageConfig")
+        raise PluginError(f"{owned}: its Config must be a subclass of tokenprune.StageConfig")
     try:
         _implementations(stage, StageHooks)
     except PluginError as error:

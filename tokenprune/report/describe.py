@@ -1,15 +1,13 @@
-"""What every result says of a policy: its backbone, its tokens, and the FLOPs of a query."""
+"""What every result file says of a policy: its backbone, its tokens, and the FLOPs of a query."""
 
 from __future__ import annotations
-
-from dataclasses import asdict
-from typing import Any
 
 from tokenprune.engine.adapter import Backbone
 from tokenprune.engine.trace import QueryTrace
 from tokenprune.model.flops import Probed, QueryFlops, query_flops
 from tokenprune.model.info import BackboneInfo
 from tokenprune.policy import Policy
+from tokenprune.report.record import BackboneRecord, LayoutRecord
 from tokenprune.tokens.layout import TokenLayout
 
 UNTRAINED = (
@@ -19,35 +17,35 @@ UNTRAINED = (
 
 
 def trace_flops(info: BackboneInfo, trace: QueryTrace) -> QueryFlops:
-    """FLOPs of a query as it ran, attention probes included; none where a controller answered."""
+    """Return the FLOPs of a query as it ran, attention probes included; 0 where a controller answered."""
     if trace.answered:
         return QueryFlops(other={}, layers=(0,) * trace.plan.depth, follow_up=0, probe=0)
     probes = [Probed(probe.layer, probe.count, probe.ahead, probe.behind) for probe in trace.probes]
     return query_flops(info, trace.plan, probes, trace.encoder)
 
 
-def describe(backbone: Backbone) -> dict[str, Any]:
-    """The backbone as plain data."""
+def describe(backbone: Backbone) -> BackboneRecord:
+    """Return what a result file says of the backbone."""
     info = backbone.info
-    return {
-        "name": info.name,
-        "source": info.source,
-        "untrained": info.untrained,
-        "dtype": str(backbone.dtype).removeprefix("torch."),
-        "decoder": asdict(info.decoder),
-        "views": list(info.views),
-        "action": asdict(info.action),
-        "capabilities": sorted(info.capabilities),
-    }
+    return BackboneRecord(
+        name=info.name,
+        source=info.source,
+        untrained=info.untrained,
+        dtype=str(backbone.dtype).removeprefix("torch."),
+        decoder=info.decoder,
+        views=list(info.views),
+        action=info.action,
+        capabilities=sorted(info.capabilities),
+    )
 
 
-def describe_layout(layout: TokenLayout) -> dict[str, Any]:
-    """The tokens of a query as plain data."""
-    return {"segments": [asdict(segment) for segment in layout.segments]}
+def describe_layout(layout: TokenLayout) -> LayoutRecord:
+    """Return what a result file says of the tokens of a query."""
+    return LayoutRecord.model_validate(layout)
 
 
 def notes(policy: Policy) -> list[str]:
-    """What each stage says of itself on this backbone."""
+    """Return what each stage says of itself on this backbone, `STAGE: TEXT`."""
     bound = policy.pipeline
-    said = [(name, stage.caveats(bound.info)) for name, stage in zip(bound.names, bound.stages, strict=True)]
-    return [f"{name}: {text}" for name, text in said if text]
+    texts = [(name, stage.caveats(bound.info)) for name, stage in zip(bound.names, bound.stages, strict=True)]
+    return [f"{name}: {text}" for name, text in texts if text]

@@ -9,38 +9,39 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from tokenprune._version import __version__
+from tokenprune.report.record import GitState, Provenance
 
 _PACKAGES = ("torch", "transformers", "pluggy", "pydantic", "numpy", "pillow", "tokenizers", "safetensors")
 
 
-def provenance(device: torch.device) -> dict[str, Any]:
-    """Plain data about this process."""
-    return {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "tokenprune": __version__,
-        "git": git_state(Path(__file__).parents[1]),
-        "python": platform.python_version(),
-        "packages": {name: _version(name) for name in _PACKAGES},
-        "platform": platform.platform(),
-        "cpu": cpu_name(),
-        "cpus": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "device": str(device),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "cuda": torch.version.cuda if device.type == "cuda" else None,
-    }
+def provenance(device: torch.device) -> Provenance:
+    """Return the provenance of what this process measures on a device."""
+    on_gpu = device.type == "cuda"
+    return Provenance(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=[Path(sys.argv[0]).name, *sys.argv[1:]],
+        tokenprune=__version__,
+        git=git_state(Path(__file__).parents[1]),
+        python=platform.python_version(),
+        packages={name: _version(name) for name in _PACKAGES},
+        platform=platform.platform(),
+        cpu=cpu_name(),
+        cpus=os.cpu_count(),
+        torch_threads=torch.get_num_threads(),
+        device=str(device),
+        gpu=torch.cuda.get_device_name(device) if on_gpu else None,
+        cuda=torch.version.cuda if on_gpu else None,
+    )
 
 
-def git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit of the checkout a folder belongs to and whether it has changes; None for an installed package."""
+def git_state(folder: Path) -> GitState | None:
+    """Return the commit of the checkout a folder belongs to; None for an installed package."""
 
-    def ask(*words: str) -> str | None:
+    def git(*words: str) -> str | None:
         try:
             done = subprocess.run(
                 ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10, check=True
@@ -51,16 +52,14 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 
     if "site-packages" in folder.parts:
         return None
-    commit = ask("rev-parse", "HEAD")
-    return (
-        None
-        if commit is None
-        else {"commit": commit, "changed": bool(ask("status", "--porcelain", "--untracked-files=no"))}
-    )
+    commit = git("rev-parse", "HEAD")
+    if commit is None:
+        return None
+    return GitState(commit=commit, changed=bool(git("status", "--porcelain", "--untracked-files=no")))
 
 
 def cpu_name() -> str:
-    """Model name of the processor."""
+    """Return the model name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

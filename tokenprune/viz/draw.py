@@ -1,4 +1,4 @@
-"""Draws one query: the camera pictures, tokens per layer, and where in the episode it stands."""
+"""Draws one query: the camera pictures, tokens per layer, and its place in the episode."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ _VISUAL, _FIXED = (86, 119, 156), (185, 185, 185)
 
 
 class Page:
-    """A picture in pixel coordinates, the origin at its upper left."""
+    """A picture in pixel coordinates; the origin is its upper left corner."""
 
     def __init__(self) -> None:
-        """An empty white page."""
+        """Make an empty white page."""
         self.figure = Figure(figsize=(WIDTH / 100, HEIGHT / 100), dpi=100, facecolor="white")
         self.canvas = FigureCanvasAgg(self.figure)
         self._marks = self.axes(0, 0, WIDTH, HEIGHT)
@@ -44,11 +44,11 @@ class Page:
         self._pasted: list[tuple[int, int, Image]] = []
 
     def axes(self, left: float, top: float, width: float, height: float) -> Axes:
-        """Axes over a rectangle of the page."""
+        """Return axes over a rectangle of the page."""
         return self.figure.add_axes((left / WIDTH, 1 - (top + height) / HEIGHT, width / WIDTH, height / HEIGHT))
 
     def paste(self, image: Image, left: int, top: int) -> None:
-        """Put pixels on the page as they are."""
+        """Put an image on the page without resampling."""
         self._pasted.append((left, top, image))
 
     def text(
@@ -63,7 +63,7 @@ class Page:
         bold: bool = False,
         align: Literal["left", "right"] = "left",
     ) -> float:
-        """Write one line, shortened with an ellipsis where it is wider than `width`; returns the width it takes."""
+        """Write one line, shortened with an ellipsis to fit `width`; return the width it takes."""
         shown = self._marks.text(
             left, top, text, fontsize=size, color=colour, ha=align, va="center",
             fontweight="bold" if bold else "normal", parse_math=False,
@@ -74,14 +74,14 @@ class Page:
         return taken
 
     def box(self, left: float, top: float, side: float, face: Colour | None, edge: Colour | None) -> None:
-        """Draw a small square as the pictures show a patch."""
+        """Draw a small square in the style of a patch."""
         mark = Rectangle((left, top), side, side, linewidth=2 if edge else 0)
         mark.set_facecolor(_unit(face) if face else "none")
         mark.set_edgecolor(_unit(edge) if edge else "none")
         self._marks.add_patch(mark)
 
     def pixels(self) -> Image:
-        """The finished page, RGB `[HEIGHT, WIDTH, 3]`."""
+        """Return the finished page, RGB `[HEIGHT, WIDTH, 3]`."""
         self.canvas.draw()  # type: ignore[no-untyped-call]
         page = np.array(self.canvas.buffer_rgba())[..., :3]  # type: ignore[no-untyped-call]
         for left, top, image in self._pasted:
@@ -99,8 +99,8 @@ def draw_query(result: Result, index: int, pixels: Mapping[str, Image], speed: n
     Args:
         result: The run it belongs to.
         index: Number of the query, from 0.
-        pixels: What the policy saw of each view, RGB `[H, W, 3]`.
-        speed: Size of each control step's translation, `[T]`; empty where nothing is known of it.
+        pixels: The policy's image of each view, RGB `[H, W, 3]`.
+        speed: Length of each control step's translation, `[T]`; empty where it is not known.
 
     Returns:
         RGB `[HEIGHT, WIDTH, 3]`.
@@ -114,9 +114,9 @@ def draw_query(result: Result, index: int, pixels: Mapping[str, Image], speed: n
     for number, view in enumerate(views):
         left = _MARGIN + number * (side + _GAP)
         kept = sum(token not in query.lost for token in view.span)
-        said = f"{kept} of {view.length} patches kept" if view.prunable else "never pruned"
-        said += "" if view.grid else ", no grid"
-        page.text(left, _VIEWS_TOP - 11, f"{view.name}: {said}", side, bold=True)
+        caption = f"{kept} of {view.length} patches kept" if view.prunable else "never pruned"
+        caption += "" if view.grid else ", no grid"
+        page.text(left, _VIEWS_TOP - 11, f"{view.name}: {caption}", side, bold=True)
         page.paste(paint(pixels[view.name], side, view, query, colours), left, _VIEWS_TOP)
     column = _MARGIN + len(views) * (side + _GAP) + 6
     below = _legend(page, result, query, colours, column, WIDTH - _MARGIN - column)
@@ -148,7 +148,7 @@ def _title(page: Page, result: Result, index: int) -> None:
 def _legend(
     page: Page, result: Result, query: QueryResult, colours: Mapping[str, Colour], left: float, width: float
 ) -> float:
-    """Counts by reason and by cut; returns where it ends, which is the same for every query of a run."""
+    """Write counts by reason and by cut; return the lower end, which is the same for every query of a run."""
     visual = [token for view in result.views if view.prunable for token in view.span]
     top = float(_VIEWS_TOP - 11)
     page.text(left, top, f"kept to the end: {len(visual) - len(query.lost)} of {len(visual)}", width, bold=True)
@@ -187,7 +187,7 @@ def _entry(page: Page, left: float, top: float, width: float, name: str, meaning
 
 
 def _layers(page: Page, result: Result, query: QueryResult, left: float, top: float, bottom: float) -> None:
-    """Tokens each layer held, visual ones on top of those that no stage may drop."""
+    """Draw the tokens that each layer held; visual tokens on top of those that no stage may drop."""
     axes = page.axes(left + 40, top + 22, WIDTH - _MARGIN - left - 40, bottom - top - 22)
     held, layers = np.array(query.held), np.arange(len(query.held))
     fixed = np.minimum(held, result.n_fixed)
@@ -208,7 +208,7 @@ def _layers(page: Page, result: Result, query: QueryResult, left: float, top: fl
 
 
 def _episode(page: Page, result: Result, index: int, speed: npt.NDArray[np.floating], top: float) -> None:
-    """Speed of the end effector over the whole episode, modes of the queries, and the current query."""
+    """Draw the end effector's speed over the episode, the modes of the queries, and the current query."""
     axes = page.axes(_MARGIN + 40, top, WIDTH - 2 * _MARGIN - 40, HEIGHT - top - 40)
     shades = {mode: MODES[n % len(MODES)] for n, mode in enumerate(result.modes)}
     ends = [query.step for query in result.queries[1:]] + [result.queries[-1].step + result.horizon]
@@ -225,8 +225,8 @@ def _episode(page: Page, result: Result, index: int, speed: npt.NDArray[np.float
     _plain(axes)
     if not len(speed):
         axes.set_yticks([])
-    said = "end-effector speed: |translation| of each recorded action" if len(speed) else "modes"
-    at = _MARGIN + 14 + page.text(_MARGIN, top - 18, said, 500, bold=True)
+    caption = "end-effector speed: |translation| of each recorded action" if len(speed) else "modes"
+    at = _MARGIN + 14 + page.text(_MARGIN, top - 18, caption, 500, bold=True)
     room = (WIDTH - _MARGIN - at) / len(shades)
     for mode, shade in shades.items():
         page.box(at, top - 24, 12, shade, None)

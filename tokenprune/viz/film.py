@@ -1,4 +1,4 @@
-"""Writes pictures of queries, and a film of all of them."""
+"""Writes pictures of queries, and an animation of all of them."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _MILLISECONDS = 700
 def write_pictures(
     result: Result, frames: Frames, speed: npt.NDArray[np.floating], folder: Path, query: int | None = None
 ) -> list[Path]:
-    """Write one PNG per query and a GIF of all of them; files of the same names are replaced.
+    """Write one PNG per query and a GIF of all of them; existing files are replaced.
 
     Args:
         result: The run to draw.
-        frames: What the policy saw at a control step, RGB `[H, W, 3]` by view.
-        speed: Size of each control step's translation, `[T]`; empty where nothing is known of it.
+        frames: Returns the policy's images at a control step, RGB `[H, W, 3]` by view.
+        speed: Length of each control step's translation, `[T]`; empty where it is not known.
         folder: Where to write; made if it does not exist.
         query: Number of the only query to draw, from 0; then there is no GIF.
 

@@ -1,39 +1,42 @@
-"""What all charts have in common: colours of text, plain axes, and how they become files."""
+"""What all charts share: colours of text, plain axes, title and legend, and how they become files."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from tokenprune.errors import ResultError
 
 FORMATS = (".png", ".svg")
 INK, FAINT = "#222222", "#666666"
+MARK = 6
+"""Diameter of a point, in points of 1/72 inch."""
 
 
 def check_format(path: Path) -> None:
-    """Refuse a file that no chart can become.
+    """Refuse a file name that is no chart's.
 
     Raises:
-        ResultError: If its ending is another one than a chart can have.
+        ResultError: If its ending is not one of `FORMATS`.
     """
     if path.suffix not in FORMATS:
         raise ResultError(f"cannot draw '{path}': its ending is '{path.suffix}'; valid: {', '.join(FORMATS)}")
 
 
 def write_chart(draw: Callable[[], Figure], path: Path) -> None:
-    """Write a chart; a file of that name is replaced, and equal figures give equal files.
+    """Write a chart; an existing file is replaced, and equal figures give equal files.
 
     Args:
-        draw: Makes the figure, once the file's ending is known to be right.
+        draw: Makes the figure; called after the file's ending was checked.
         path: Ends in `.png` or `.svg`.
 
     Raises:
-        ResultError: If the ending is another one, or the file cannot be written.
+        ResultError: If the ending is not one of `FORMATS`, or the file cannot be written.
     """
     check_format(path)
     figure = draw()
@@ -46,7 +49,7 @@ def write_chart(draw: Callable[[], Figure], path: Path) -> None:
 
 
 def plain(axes: Axes) -> None:
-    """Small ticks, a faint grid behind, and no frame above or to the right."""
+    """Give axes small ticks, a faint grid behind, and no frame above or to the right."""
     axes.tick_params(labelsize=9, colors=FAINT, length=3)
     axes.grid(color="#ececec", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -54,3 +57,30 @@ def plain(axes: Axes) -> None:
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
         axes.spines[side].set_color(FAINT)
+
+
+def write_title(figure: Figure, x: float, y: float, title: str) -> None:
+    """Write the title of a figure at figure coordinates."""
+    figure.text(x, y, title, fontsize=12, va="center", color=INK, fontweight="bold")
+
+
+def point_handle(colour: str, label: str) -> Line2D:
+    """Return the legend's entry for points of a colour."""
+    return Line2D([], [], marker="o", linestyle="", color=colour, markersize=MARK, label=label)
+
+
+def write_legend(figure: Figure, handles: Sequence[Line2D], y: float, gap: float) -> None:
+    """Write the legend in one line at the upper right.
+
+    Args:
+        figure: Where.
+        handles: Its entries.
+        y: Height of its middle, in figure coordinates.
+        gap: Space between a mark and its text, in font sizes.
+    """
+    legend = figure.legend(
+        handles=handles, loc="center right", bbox_to_anchor=(0.985, y), ncols=len(handles), frameon=False, fontsize=9.5,
+        labelcolor=INK, borderpad=0, handletextpad=gap,
+    )  # fmt: skip
+    for text in legend.get_texts():
+        text.set_parse_math(False)

@@ -1,4 +1,4 @@
-"""Labels beside the points of a chart, where there is room for them."""
+"""Places labels beside the points of a chart, where there is room for them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from tokenprune.viz.frame import MARK
+
 Array = npt.NDArray[Any]
 
 DPI = 100
-MARK = 6
 _REACH = MARK / 2 * DPI / 72 + 1
 _RINGS, _RING, _TURNS, _SWEEPS = 45, 9, 24, 4
 _BESIDE, _NEARER, _BAR, _ALONG, _CROSSED, _HIDDEN, _OUTSIDE = 14.0, 4.0, 15.0, 60.0, 40.0, 1e4, 1e6
@@ -27,7 +28,7 @@ def label_points(
     colours: Sequence[str],
     intervals: Sequence[tuple[float, float]] = (),
 ) -> None:
-    """Write each point's name where there is room near it, with a line to it where they lie apart.
+    """Write the name of each point where there is room near it, with a line to the point where they lie apart.
 
     Args:
         axes: With their final limits.
@@ -35,7 +36,7 @@ def label_points(
         points: In data coordinates.
         names: One each.
         colours: One each.
-        intervals: Vertical ones drawn through the points, by their ends.
+        intervals: Lower and upper end of the vertical interval through each point, if there are intervals.
     """
     renderer = canvas.get_renderer()  # type: ignore[no-untyped-call]
     to_data = axes.transData.inverted()
@@ -59,11 +60,12 @@ def label_points(
 
 
 def place(dots: Array, halves: Array, bars: Array, frame: Array) -> Array:
-    """Places for labels, in pixels: near their points, within the frame, and over no point and no other label.
+    """Return boxes for labels, in pixels: near their points, within the frame, and over no point and no other label.
 
-    Places on widening rings are weighed, label by label, several times over: what lies further away, nearer to another
-    point than to its own, over an interval, or across another label's line costs more, and so does a line that runs
-    along an interval. Only in a chart too small for its labels may one be left to touch another or a point.
+    Each label in turn takes the cheapest place on rings around its point, in several sweeps over all labels. A place
+    costs more that is further away, nearer to another point than to its own, over an interval, or across the line of
+    another label; so does a line that runs along an interval. Labels touch each other or a point only in a chart that
+    is too small for them.
 
     Args:
         dots: Points, `[N, 2]`.
@@ -87,36 +89,36 @@ def place(dots: Array, halves: Array, bars: Array, frame: Array) -> Array:
         near = np.clip(dot, boxes[:, :2], boxes[:, 2:])
         others = np.arange(len(dots)) != index
         placed = others & np.isfinite(labels[:, 0])
-        told, lines = labels[placed], (dots[placed], tips[placed])
+        taken, lines = labels[placed], (dots[placed], tips[placed])
         apart = np.linalg.norm(np.clip(dots[None], boxes[:, None, :2], boxes[:, None, 2:]) - dots, axis=-1)
         nearer = (apart[:, others] < np.linalg.norm(near - dot, axis=1)[:, None] + _REACH).sum(1)
         outside = (boxes[:, :2] < frame[:2]).any(1) | (boxes[:, 2:] > frame[2:]).any(1)
-        in_the_way, crossed = np.concatenate([told, solid[others]]), _cross((dot, near), lines)
+        in_the_way, crossed = np.concatenate([taken, solid[others]]), _cross((dot, near), lines)
         for corner, opposite in (((0, 1), (2, 3)), ((0, 3), (2, 1))):
             crossed += 2 * _cross((dot, near), (in_the_way[:, corner], in_the_way[:, opposite]))
             crossed += 2 * _cross((boxes[:, corner], boxes[:, opposite]), lines)
         cost = away + _NEARER * nearer + _BAR * _touch(boxes, bars) + _CROSSED * crossed
         cost += _ALONG * ((np.abs((near - dot)[:, 0]) < 0.5 * away) & (away > _BESIDE))
-        cost += _HIDDEN * (_touch(boxes, solid) + _touch(boxes, told)) + _OUTSIDE * outside
+        cost += _HIDDEN * (_touch(boxes, solid) + _touch(boxes, taken)) + _OUTSIDE * outside
         best = int(cost.argmin())
         labels[index], tips[index] = boxes[best], near[best]
     return labels
 
 
 def _touch(boxes: Array, others: Array) -> Array:
-    """How many of the others `[N, 4]` each box `[P, 4]` overlaps."""
+    """Return how many of the others `[N, 4]` each box `[P, 4]` overlaps."""
     own = boxes[:, None]
     overlap = (own[..., :2] < others[:, 2:]) & (others[:, :2] < own[..., 2:])
     return np.asarray(overlap.all(-1).sum(1))
 
 
 def _cross(lines: tuple[Array, Array], others: tuple[Array, Array]) -> Array:
-    """How many of the other lines each line crosses; both are their two ends `[P, 2]`."""
+    """Return how many of the other lines each line crosses; a line is its two ends `[P, 2]`."""
     (a, b), (c, d) = ([np.broadcast_to(end, lines[1].shape)[:, None] for end in lines], others)
     return np.asarray(((_side(a, b, c) * _side(a, b, d) < 0) & (_side(c, d, a) * _side(c, d, b) < 0)).sum(1))
 
 
 def _side(start: Array, end: Array, point: Array) -> Array:
-    """On which side of a line a point lies: the sign of the cross product."""
+    """Return on which side of a line a point lies, as the sign of the cross product."""
     along, across = end - start, point - start
     return np.asarray(along[..., 0] * across[..., 1] - along[..., 1] * across[..., 0])

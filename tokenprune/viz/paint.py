@@ -17,16 +17,16 @@ _EDGE = (45, 45, 45)
 
 
 def veil(index: int, cuts: int) -> float:
-    """How far the patches of a cut are drawn towards light grey: the earlier they left, the fainter they are."""
+    """Return how strongly the patches of a cut are faded to light grey, from 0 to 1; earlier cuts are fainter."""
     return _FIRST_CUT + (_LAST_CUT - _FIRST_CUT) * index / max(1, cuts - 1)
 
 
 def greyed(pixels: npt.NDArray[np.uint8], strength: float) -> npt.NDArray[np.uint8]:
-    """Luminance alone, drawn towards light grey.
+    """Return the luminance, faded to light grey, as RGB `[H, W, 3]`.
 
     Args:
         pixels: RGB, `[H, W, 3]`.
-        strength: 0 leaves the luminance as it is, 1 leaves nothing of it.
+        strength: 0 keeps the luminance, 1 removes it.
     """
     luminance = pixels @ np.array([0.299, 0.587, 0.114])
     faint = (1 - strength) * luminance + strength * 255 * _WHITE
@@ -36,13 +36,13 @@ def greyed(pixels: npt.NDArray[np.uint8], strength: float) -> npt.NDArray[np.uin
 def paint(
     pixels: npt.NDArray[np.uint8], side: int, view: View, query: QueryResult, colours: Mapping[str, Colour]
 ) -> npt.NDArray[np.uint8]:
-    """One camera picture as the query left it.
+    """Return one camera picture with cut patches grey and the reasons of kept ones outlined.
 
     Args:
-        pixels: What the policy saw, RGB `[H, W, 3]`.
+        pixels: The policy's image, RGB `[H, W, 3]`.
         side: Pixels of the picture's longer side.
-        view: Where its tokens stand.
-        query: What became of them.
+        view: The camera's tokens.
+        query: Which tokens were cut or kept.
         colours: Colour of every reason.
 
     Returns:
@@ -64,14 +64,14 @@ def paint(
 
 
 def patch_box(grid: tuple[int, int], patch: int, size: tuple[int, ...]) -> tuple[slice, slice]:
-    """Rows and columns of pixels that a patch covers in a picture of `size` `(H, W)`."""
+    """Return the rows and columns of pixels of a patch in a picture of `size` `(H, W)`."""
     edges = [np.linspace(0, pixels, n + 1).round().astype(int) for pixels, n in zip(size, grid, strict=True)]
     row, column = divmod(patch, grid[1])
     return slice(edges[0][row], edges[0][row + 1]), slice(edges[1][column], edges[1][column + 1])
 
 
 def _outline(block: npt.NDArray[np.uint8], colour: Colour) -> None:
-    """Draw a frame inside a patch `[h, w, 3]`; where there is room a dark line sets it off from any background."""
+    """Draw a frame inside a patch `[h, w, 3]`, with a dark line for contrast where there is room."""
     height, width = block.shape[:2]
     roomy = min(height, width) >= 15
     inside = block[3:-3, 3:-3] if roomy else block[1:-1, 1:-1]

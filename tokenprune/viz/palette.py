@@ -1,4 +1,4 @@
-"""Colours that remain distinct without red-green vision (Okabe and Ito, Color Universal Design, 2008)."""
+"""Colours that stay distinct without red-green vision (Okabe and Ito, Color Universal Design, 2008)."""
 
 from __future__ import annotations
 
@@ -26,6 +26,6 @@ MODES: tuple[Colour, ...] = ((205, 222, 240), (250, 222, 180), (214, 236, 220), 
 
 
 def reason_colours(names: Iterable[str]) -> dict[str, Colour]:
-    """Colour of each reason, 8 bits per channel; further reasons take further colours in the order given."""
+    """Return the colour of each reason, 8 bits per channel; unknown reasons take the remaining colours in order."""
     further = iter(_FURTHER)
     return {name: _KNOWN.get(name) or next(further) for name in names}

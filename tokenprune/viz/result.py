@@ -1,4 +1,4 @@
-"""What a picture shows of a result: which tokens each query lost at which cut, and why the others were kept."""
+"""What a picture shows of a result: the cut at which each token was lost, and why the others were kept."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """What one cut kept.
+    """The tokens that one cut kept.
 
     Attributes:
         name: The layer it follows, or `embedding`.
         kept: Original ids of the prunable tokens it kept.
-        reasons: Those among them that a stage gave a reason for, by reason.
+        reasons: Kept ids by the reason that a stage gave.
     """
 
     name: str
@@ -46,10 +46,10 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class QueryResult:
-    """What one query did with its tokens (the first row of a batch).
+    """What one query did with its tokens (the first batch row).
 
     Attributes:
-        step: Control step it was asked at.
+        step: Control step of the query.
         mode: Mode it ran in.
         fallback: Why it ran dense although a pipeline was given, or an empty string.
         held: Tokens each layer held.
@@ -78,17 +78,19 @@ class Result:
         backbone: Registered name of the backbone.
         source: Its preset or checkpoint, as shown.
         untrained: Whether its weights were random.
-        preset: What the run was asked for, likewise `checkpoint` and `options`.
+        preset: The backbone's preset, or None.
+        checkpoint: Folder or hub id, or None.
+        options: The backbone's own options.
         episode: Name of the episode.
-        episode_path: Where it was read from; None for the one that ships with the backbone.
-        instruction: What the robot was told.
+        episode_path: Its file; None for the one that ships with the backbone.
+        instruction: The language instruction.
         horizon: Actions per chunk.
         translation: Dimensions of an action that move the end effector; may be empty.
         views: Cameras in sequence order.
         n_tokens: Tokens before any cut.
-        n_fixed: Those among them that no stage may drop.
+        n_fixed: Tokens that no stage may drop.
         modes: Every mode that may occur.
-        queries: In the order they were asked.
+        queries: In their order.
     """
 
     label: str
@@ -116,7 +118,7 @@ class Result:
 
 
 def losses(cuts: Sequence[Cut], prunable: Iterable[int]) -> dict[int, int]:
-    """Index of the cut that dropped each token that was dropped."""
+    """Return the index of the cut that dropped each token, by original id of the dropped tokens."""
     lost: dict[int, int] = {}
     left = frozenset(prunable)
     for index, cut in enumerate(cuts):
@@ -126,26 +128,26 @@ def losses(cuts: Sequence[Cut], prunable: Iterable[int]) -> dict[int, int]:
 
 
 def reasons_kept(cuts: Sequence[Cut], prunable: Iterable[int], lost: Mapping[int, int]) -> dict[int, str]:
-    """Why each remaining token was kept: the foremost reason given at the last cut that gave it any.
+    """Return why each remaining token was kept: the first reason in precedence at the last cut that gave any.
 
-    Tokens without a reason were ranked high by the score. Where nothing was dropped nothing was ranked, so they then
-    have no entry.
+    Tokens without a reason were ranked high by the score. Where no token was dropped none was ranked, and they have no
+    entry.
     """
     found = dict.fromkeys((i for i in prunable if i not in lost), SCORE) if lost else {}
     for cut in cuts:
-        given: dict[int, str] = {}
+        at_cut: dict[int, str] = {}
         for name in reversed(precedence(cut.reasons)):
-            given.update(dict.fromkeys(cut.reasons[name], name))
-        found.update({token: name for token, name in given.items() if token not in lost})
+            at_cut.update(dict.fromkeys(cut.reasons[name], name))
+        found.update({token: name for token, name in at_cut.items() if token not in lost})
     return found
 
 
 def precedence(names: Iterable[str]) -> tuple[str, ...]:
-    """Reasons, foremost first: the known ones, further ones by name, the score last."""
+    """Return reasons in order of precedence: the known ones, unknown ones by name, the score last."""
     return tuple(sorted(names, key=lambda name: (_PRECEDENCE.get(name, 3), name)))
 
 
 def further_reasons(names: Iterable[str]) -> dict[str, str]:
-    """The name under which each reason is drawn; those beyond the colours at hand share one."""
+    """Return the name under which each reason is drawn; reasons without a colour of their own share `other`."""
     further = [name for name in precedence(set(names)) if name not in _PRECEDENCE]
     return {name: name if name in _PRECEDENCE else OTHER for name in names} | {n: n for n in further[:_MAX_FURTHER]}

@@ -1,4 +1,4 @@
-"""The check of observations, and the upload of their frames."""
+"""Frames of observations, cropped, on the device."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenprune.errors import ObservationError, nearest
 from tokenprune.model.device import upload
-from tokenprune_adapters.inputs.frames import check_image
 
 
 class FrameTransform(Protocol):
@@ -24,52 +22,6 @@ class FrameTransform(Protocol):
     def cropped_on_device(self, frames: Tensor) -> Tensor:
         """What `cropped` returns, bit for bit, for a batch `[B, H, W, 3]` on a device; uint8 `[B, 3, S, S]`."""
         ...
-
-
-_KEYS = ("images", "state")
-
-
-def check_observation(observation: object, views: Sequence[str], state_size: int | None) -> None:
-    """Refuse an observation with wrong views, images or state.
-
-    Args:
-        observation: `{"images": {view: uint8 [H, W, 3]}, "state": [S]}`.
-        views: The policy's cameras.
-        state_size: Numbers of robot state that the policy reads; None if it reads none, and then a state is optional.
-
-    Raises:
-        ObservationError: Naming the view or field, what was found and what is valid.
-    """
-    if not isinstance(observation, Mapping) or not isinstance(observation.get("images"), Mapping):
-        raise ObservationError("an observation is {'images': {view: uint8 [H, W, 3]}, 'state': [S]}")
-    for key in observation:
-        if key not in _KEYS:
-            raise ObservationError(f"an observation has no '{key}'{nearest(str(key), _KEYS)}")
-    images = observation["images"]
-    for view in views:
-        if view not in images:
-            looks, got = ", ".join(views), ", ".join(map(str, images)) or "none"
-            raise ObservationError(f"view '{view}' is missing; this policy looks at {looks}, got {got}")
-        check_image(view, images[view])
-    for view in images:
-        if view not in views:
-            raise ObservationError(f"this policy has no view '{view}'{nearest(str(view), views)}")
-    if state_size is not None:
-        _check_state(observation.get("state"), state_size)
-
-
-def _check_state(state: object, size: int) -> None:
-    if state is None:
-        raise ObservationError(f"the state is missing; this policy reads {size} numbers of robot state")
-    try:
-        values = np.asarray(state, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise ObservationError(f"the state must be {size} numbers, got {type(state).__name__}") from error
-    if values.shape != (size,):
-        raise ObservationError(f"the state must be {size} numbers, got shape {list(values.shape)}")
-    if not np.isfinite(values).all():
-        bad = np.flatnonzero(~np.isfinite(values)).tolist()
-        raise ObservationError(f"the state holds NaN or infinite numbers at {bad}")
 
 
 def crops_on_device(device: torch.device) -> bool:

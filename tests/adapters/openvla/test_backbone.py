@@ -4,34 +4,26 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from tests.helpers.naive_openvla import Answer, Spec, naive_query
 from tests.helpers.tiny_openvla import (
     INSTRUCTION,
     act,
-    keeping,
     observation,
     registry,
     tiny_config,
     tiny_openvla,
     watched,
 )
-from tokenprune.engine.query import Query
 from tokenprune.errors import ConfigError, ObservationError, TokenPruneError
 from tokenprune.loading import load, load_backbone
-from tokenprune.model.flops import query_flops
 from tokenprune.pipelines.config import DENSE
-from tokenprune.policy import Policy
 from tokenprune.tokens.layout import Role
 from tokenprune_adapters.backbones.openvla.backbone import OpenVLA
 from tokenprune_adapters.backbones.openvla.config import PRESETS, SEVEN_B, preset
@@ -108,25 +100,6 @@ def test_each_trap_is_caught(trap: str) -> None:
     assert apart(asked(backbone, observation()), sprung) > 1e-7, "the comparison would not notice this mistake"
 
 
-def test_the_image_is_looked_at() -> None:
-    backbone = tiny_openvla()
-    black, white = ({"images": {"primary": np.full((80, 80, 3), shade, dtype=np.uint8)}} for shade in (0, 255))
-    assert apart(asked(backbone, black), asked(backbone, white)) > 1e-3
-
-
-def test_stages_may_change_the_features_on_their_way() -> None:
-    backbone, shapes = tiny_openvla(), []
-
-    def blank(self: Query, view: str, features: Tensor) -> Tensor:
-        shapes.append((view, features.shape))
-        return torch.zeros_like(features)
-
-    with patch.object(Query, "transform", blank):
-        one, other = (asked(backbone, observation(seed)) for seed in (0, 1))
-    assert shapes == [("primary", (1, 16, 40))] * 2
-    assert apart(one, other) == 0
-
-
 def test_the_whole_vocabulary_unless_restricted() -> None:
     free, bound = (tiny_openvla(tiny_config(restrict=restrict)) for restrict in (False, True))
     assert not set(asked(free, observation()).ids) <= set(range(1728, 1984))
@@ -160,16 +133,6 @@ def test_text_never_collides_with_actions_in_a_preset(name: str) -> None:
     assert config.restrict
 
 
-def test_counted_flops_are_those_that_are_run() -> None:
-    backbone = tiny_openvla(tiny_config(depth=4))
-    config = keeping({-1: [list(range(1, 12))], 1: [[2, 5, 9]]})
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        (chunk,) = act(backbone, config, [observation()])
-    fixed = len(chunk.trace.plan.layout.fixed)
-    assert chunk.trace.held == (fixed + 11, fixed + 11, fixed + 3, fixed + 3)
-    assert query_flops(backbone.info, chunk.trace.plan).total == counter.get_total_flops()
-
-
 def test_gripper_is_passed_through_and_the_rest_is_scaled_without_an_epsilon() -> None:
     backbone = tiny_openvla(tiny_config(restrict=True))
     (chunk,) = act(backbone, DENSE, [observation()])
@@ -178,30 +141,6 @@ def test_gripper_is_passed_through_and_the_rest_is_scaled_without_an_epsilon() -
     assert chunk.actions[0, 6] == chunk.normalised[0, 6]
     expected = 0.5 * (chunk.normalised[0, :6] + 1) * (bounds.high[:6] - bounds.low[:6]) + bounds.low[:6]
     np.testing.assert_array_equal(chunk.actions[0, :6], expected)
-
-
-def test_batch_equals_singles() -> None:
-    backbone = tiny_openvla(tiny_config(restrict=True))
-    together, alone = Policy(backbone, DENSE, registry()), Policy(backbone, DENSE, registry())
-    instructions = {0: INSTRUCTION, 1: "open the top drawer", 2: INSTRUCTION}
-    for slot, instruction in instructions.items():
-        together.reset(instruction, slot)
-        alone.reset(instruction, slot)
-    chunks = together.act_batch({slot: observation(slot) for slot in instructions})
-    for slot in instructions:
-        single = alone.act(observation(slot), slot)
-        np.testing.assert_array_equal(chunks[slot].normalised, single.normalised)
-    assert not np.array_equal(chunks[0].normalised, chunks[2].normalised)
-
-
-def test_bfloat16_stays_near_float64() -> None:
-    logits: list[Tensor] = []
-    for dtype in (torch.float64, torch.bfloat16):
-        seen = watched(backbone := tiny_openvla(dtype=dtype, exact=False))
-        act(backbone, DENSE, [observation()])
-        assert seen.logits[0].dtype == dtype
-        logits.append(seen.logits[0].double())
-    assert 0 < (logits[0] - logits[1]).abs().mean() < 0.2 * logits[0].abs().mean()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -276,29 +215,6 @@ def test_wrong_presets(name: str | None, words: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError) as error:
         OpenVLAFactory.describe(name, None, {})
     assert [word for word in words if word not in str(error.value)] == []
-
-
-def test_described_as_built() -> None:
-    described = OpenVLAFactory.describe("tiny", None, {})
-    built = OpenVLAFactory.build("tiny", None, {}, torch.device("cpu"), torch.float32, 0)
-    assert described.info == built.info
-    assert described.info.untrained
-    assert described.layout(INSTRUCTION) == built.layout(INSTRUCTION)
-    frame = observation()["images"]["primary"]
-    assert torch.equal(described.pixels(frame), built.pixels([{"primary": frame}])["primary"][0])
-
-
-@pytest.mark.parametrize(
-    ("images", "words"),
-    [
-        ({}, "'primary' is missing"),
-        ({**observation()["images"], **observation(view="wrist")["images"]}, "no view 'wrist'"),
-        ({"primary": np.zeros((80, 80, 3), dtype=np.float32)}, "float32"),
-    ],
-)
-def test_bad_observations(images: dict[str, Any], words: str) -> None:
-    with pytest.raises(ObservationError, match=words):
-        act(tiny_openvla(), DENSE, [{"images": images}])
 
 
 def test_an_instruction_that_leaves_no_room() -> None:

@@ -28,12 +28,10 @@ from tests.helpers.tiny_openvla import (
 )
 from tokenprune.engine.query import Query
 from tokenprune.model.kv_cache import KVCache
-from tokenprune.pipelines.config import DENSE, PipelineConfig
+from tokenprune.pipelines.config import DENSE
 from tokenprune.policy import ActionChunk, Policy
-from tokenprune.testing.waiting import no_waiting
 from tokenprune_adapters.backbones.openvla import backbone as adapter
 from tokenprune_adapters.backbones.openvla.backbone import OpenVLA
-from tokenprune_plugins.fastv import FastVConfig
 
 DEPTH = 3
 
@@ -132,33 +130,6 @@ def test_positions_go_on_from_the_unpruned_length(kept: Kept) -> None:
 
 
 @settings(max_examples=10)
-@given(st.data(), seeds)
-def test_batch_rows_are_independent(data: st.DataObject, seed: int) -> None:
-    backbone, kept = made(seed % 3), data.draw(kept_sets(3))
-    together = watched(backbone)
-    act(backbone, keeping(kept), [observation(seed + row) for row in range(3)])
-    for row in range(3):
-        alone = watched(backbone)
-        act(backbone, keeping({layer: [rows[row]] for layer, rows in kept.items()}), [observation(seed + row)])
-        for ours, own in zip(together.logits, alone.logits, strict=True):
-            torch.testing.assert_close(ours[row], own[0], rtol=0, atol=1e-10)
-
-
-@pytest.mark.parametrize("name", ["none", "random", "uniform_grid", "fastv"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_keeping_everything_is_dense_bit_for_bit(name: str, dtype: torch.dtype) -> None:
-    backbone = tiny_openvla(dtype=dtype, exact=False)
-    config = registry().stage_class(name).Config
-    after = (0, 1) if name == "fastv" else ("embedding", 0, 1)
-    everything = PipelineConfig(version=1, name="all", stages=(config(use=name, after=after, keep=1.0),))
-    pruned = watched(backbone)
-    act(backbone, everything, [observation(), observation(1)])
-    dense = watched(backbone)
-    act(backbone, DENSE, [observation(), observation(1)])
-    assert all(torch.equal(ours, own) for ours, own in zip(pruned.logits, dense.logits, strict=True))
-
-
-@settings(max_examples=10)
 @given(st.data(), st.integers(1, 2))
 def test_cache_lengths_equal_the_trace(data: st.DataObject, batch: int) -> None:
     backbone, kept, caches = made(), data.draw(kept_sets(batch)), []
@@ -204,12 +175,3 @@ def test_a_second_query_starts_with_an_empty_cache() -> None:
     first, other, again = (policy.act(observation(seed)) for seed in (0, 1, 0))
     assert np.array_equal(first.normalised, again.normalised)
     assert first.trace.cached == other.trace.cached == again.trace.cached
-
-
-def test_no_query_waits_for_the_device() -> None:
-    watching = keeping({}, watch=(1, 2))
-    fastv = FastVConfig(use="fastv", after=1, keep=0.5)
-    pruned = watching.model_copy(update={"stages": (*watching.stages, fastv)})
-    for config in (DENSE, pruned):
-        with no_waiting(made()):
-            act(made(), config, [observation(), observation(1)])

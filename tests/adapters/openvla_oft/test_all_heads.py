@@ -13,20 +13,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from tests.helpers.naive_oft import Spec, naive_actions
 from tests.helpers.planting import REGISTRY, pipeline, pipelines, prop
 from tests.helpers.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
 from tokenprune.engine.cuts import RepeatedCuts
 from tokenprune.engine.query import Query
-from tokenprune.errors import CheckpointError, ConfigError, TokenPruneError
+from tokenprune.errors import CheckpointError, ConfigError
 from tokenprune.loading import load
-from tokenprune.model.flops import query_flops
 from tokenprune.pipelines.config import DENSE, PipelineConfig
 from tokenprune.policy import ActionChunk, Policy
-from tokenprune.testing.waiting import no_waiting
 from tokenprune.tokens.layout import Role
 from tokenprune_adapters.backbones.openvla_oft.backbone import OpenVLAOFT
 from tokenprune_adapters.backbones.openvla_oft.config import SEVEN_B, preset, with_options
@@ -179,28 +175,6 @@ def test_stages_are_asked_once_a_query() -> None:
     assert trace.phases.keys() >= {"vision", "decoder", "selection", "head"}
 
 
-@pytest.mark.parametrize("options", HEADS)
-def test_keeping_everything_is_dense_bit_for_bit(options: dict[str, Any]) -> None:
-    backbone = tiny(**options)
-    everything = pipeline(HalfConfig(use="random", after=("embedding", 0, 1), keep=1.0))
-    assert np.array_equal(act(backbone, everything)[0].normalised, act(backbone)[0].normalised)
-
-
-@pytest.mark.parametrize("options", HEADS)
-def test_batch_rows_are_independent(options: dict[str, Any]) -> None:
-    backbone = tiny(**options)
-    half = pipeline(HalfConfig(use="random", after=("embedding", 1), keep=0.5))
-    together, alone = (Policy(backbone, half, REGISTRY) for _ in range(2))
-    for slot in range(3):
-        together.reset(INSTRUCTION, slot)
-        alone.reset(INSTRUCTION, slot)
-    observations = {slot: observation(backbone.config, slot) for slot in range(3)}
-    rows = together.act_batch(observations)
-    assert not np.array_equal(rows[0].normalised, rows[1].normalised)
-    for slot, obs in observations.items():
-        assert gap(rows[slot].normalised, alone.act(obs, slot).normalised) < 1e-10
-
-
 def test_the_noise_is_the_querys_and_not_the_pipelines() -> None:
     backbone = tiny(**DIFFUSION)
     with noted() as noise:
@@ -275,24 +249,6 @@ def test_the_robots() -> None:
     assert bridge.action.gripper == (6, 0.5)
 
 
-@pytest.mark.parametrize("options", HEADS)
-@pytest.mark.parametrize("keep", [1.0, 0.5])
-def test_flops_are_those_that_run(options: dict[str, Any], keep: float) -> None:
-    backbone = tiny(dtype=torch.float32, **options)
-    policy = Policy(backbone, pipeline(HalfConfig(use="random", after=1, keep=keep)), REGISTRY)
-    policy.reset(INSTRUCTION)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        trace = policy.act(observation(backbone.config)).trace
-    assert query_flops(backbone.info, trace.plan).total == counter.get_total_flops()
-
-
-@pytest.mark.parametrize("options", HEADS)
-def test_no_query_waits_for_the_device(options: dict[str, Any]) -> None:
-    backbone = tiny(**options)
-    with no_waiting(backbone):
-        act(backbone, pipeline(HalfConfig(use="random", after=1, keep=0.5)))
-
-
 # Discrete tokens.
 
 
@@ -311,16 +267,6 @@ def test_the_gripper_of_discrete_actions_is_passed_through() -> None:
     assert np.array_equal(chunk.actions[:, 6], chunk.normalised[:, 6])
     scaled = 0.5 * (chunk.normalised[:, :6] + 1) * (bounds.high[:6] - bounds.low[:6] + 1e-8) + bounds.low[:6]
     assert gap(chunk.actions[:, :6], scaled) < 1e-12
-
-
-@pytest.mark.parametrize("options", HEADS)
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_states_that_are_not_finite_are_no_action(options: dict[str, Any], value: float) -> None:
-    backbone = tiny(**options)
-    with torch.no_grad():
-        backbone.model.language_model.model.norm.weight[3] = value
-    with pytest.raises(TokenPruneError, match="actions that are not finite"):
-        act(backbone)
 
 
 # Options.

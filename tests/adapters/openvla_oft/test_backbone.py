@@ -121,29 +121,6 @@ def test_gripper_is_passed_through_and_the_rest_is_scaled(registry: Registry) ->
     np.testing.assert_allclose(chunk.actions[:, :6], expected, rtol=0, atol=1e-12)
 
 
-def test_batch_equals_singles(registry: Registry) -> None:
-    backbone = tiny_policy_parts(tiny_config())
-    together, alone = Policy(backbone, DENSE, registry), Policy(backbone, DENSE, registry)
-    instructions = {0: INSTRUCTION, 1: "open the top drawer", 2: INSTRUCTION}
-    observations = {slot: observation(backbone.config, slot) for slot in instructions}
-    for slot, instruction in instructions.items():
-        together.reset(instruction, slot)
-        alone.reset(instruction, slot)
-    chunks = together.act_batch(observations)
-    for slot in instructions:
-        np.testing.assert_allclose(
-            chunks[slot].normalised, alone.act(observations[slot], slot).normalised, rtol=0, atol=1e-10
-        )
-
-
-def test_bfloat16_stays_near_float64(registry: Registry) -> None:
-    exact = tiny_policy_parts(tiny_config())
-    coarse = tiny_policy_parts(tiny_config(), dtype=torch.bfloat16)
-    obs = observation(exact.config)
-    difference = (dense_actions(exact, obs, registry) - dense_actions(coarse, obs, registry)).abs().mean()
-    assert 0 < difference < 0.2
-
-
 def test_centre_crop_can_be_turned_off(registry: Registry) -> None:
     cropped = tiny_policy_parts(tiny_config())
     whole = tiny_policy_parts(replace(tiny_config(), transform=replace(tiny_config().transform, center_crop_area=None)))

@@ -9,8 +9,8 @@ import pytest
 
 import tokenprune
 from tests.helpers.paths import MINI_POLICY
-from tokenprune.cli.options import bundled_episode
 from tokenprune.compare.episode import load_episode
+from tokenprune.compare.episode_source import bundled_episode
 from tokenprune.evaluation.run import run_episode
 from tokenprune.evaluation.starts import Start
 from tokenprune.evaluation.variant import parse_variant

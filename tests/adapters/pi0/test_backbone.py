@@ -8,8 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from tests.helpers.naive_pi0 import Spec, naive
 from tests.helpers.tiny_pi0 import (
@@ -117,32 +115,6 @@ def test_pi05_without_state_reads_none() -> None:
     assert backbone.prompt(INSTRUCTION, with_state["state"]) == backbone.tokenizer.encode(INSTRUCTION, 200)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_images_and_state_are_looked_at(variant: Variant) -> None:
-    backbone = tiny_backbone(tiny_config(variant))
-    obs, noise = observation(backbone.config), noise_for(backbone.config)
-    actions = query(backbone, obs, noise)
-    for view in backbone.config.views:
-        changed = {**obs, "images": {**obs["images"], view: 255 - obs["images"][view]}}
-        assert (query(backbone, changed, noise) - actions).abs().max() > 1e-3
-    assert (query(backbone, {**obs, "state": -obs["state"]}, noise) - actions).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_batch_equals_singles(variant: Variant) -> None:
-    backbone = tiny_backbone(tiny_config(variant))
-    instructions = {0: INSTRUCTION, 3: "open the top drawer", 5: INSTRUCTION}
-    observations = {slot: observation(backbone.config, slot) for slot in instructions}
-    together, alone = Policy(backbone, DENSE, Registry()), Policy(backbone, DENSE, Registry())
-    for slot, instruction in instructions.items():
-        together.reset(instruction, slot)
-        alone.reset(instruction, slot)
-    chunks = together.act_batch(observations)
-    for slot in instructions:
-        single = alone.act(observations[slot], slot)
-        np.testing.assert_allclose(chunks[slot].normalised, single.normalised, rtol=0, atol=1e-10)
-
-
 def test_noise_is_new_for_every_slot_and_query_and_the_same_again() -> None:
     backbone = tiny_backbone(tiny_config())
     obs, seen = observation(backbone.config), []
@@ -205,17 +177,6 @@ def test_flops_at_release_size() -> None:
         parts = flops.follow_up + sum(flops.other[part] for part in ("actions", "time"))
         assert parts / 1e12 == pytest.approx(flow, rel=0.06)
         assert (flops.total + unread) / 1e12 == pytest.approx(total, rel=0.03)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_flops_are_those_that_are_computed(variant: Variant) -> None:
-    backbone = tiny_backbone(tiny_config(variant))
-    policy = Policy(backbone, DENSE, Registry())
-    policy.reset(INSTRUCTION)
-    obs = observation(backbone.config)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        chunk = policy.act(obs)
-    assert query_flops(backbone.info, chunk.trace.plan).total == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -346,17 +307,6 @@ def test_presets_are_named() -> None:
         PI05Factory.describe("bas", None, {})
     with pytest.raises(ConfigError, match="backbone 'pi0' needs a checkpoint, or a preset"):
         PI0Factory.describe(None, None, {})
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_what_is_described_is_what_is_built(variant: Variant) -> None:
-    described = FACTORIES[variant].describe("tiny", None, {})
-    backbone = FACTORIES[variant].build("tiny", None, {}, torch.device("cpu"), torch.float32, 0)
-    assert described.info == backbone.info
-    assert described.layout(INSTRUCTION) == backbone.layout(INSTRUCTION)
-    frame = observation(backbone.config)["images"]["primary"]
-    pixels = backbone.pixels([{"primary": frame, "wrist": frame}])["primary"][0]
-    assert torch.equal(described.pixels(frame), pixels)
 
 
 def test_a_prompt_longer_than_those_of_the_release_is_refused() -> None:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from tests.helpers import tiny_episodes
 from tests.helpers.naive_pi0 import Spec, naive
 from tests.helpers.planting import pipeline
+from tests.helpers.registries import with_stages
 from tests.helpers.tiny_pi0 import (
     INSTRUCTION,
     VARIANTS,
@@ -28,15 +26,12 @@ from tests.helpers.tiny_pi0 import (
     tiny_backbone,
     tiny_config,
 )
-from tokenprune.model.flops import query_flops
 from tokenprune.model.info import BackboneInfo
 from tokenprune.pipelines.config import PipelineConfig
 from tokenprune.policy import Policy
-from tokenprune.registry.discovery import Owner, Registered, Registry
+from tokenprune.registry.discovery import Registry
 from tokenprune.registry.hookspecs import hookimpl
-from tokenprune.registry.specs import StageSpec
-from tokenprune.stages.config import CutConfig, StageConfig
-from tokenprune.stages.feature_context import FeatureContext
+from tokenprune.stages.config import CutConfig
 from tokenprune.stages.memory import ExecutedAction
 from tokenprune.stages.needs import StageNeeds
 from tokenprune.stages.query_record import QueryRecord
@@ -46,8 +41,6 @@ from tokenprune.tokens.layout import TokenLayout
 from tokenprune.tokens.proposal import Proposal
 from tokenprune_adapters.backbones.pi0.backbone import PI0
 from tokenprune_adapters.backbones.pi0.config import Variant
-from tokenprune_plugins.fastv import FastVConfig
-from tokenprune_plugins.shared.bases import HalfConfig
 
 DEPTH = 4
 
@@ -73,14 +66,6 @@ class Chosen(Stage[ChosenConfig]):
         return self._propose(ctx)
 
 
-class Blind(Stage[StageConfig]):
-    """Blanks what one view sees."""
-
-    @hookimpl
-    def transform_features(self, ctx: FeatureContext) -> torch.Tensor | None:
-        return ctx.features * 0 if ctx.view == "wrist" else None
-
-
 class Watching(Chosen):
     """Looks at every layer's attention of the actions."""
 
@@ -97,12 +82,7 @@ class Watching(Chosen):
 
 @cache
 def registry() -> Registry:
-    found = tiny_episodes.registry()
-    for stage in (Chosen, Blind, Watching):
-        name = f"test.{stage.__name__.lower()}"
-        spec = StageSpec(name, "selector", "for tests", f"{__name__}:{stage.__name__}")
-        found.stages[name] = Registered(spec, Owner("tests", "0", __name__))
-    return found
+    return with_stages(tiny_episodes.registry(), (Chosen, Watching), "test", "selector")
 
 
 @cache
@@ -166,54 +146,6 @@ def test_each_trap_is_caught(variant: Variant, trap: Spec) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_keeping_everything_is_dense_to_the_bit(variant: Variant) -> None:
-    made = backbone(variant)
-    obs, noise = observation(made.config), noise_for(made.config)
-    everything = [
-        pipeline(FastVConfig(use="fastv", after=(1,), keep=1.0)),
-        pipeline(HalfConfig(use="random", after=("embedding", 1), keep=1.0)),
-        chosen({-1: set(range(32)), 1: set(range(32))}),
-    ]
-    dense = query(made, obs, noise)
-    for config in everything:
-        assert torch.equal(query(made, obs, noise, config, registry()), dense)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_rows_of_a_batch_are_pruned_independently(variant: Variant) -> None:
-    made = backbone(variant)
-    config = pipeline(
-        HalfConfig(use="random", after=("embedding",), keep=20), FastVConfig(use="fastv", after=(1,), keep=6)
-    )
-    observations = {slot: observation(made.config, slot) for slot in (0, 1, 4)}
-    for obs in observations.values():
-        # The same prompt, so that they share a pass; what they see differs.
-        obs["state"] = observations[0]["state"]
-    together, alone = Policy(made, config, registry()), Policy(made, config, registry())
-    for slot in observations:
-        together.reset(INSTRUCTION, slot)
-        alone.reset(INSTRUCTION, slot)
-    chunks = together.act_batch(observations)
-    assert len({id(chunk.trace) for chunk in chunks.values()}) == 1
-    kept = chunks[0].trace.kept[1].tolist()
-    assert kept[0] != kept[1]
-    for slot, obs in observations.items():
-        np.testing.assert_allclose(chunks[slot].normalised, alone.act(obs, slot).normalised, rtol=0, atol=1e-10)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_features_of_one_view_can_be_changed(variant: Variant) -> None:
-    made = backbone(variant)
-    config, noise = pipeline(StageConfig(use="test.blind")), noise_for(made.config)
-    one, other = observation(made.config, 1), observation(made.config, 2)
-    other["state"] = one["state"]
-    seen = {view: {**one, "images": {**one["images"], view: other["images"][view]}} for view in VIEWS[:2]}
-    actions = query(made, one, noise, config, registry())
-    assert torch.equal(query(made, seen["wrist"], noise, config, registry()), actions)
-    assert not torch.equal(query(made, seen["primary"], noise, config, registry()), actions)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
 def test_specprune_over_an_episode(variant: Variant) -> None:
     made = tiny_backbone(tiny_config(variant, depth=tiny_episodes.DEPTH, steps=1))
     policy = Policy(made, tiny_episodes.shrunk("specprune"), registry())
@@ -253,16 +185,3 @@ def test_watched_attention_is_that_of_the_actions_over_all_steps(variant: Varian
             held = sorted({0: set(range(32)), 1: cuts[0]}.get(index, cuts[1]))
             assert seen.prunable.tolist() == [held]
             torch.testing.assert_close(seen.weights[0], expected.attention[index][:, :, held], rtol=0, atol=1e-10)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_flops_are_those_that_are_computed(variant: Variant) -> None:
-    made = backbone(variant)
-    policy = Policy(made, chosen(CUTS), registry())
-    policy.reset(INSTRUCTION)
-    obs: dict[str, Any] = observation(made.config)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        trace = policy.act(obs).trace
-    assert query_flops(made.info, trace.plan).total == counter.get_total_flops()
-    text = len(made.prompt(INSTRUCTION, obs["state"]).ids)
-    assert trace.held == trace.cached == tuple(visual + text for visual in (28, 20, 20, 4))

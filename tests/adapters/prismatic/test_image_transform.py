@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tokenprune.engine.observations import check_image
 from tokenprune.errors import CheckpointError, ConfigError, ObservationError
 from tokenprune_adapters.backbones.prismatic.image_transform import ImageTransform
-from tokenprune_adapters.inputs.frames import check_image
 
 RELEASE = {
     "image_resize_strategy": "resize-naive",

@@ -9,10 +9,8 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 from torch import Tensor, nn
 
-from tokenprune.engine.adapter import Observation
-from tokenprune.model.info import BackboneInfo
-from tokenprune.tokens.layout import TokenLayout
-from tokenprune_adapters.inputs.observations import FrameTransform, check_observation, upload_frames
+from tokenprune.engine.adapter import BackboneInfo, Observation, TokenLayout, check_observation
+from tokenprune_adapters.inputs.observations import FrameTransform, upload_frames
 from tokenprune_adapters.inputs.statistics import Statistics
 from tokenprune_adapters.inputs.tokenizer import Prompt
 

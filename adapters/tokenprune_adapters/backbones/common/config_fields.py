@@ -8,8 +8,8 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from tokenprune.engine.observations import MAX_SIDE
 from tokenprune.errors import CheckpointError, nearest
-from tokenprune_adapters.inputs.frames import MAX_SIDE
 
 # The limits lie beyond any such model, so that a wrong number is an error and not a model too large to describe.
 Size = Annotated[int, Field(ge=1, le=2**20)]

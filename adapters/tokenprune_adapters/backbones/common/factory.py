@@ -34,7 +34,7 @@ class Checkpoint(NamedTuple):
 
 
 class FactoryBase(ABC, Generic[BackboneT]):
-    """Makes the policies of one family; with `verify` and `adopt`, a `tokenprune.engine.adapter.BackboneFactory`.
+    """Makes the policies of one family; implements `tokenprune.engine.adapter.BackboneFactory`.
 
     Attributes:
         name: Registered name of the backbone.

@@ -8,12 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenprune.engine.adapter import Observation
-from tokenprune.engine.query import Query
-from tokenprune.model.device import upload
-from tokenprune.model.info import BackboneInfo
-from tokenprune.model.kv_cache import KVCache
-from tokenprune.model.phase import Phase
+from tokenprune.engine.adapter import BackboneInfo, KVCache, Observation, Phase, Query, upload
 from tokenprune_adapters.backbones.common.backbone import BackboneBase, PolicySetup
 from tokenprune_adapters.backbones.openvla.config import OpenVLAConfig
 from tokenprune_adapters.backbones.openvla.model import OpenVLAModel

@@ -9,11 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenprune.engine.adapter import Observation
-from tokenprune.engine.query import Query
-from tokenprune.model.device import upload
-from tokenprune.model.info import BackboneInfo
-from tokenprune.model.phase import Phase
+from tokenprune.engine.adapter import BackboneInfo, Observation, Phase, Query, upload
 from tokenprune_adapters.backbones.common.backbone import BackboneBase, PolicySetup
 from tokenprune_adapters.backbones.openvla_oft.config import TRAIN_STEPS, OFTConfig
 from tokenprune_adapters.backbones.openvla_oft.diffusion import DDIM, timestep_encodings

@@ -9,12 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenprune.engine.adapter import Observation
-from tokenprune.engine.query import Query
-from tokenprune.model.device import upload
-from tokenprune.model.info import BackboneInfo
-from tokenprune.model.kv_cache import FrozenKV, KVCache
-from tokenprune.model.phase import Phase
+from tokenprune.engine.adapter import BackboneInfo, FrozenKV, KVCache, Observation, Phase, Query, upload
 from tokenprune_adapters.backbones.common.backbone import BackboneBase, PolicySetup
 from tokenprune_adapters.backbones.pi0.config import PI0Config
 from tokenprune_adapters.backbones.pi0.model import PI0Model, time_embeddings

@@ -24,7 +24,7 @@ STEPS = 4
 
 
 @dataclass(frozen=True)
-class Subject:
+class StageSubject:
     """A stage, alone in a pipeline, on a backbone with untrained weights.
 
     Attributes:
@@ -92,13 +92,13 @@ class Subject:
         return fresh
 
 
-def subjects(stage: str, registry: Registry, settings: Mapping[str, Any] | None = None) -> Iterator[Subject]:
+def subjects(stage: str, registry: Registry, settings: Mapping[str, Any] | None = None) -> Iterator[StageSubject]:
     """The stage, with some keys of its configuration set, on every backbone that has a preset `tiny`."""
     shipped = [load_pipeline(name, registry).config for name in sorted(registry.pipelines)]
     config = alone(stage, shipped, registry, settings)
     for name, registered in sorted(registry.backbones.items()):
         if PRESET in registered.spec.presets:
-            yield Subject(stage, registry, name, config)
+            yield StageSubject(stage, registry, name, config)
 
 
 @cache

@@ -7,8 +7,8 @@ from types import MappingProxyType
 import numpy as np
 import pytest
 
+from tokenprune.engine.observations import check_observation
 from tokenprune.errors import ObservationError
-from tokenprune_adapters.inputs.observations import check_observation
 
 IMAGE = np.zeros((64, 80, 3), dtype=np.uint8)
 

@@ -14,9 +14,9 @@ from tests.helpers.tiny_clip import write_clip
 from tokenprune.cli import app
 from tokenprune.errors import ConfigError
 from tokenprune.registry.discovery import Registry
-from tokenprune.testing import CHECKS, parametrize_with_checks
-from tokenprune.testing.conformance import verdict
-from tokenprune.testing.subject import subjects
+from tokenprune.testing import STAGE_CHECKS, parametrize_with_checks
+from tokenprune.testing.conformance import stage_verdict
+from tokenprune.testing.stage_subject import subjects
 
 BUILT_IN = sorted(Registry.discover().stages)
 
@@ -29,7 +29,7 @@ def promises(stage: str, backbones: tuple[str, ...], tmp_path: Path) -> set[str]
     # No CLIP comes with the strategy that needs one.
     settings = write_clip(tmp_path) if stage == "trim" else None
     fitting = [one for one in subjects(stage, Registry.discover(), settings) if one.backbone_name in backbones]
-    verdicts = [verdict(check, subject) for subject in fitting for check in CHECKS]
+    verdicts = [stage_verdict(check, subject) for subject in fitting for check in STAGE_CHECKS]
     assert [one for one in verdicts if one.outcome == "fails"] == []
     return {one.outcome for one in verdicts}
 
@@ -48,13 +48,13 @@ def test_a_built_in_stage_keeps_every_promise_on_the_siblings(stage: str, tmp_pa
 @pytest.mark.parametrize("stage", broken(), ids=lambda stage: stage.__name__)
 def test_a_broken_stage_is_caught_for_what_it_breaks(stage: type[broken_stages.Sound]) -> None:
     name, why = stage.BREAKS
-    (check,) = [check for check in CHECKS if check.__name__ == name]
-    found = [verdict(check, subject) for subject in subjects(f"broken.{stage.__name__.lower()}", BROKEN)]
+    (check,) = [check for check in STAGE_CHECKS if check.__name__ == name]
+    found = [stage_verdict(check, subject) for subject in subjects(f"broken.{stage.__name__.lower()}", BROKEN)]
     assert any(one.outcome == "fails" and why in one.why for one in found), found
 
 
 def test_every_check_has_a_stage_that_breaks_it() -> None:
-    assert {stage.BREAKS[0] for stage in broken()} == {check.__name__ for check in CHECKS}
+    assert {stage.BREAKS[0] for stage in broken()} == {check.__name__ for check in STAGE_CHECKS}
 
 
 @parametrize_with_checks("broken.sound", registry=BROKEN)

@@ -23,23 +23,16 @@ from tokenprune.policy import ActionChunk
 from tokenprune.stages.config import CutConfig
 from tokenprune.stages.token_context import rows_name
 from tokenprune.testing.cycles import caught_in_cycles
-from tokenprune.testing.subject import INSTRUCTIONS, Subject
+from tokenprune.testing.stage_subject import INSTRUCTIONS, StageSubject
 from tokenprune.testing.tape import taped
+from tokenprune.testing.verdicts import CheckFailed, NotApplicable
 from tokenprune.testing.waiting import no_waiting
 from tokenprune.tokens.budget import UNION
 
 DEPTHS = (6, 18, 32)
 
 
-class CheckFailed(AssertionError):
-    """A promise is broken."""
-
-
-class NotApplicable(Exception):
-    """The promise does not concern this stage."""
-
-
-def runs(subject: Subject) -> None:
+def runs(subject: StageSubject) -> None:
     """It answers in every query of two episodes side by side, whatever the instruction's length."""
     policy = subject.policy(slots=(0, 1))
     policy.reset(INSTRUCTIONS[2], 1)
@@ -48,7 +41,7 @@ def runs(subject: Subject) -> None:
             subject.queries(policy, 1, (slot,), first)
 
 
-def keeping_everything_is_dense(subject: Subject) -> None:
+def keeping_everything_is_dense(subject: StageSubject) -> None:
     """Told to keep everything, it gives the dense policy's actions, bit for bit."""
     _needs_cuts(subject)
     own = subject.queries(subject.policy(subject.keeping_everything()), 4)
@@ -56,13 +49,13 @@ def keeping_everything_is_dense(subject: Subject) -> None:
     _same_actions(own, dense, "query {} differs from dense although every token was kept")
 
 
-def same_seed_same_selection(subject: Subject) -> None:
+def same_seed_same_selection(subject: StageSubject) -> None:
     """The same seed and the same pictures give the same selection."""
     first, second = (subject.queries(subject.policy(), 4) for _ in range(2))
     _same_selection(first, second, "query {} kept other tokens the second time")
 
 
-def batch_rows_are_independent(subject: Subject) -> None:
+def batch_rows_are_independent(subject: StageSubject) -> None:
     """What it keeps in one environment does not depend on the others in the batch."""
     together = subject.queries(subject.policy(slots=(0, 1, 2)), 4, (0, 1, 2))
     alone = subject.queries(subject.policy(slots=(2,)), 4, (2,))
@@ -72,7 +65,7 @@ def batch_rows_are_independent(subject: Subject) -> None:
                 raise CheckFailed(f"query {query} kept other tokens beside two other environments than alone")
 
 
-def reset_forgets(subject: Subject) -> None:
+def reset_forgets(subject: StageSubject) -> None:
     """After a reset nothing of the last episode is left."""
     used, fresh = subject.policy(), subject.policy()
     subject.queries(used, 4)
@@ -83,7 +76,7 @@ def reset_forgets(subject: Subject) -> None:
     _same_actions(later, plain, "query {} after a reset depends on the episode before it")
 
 
-def the_model_stays_as_it_was(subject: Subject) -> None:
+def the_model_stays_as_it_was(subject: StageSubject) -> None:
     """It changes no weight and leaves no hook behind."""
     model = getattr(subject.backbone, "model", None)
     if not isinstance(model, torch.nn.Module):
@@ -104,7 +97,7 @@ def the_model_stays_as_it_was(subject: Subject) -> None:
             module._forward_pre_hooks.clear()
 
 
-def what_it_is_shown_stays_as_it_was(subject: Subject) -> None:
+def what_it_is_shown_stays_as_it_was(subject: StageSubject) -> None:
     """It writes to nothing that it is shown."""
     real = BoundPipeline.call
 
@@ -124,12 +117,12 @@ def what_it_is_shown_stays_as_it_was(subject: Subject) -> None:
         subject.queries(subject.policy(), 2)
 
 
-def it_works_in_bfloat16(subject: Subject) -> None:
+def it_works_in_bfloat16(subject: StageSubject) -> None:
     """It works in the releases' own type."""
     subject.queries(subject.policy(backbone=subject.backbone_in("bfloat16")), 4)
 
 
-def no_query_waits(subject: Subject) -> None:
+def no_query_waits(subject: StageSubject) -> None:
     """No query waits for the device."""
     if _has_union(subject):
         raise NotApplicable("its count is known only during the query")
@@ -139,7 +132,7 @@ def no_query_waits(subject: Subject) -> None:
         subject.queries(policy, 1, (0, 1), first=4)
 
 
-def a_replay_is_the_query(subject: Subject) -> None:
+def a_replay_is_the_query(subject: StageSubject) -> None:
     """Recorded once, as for a CUDA graph, it answers later queries as if it were asked."""
     if _has_union(subject):
         raise NotApplicable("its count is known only during the query")
@@ -153,7 +146,7 @@ def a_replay_is_the_query(subject: Subject) -> None:
     _same_actions(own, plain, said)
 
 
-def nothing_waits_for_the_garbage_collector(subject: Subject) -> None:
+def nothing_waits_for_the_garbage_collector(subject: StageSubject) -> None:
     """When a query has ended and something newer is remembered, its tensors are freed at once."""
     policy = subject.policy()
     subject.queries(policy, 1)
@@ -163,7 +156,7 @@ def nothing_waits_for_the_garbage_collector(subject: Subject) -> None:
         )
 
 
-def probes_are_declared(subject: Subject) -> None:
+def probes_are_declared(subject: StageSubject) -> None:
     """The attention it computes is the attention that `probes` declares, so that FLOPs are told right."""
     policy = subject.policy()
     trace = subject.queries(policy, 5)[-1].trace
@@ -178,7 +171,7 @@ def probes_are_declared(subject: Subject) -> None:
         raise CheckFailed(f"computed and not declared: {more or 'none'}; declared and not computed: {less or 'none'}")
 
 
-def it_fits_every_depth(subject: Subject) -> None:
+def it_fits_every_depth(subject: StageSubject) -> None:
     """Its shipped or default settings fit decoders of 6, 18 and 32 layers."""
     layout = subject.backbone.layout(INSTRUCTIONS[0], subject.observation(0, 0).get("state"))
     for depth in DEPTHS:
@@ -191,7 +184,7 @@ def it_fits_every_depth(subject: Subject) -> None:
             raise CheckFailed(f"with {depth} layers: {error}") from error
 
 
-def unknown_keys_are_refused(subject: Subject) -> None:
+def unknown_keys_are_refused(subject: StageSubject) -> None:
     """A key its configuration does not know is an error, not silence."""
     stage = subject.config.stages[0]
     try:
@@ -201,7 +194,7 @@ def unknown_keys_are_refused(subject: Subject) -> None:
     raise CheckFailed(f"{type(stage).__name__} accepts the key 'no_such_key'")
 
 
-def every_key_is_explained(subject: Subject) -> None:
+def every_key_is_explained(subject: StageSubject) -> None:
     """Every key of its own says in the schema what it means."""
     config = type(subject.config.stages[0])
     schema = config.model_json_schema()
@@ -214,7 +207,7 @@ def every_key_is_explained(subject: Subject) -> None:
         raise CheckFailed(f"no description: {', '.join(silent)} of {config.__name__}")
 
 
-CHECKS: tuple[Callable[[Subject], None], ...] = (
+STAGE_CHECKS: tuple[Callable[[StageSubject], None], ...] = (
     runs,
     keeping_everything_is_dense,
     same_seed_same_selection,
@@ -233,12 +226,12 @@ CHECKS: tuple[Callable[[Subject], None], ...] = (
 )
 
 
-def _needs_cuts(subject: Subject) -> None:
+def _needs_cuts(subject: StageSubject) -> None:
     if not subject.cuts:
         raise NotApplicable("it has no cut")
 
 
-def _has_union(subject: Subject) -> bool:
+def _has_union(subject: StageSubject) -> bool:
     stage = subject.config.stages[0]
     if not subject.cuts:
         return False
