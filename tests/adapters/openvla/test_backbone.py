@@ -122,7 +122,7 @@ def test_numbers_of_the_release() -> None:
     assert (info.action.horizon, info.action.dims, info.state_size) == (1, 7, None)
     follow = info.follow_up
     assert follow is not None
-    assert (follow.name, follow.passes) == ("decode", ((1, 0), (1, 1), (1, 2), (1, 3), (1, 4), (1, 5)))
+    assert (follow.phase, follow.passes) == ("decode", ((1, 0), (1, 1), (1, 2), (1, 3), (1, 4), (1, 5)))
     assert SEVEN_B.restrict is False
 
 
