@@ -15,7 +15,7 @@ from tokenprune.engine.adapter import Description, Observation
 from tokenprune.engine.query import Query
 from tokenprune.model.decoder import Decoded, Decoder, Positions
 from tokenprune.model.info import BackboneInfo
-from tokenprune.registry.discovery import Owner, Registered, Registry
+from tokenprune.registry.discovery import Owner, Registry
 from tokenprune.registry.specs import BackboneSpec
 from tokenprune.tokens.layout import TokenLayout
 from tokenprune_adapters.backbones.openvla_oft.backbone import OFTInputs, OFTTokens, OpenVLAOFT
@@ -360,9 +360,9 @@ def broken() -> list[type[Sound]]:
 
 def registry() -> Registry:
     """The backbones above, and the sound one."""
-    found = Registry()
-    for backbone in (Sound, *broken()):
-        name = f"broken.{backbone.__name__.lower()}"
-        spec = BackboneSpec(name, "for tests", f"{__name__}:{backbone.__name__}", {"tiny": "for tests, untrained"})
-        found.backbones[name] = Registered(spec, Owner("tests", "0", __name__))
-    return found
+    tiny = {"tiny": "for tests, untrained"}
+    specs = [
+        BackboneSpec(f"broken.{one.__name__.lower()}", "for tests", f"{__name__}:{one.__name__}", tiny)
+        for one in (Sound, *broken())
+    ]
+    return Registry().with_specs(*specs, owner=Owner("tests", "0", __name__))
