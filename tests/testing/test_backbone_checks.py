@@ -15,7 +15,7 @@ from tests.helpers.broken_backbones import broken
 from tokenprune.cli import app
 from tokenprune.errors import ConfigError, PluginError
 from tokenprune.loading import from_module
-from tokenprune.registry.discovery import Owner, Registered, Registry
+from tokenprune.registry.discovery import Owner, Registry
 from tokenprune.registry.specs import BackboneSpec
 from tokenprune.testing import BACKBONE_CHECKS, check_backbone, parametrize_with_backbone_checks
 from tokenprune.testing.backbone_subject import backbone_subject
@@ -42,8 +42,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 HIDING = """
 from dataclasses import replace
 
-from tokenprune import hookimpl
-from tokenprune.registry.specs import BackboneSpec
+from tokenprune import BackboneSpec, hookimpl
 from tokenprune_adapters.backbones.openvla.backbone import OpenVLA
 from tokenprune_adapters.backbones.openvla.factory import OpenVLAFactory
 
@@ -129,9 +128,8 @@ def test_what_cannot_be_built_breaks_no_promise() -> None:
         next(check_backbone("openvla", Registry.discover(), "tinny"))
     with pytest.raises(ConfigError, match="has no option 'heads'; did you mean 'head'"):
         next(check_backbone("openvla-oft", Registry.discover(), options={"heads": "l1"}))
-    found = Registry()
     spec = BackboneSpec("bare", "for tests", f"{broken_backbones.__name__}:Sound")
-    found.backbones["bare"] = Registered(spec, Owner("tests", "0", __name__))
+    found = Registry().with_specs(spec, owner=Owner("tests", "0", __name__))
     with pytest.raises(ConfigError, match="'bare' has no preset, and checks build one; name one in its BackboneSpec"):
         next(check_backbone("bare", found))
 
@@ -175,8 +173,8 @@ def test_a_stage_or_a_backbone(words: list[str], message: str) -> None:
 
 def test_a_backbone_may_have_no_checkpoints_and_adopt_no_model(plugin: Path) -> None:
     words = ["verify", "x", "--backbone", "hiding", "--plugin", str(plugin)]
-    with pytest.raises(PluginError, match=r"backbone 'hiding' of .*hiding.py .* cannot verify checkpoints"):
+    with pytest.raises(PluginError, match=r"backbone 'hiding' of .*hiding\.py .* cannot verify checkpoints"):
         CliRunner().invoke(app, words, catch_exceptions=False)
     found = Registry.discover(plugin_files=(plugin,))
-    with pytest.raises(PluginError, match=r"backbone 'hiding' of .*hiding.py .* cannot adopt a live model"):
+    with pytest.raises(PluginError, match=r"backbone 'hiding' of .*hiding\.py .* cannot adopt a live model"):
         from_module(torch.nn.Linear(1, 1), "hiding", registry=found)
