@@ -28,6 +28,7 @@ from tokenprune.stages.memory import EpisodeStart, ExecutedAction, Slot
 from tokenprune.stages.token_context import PastFrames
 from tokenprune.tokens.layout import TokenLayout
 from tokenprune.tokens.plan import Plan
+from tokenprune.tokens.prompt import EncodedPrompt
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,11 @@ class Policy:
             ConfigError: If a budget of the pipeline does not fit the tokens of this policy, or a mode cannot run the
                 way it is to be executed.
         """
-        layout = self.backbone.layout(instruction)
+        prompt = self.backbone.encode(instruction)
         for mode in self.pipeline.config.modes:
-            self.executor.check(self.pipeline, self.pipeline.plan(layout, mode))
+            self.executor.check(self.pipeline, self.pipeline.plan(prompt.layout, mode))
         number = self._slots[slot].number + 1 if slot in self._slots else 0
-        self._slots[slot] = Slot(slot, instruction, FrameBuffer(self.pipeline.look_back_frames), number)
+        self._slots[slot] = Slot(slot, instruction, FrameBuffer(self.pipeline.look_back_frames), prompt, number)
         start = EpisodeStart(slot, instruction, number)
         for call in self.pipeline.hooks["reset"]:
             self.pipeline.call(call, start)
@@ -112,7 +113,7 @@ class Policy:
             self._begun(slot)
             self.backbone.check(observation)
         for slot in observations:
-            layout = self.backbone.layout(self._slots[slot].instruction, observations[slot].get("state"))
+            layout = self._prompt(self._slots[slot], observations[slot]).layout
             decision = decide(self.pipeline, self._slots[slot], "query")
             plan = self.pipeline.plan(layout, decision.mode)
             if decision.actions is not None:
@@ -180,6 +181,12 @@ class Policy:
             raise ObservationError(f"slot {slot} has no episode; call reset(instruction, slot={slot}) first")
         return self._slots[slot]
 
+    def _prompt(self, slot: Slot, observation: Observation) -> EncodedPrompt:
+        """The prompt of the slot's next query."""
+        if slot.prompt is None or self.backbone.info.state_in_prompt:
+            slot.prompt = self.backbone.encode(slot.instruction, observation.get("state"))
+        return slot.prompt
+
     def _answer(
         self, slot: Slot, plan: Plan, actions: np.ndarray, observation: Observation, started: float
     ) -> ActionChunk:
@@ -196,7 +203,7 @@ class Policy:
     ) -> dict[int, ActionChunk]:
         clock = Clock(self.backbone.device)
         clock.enter(Phase.PREPROCESS)
-        inputs = self.backbone.prepare(observations, [slot.instruction for slot in slots])
+        inputs = self.backbone.prepare(observations, [slot.prompt for slot in slots if slot.prompt is not None])
         try:
             for slot in slots:
                 if slot.failed is not None:

@@ -12,6 +12,7 @@ from tests.helpers.drawing import random
 from tokenprune.engine.timing import Clock, GraphClock
 from tokenprune.engine.trace import ProbeRecord, QueryTrace, attention_kernel
 from tokenprune.errors import TraceError
+from tokenprune.model.phase import Phase
 from tokenprune.pipelines.planning import make_plan
 from tokenprune.stages.config import CutConfig, cut_layer
 from tokenprune.stages.needs import StageNeeds
@@ -104,7 +105,7 @@ def test_a_clock_inside_splits_the_phase_it_ran_in(watch: Watch) -> None:
     watch.now = 1.5
     inner.enter("replay")
     watch.now = 1.75
-    with inner.phase("decoder"):
+    with inner.phase(Phase.DECODER):
         watch.now = 4.0
     inner.enter("history")
     watch.now = 4.5
@@ -152,7 +153,7 @@ def test_marks_in_a_graph_are_external_and_read_after_each_replay(monkeypatch: p
 
 def test_nothing_is_timed_in_a_graph_that_is_none() -> None:
     clock = GraphClock(torch.device("cpu"))
-    with clock.phase("vision"):
+    with clock.phase(Phase.VISION):
         assert clock.enter("decoder") == ""
     assert clock.milliseconds() == {}
 

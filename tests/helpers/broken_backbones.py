@@ -18,6 +18,7 @@ from tokenprune.model.info import BackboneInfo
 from tokenprune.registry.discovery import Owner, Registry
 from tokenprune.registry.specs import BackboneSpec
 from tokenprune.tokens.layout import TokenLayout
+from tokenprune.tokens.prompt import EncodedPrompt
 from tokenprune_adapters.backbones.openvla_oft.backbone import OFTInputs, OFTTokens, OpenVLAOFT
 from tokenprune_adapters.backbones.openvla_oft.factory import OFTFactory
 
@@ -84,9 +85,10 @@ class ForgetsTheStop(Sound):
 
     BREAKS = "the_layout_covers_the_sequence", "tokens that the layout names"
 
-    def layout(self, instruction: str, state: object = None) -> TokenLayout:
-        whole = super().layout(instruction, state)
-        return TokenLayout.build(whole.segments[:-1], dict(whole.rows))
+    def encode(self, instruction: str, state: object = None) -> EncodedPrompt:
+        whole = super().encode(instruction, state)
+        layout = TokenLayout.build(whole.layout.segments[:-1], dict(whole.layout.rows))
+        return replace(whole, layout=layout)
 
 
 class NamesNoInstruction(Sound):
@@ -94,9 +96,10 @@ class NamesNoInstruction(Sound):
 
     BREAKS = "the_layout_covers_the_sequence", "names no rows 'instruction'"
 
-    def layout(self, instruction: str, state: object = None) -> TokenLayout:
-        whole = super().layout(instruction, state)
-        return TokenLayout(whole.segments, tuple(row for row in whole.rows if row[0] != "instruction"))
+    def encode(self, instruction: str, state: object = None) -> EncodedPrompt:
+        whole = super().encode(instruction, state)
+        rows = tuple(row for row in whole.layout.rows if row[0] != "instruction")
+        return replace(whole, layout=TokenLayout(whole.layout.segments, rows))
 
 
 class SwapsViews(Sound):
@@ -113,8 +116,8 @@ class IgnoresTheState(Sound):
 
     BREAKS = "every_input_is_read", "the state changes nothing"
 
-    def prepare(self, observations: Sequence[Observation], instructions: Sequence[str]) -> OFTInputs:
-        inputs = super().prepare(observations, instructions)
+    def prepare(self, observations: Sequence[Observation], prompts: Sequence[EncodedPrompt]) -> OFTInputs:
+        inputs = super().prepare(observations, prompts)
         assert inputs.state is not None
         return replace(inputs, state=torch.zeros_like(inputs.state))
 
@@ -222,9 +225,9 @@ class RemembersOnTheHost(Sound):
     BREAKS = "a_replay_is_the_query", "of pipeline 'dense' was replayed and gives others"
     brightness = 0.0
 
-    def prepare(self, observations: Sequence[Observation], instructions: Sequence[str]) -> OFTInputs:
+    def prepare(self, observations: Sequence[Observation], prompts: Sequence[EncodedPrompt]) -> OFTInputs:
         self.brightness = float(observations[0]["images"]["primary"].mean())
-        return super().prepare(observations, instructions)
+        return super().prepare(observations, prompts)
 
     def infer(self, inputs: OFTInputs, query: Query) -> Tensor:
         return super().infer(inputs, query) * self.brightness
@@ -308,8 +311,8 @@ class SaysSomething(Sound):
 
     BREAKS = "wrong_instructions_are_refused", "the instruction '' is accepted"
 
-    def prompt(self, instruction: str) -> Any:
-        return super().prompt(instruction or "push it")
+    def prompt(self, instruction: str, state: object = None) -> Any:
+        return super().prompt(instruction or "push it", state)
 
 
 class IgnoresOptions(Sound):

@@ -18,6 +18,7 @@ from tokenprune.model.info import ActionSpec, BackboneInfo, DecoderShape
 from tokenprune.model.kv_cache import LayerKV
 from tokenprune.policy import ActionChunk, Policy
 from tokenprune.tokens.layout import Role, Segment, TokenLayout
+from tokenprune.tokens.prompt import EncodedPrompt
 from tokenprune.tokens.selection import TokenSelection, rows_at
 
 VIEWS = ("primary", "wrist", "left")
@@ -121,8 +122,11 @@ class SimulatedOFT:
         offers = frozenset({"action_rows", "batch"})
         self.info = BackboneInfo("simulated", "test", True, shape, self.views, ACTION, capabilities=offers)
 
-    def layout(self, instruction: str, state: object = None) -> TokenLayout:
+    def layout(self, instruction: str) -> TokenLayout:
         return layout_of(self.views, int(instruction))
+
+    def encode(self, instruction: str, state: object = None) -> EncodedPrompt:
+        return EncodedPrompt(self.layout(instruction), instruction)
 
     def check(self, observation: Mapping[str, Any]) -> None:
         assert tuple(observation["images"]) == self.views
@@ -133,10 +137,10 @@ class SimulatedOFT:
             for view in self.views
         }
 
-    def prepare(self, observations: Sequence[Mapping[str, Any]], instructions: Sequence[str]) -> SimulatedInputs:
+    def prepare(self, observations: Sequence[Mapping[str, Any]], prompts: Sequence[EncodedPrompt]) -> SimulatedInputs:
         images = self.pixels([observation["images"] for observation in observations])
         attentions = tuple(observation["attention"] for observation in observations)
-        return SimulatedInputs(images, attentions, self.layout(instructions[0]))
+        return SimulatedInputs(images, attentions, prompts[0].layout)
 
     def infer(self, inputs: SimulatedInputs, query: Query) -> Tensor:
         embeddings = torch.zeros(len(inputs.attentions), inputs.layout.n_tokens, 1, dtype=self.dtype)

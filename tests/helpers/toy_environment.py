@@ -25,6 +25,7 @@ from tokenprune.errors import ConfigError, ObservationError, SimulatorError
 from tokenprune.evaluation.environment import Step, Suite, Task
 from tokenprune.model.decoder import Decoder
 from tokenprune.model.info import ActionSpec, BackboneInfo, DecoderShape
+from tokenprune.model.phase import Phase
 from tokenprune.registry.hookspecs import hookimpl
 from tokenprune.registry.specs import BackboneSpec, EnvironmentSpec, StageSpec
 from tokenprune.stages.config import CutConfig, Keep
@@ -33,6 +34,7 @@ from tokenprune.stages.needs import StageNeeds
 from tokenprune.stages.stage import Stage
 from tokenprune.stages.token_context import SelectContext
 from tokenprune.tokens.layout import Role, Segment, TokenLayout
+from tokenprune.tokens.prompt import EncodedPrompt
 from tokenprune.tokens.proposal import Proposal
 
 SIDE = 64
@@ -212,7 +214,10 @@ class ToyPolicy:
             self.words = torch.randn(64, 16)
         self.decoder = Decoder(list(self.layers), nn.LayerNorm(16), head_dim=8, rope_theta=10000.0, causal=False)
 
-    def layout(self, instruction: str, state: object = None) -> TokenLayout:
+    def encode(self, instruction: str, state: object = None) -> EncodedPrompt:
+        return EncodedPrompt(self.layout(instruction), instruction)
+
+    def layout(self, instruction: str) -> TokenLayout:
         words, views = len(instruction.split()), self.info.views
         patches = [Segment(Role.VISION, 0, 16, view, (4, 4), prunable=True) for view in views]
         text = 1 + 16 * len(views)
@@ -228,15 +233,15 @@ class ToyPolicy:
     def pixels(self, images: Any) -> dict[str, Tensor]:
         return {v: torch.from_numpy(np.stack([i[v] for i in images])).permute(0, 3, 1, 2) for v in self.info.views}
 
-    def prepare(self, observations: Any, instructions: Any) -> Any:
+    def prepare(self, observations: Any, prompts: Any) -> Any:
         inputs = nn.Module()
         inputs.images = self.pixels([observation["images"] for observation in observations])
         inputs.state = torch.tensor(np.stack([o["state"] for o in observations]), dtype=self.dtype)
-        inputs.ids = torch.tensor([[sum(map(ord, word)) % 64 for word in text.split()] for text in instructions])
+        inputs.ids = torch.tensor([[sum(map(ord, word)) % 64 for word in prompt.tokens.split()] for prompt in prompts])
         return inputs
 
     def infer(self, inputs: Any, query: Query) -> Tensor:
-        with query.phase("vision"):
+        with query.phase(Phase.VISION):
             means = {v: nn.functional.avg_pool2d(p.float() / 255, 16) for v, p in inputs.images.items()}
             patches = [query.transform(v, self.patch(m.flatten(2).transpose(1, 2))) for v, m in means.items()]
         blank = self.words[:16].expand(len(inputs.ids), -1, -1)

@@ -18,7 +18,7 @@ from tokenprune.engine.inputs import ModelInputs
 from tokenprune.engine.query import Query
 from tokenprune.model.decoder import Decoded, Decoder, Positions, Pruner, finish, project, rotary
 from tokenprune.model.kv_cache import LayerKV, Memory
-from tokenprune.tokens.layout import TokenLayout
+from tokenprune.tokens.prompt import EncodedPrompt
 from tokenprune.tokens.selection import OriginalIds, TokenSelection, rows_at
 
 UPSTREAM = "upstream reconstruction (ours)"
@@ -92,9 +92,9 @@ class UpstreamBackbone:
         shape = (backbone.info.unread_logits, backbone.info.decoder.hidden)
         self._vocabulary = torch.randn(shape, device=self.device, dtype=self.dtype) if shape[0] else None
 
-    def layout(self, instruction: str, state: object = None) -> TokenLayout:
+    def encode(self, instruction: str, state: object = None) -> EncodedPrompt:
         """Return the tokens of a query."""
-        return self._backbone.layout(instruction, state)
+        return self._backbone.encode(instruction, state)
 
     def check(self, observation: Observation) -> None:
         """Refuse an observation that does not fit the policy."""
@@ -104,9 +104,9 @@ class UpstreamBackbone:
         """Crop frames and upload them."""
         return self._backbone.pixels(images)
 
-    def prepare(self, observations: Sequence[Observation], instructions: Sequence[str]) -> ModelInputs:
+    def prepare(self, observations: Sequence[Observation], prompts: Sequence[EncodedPrompt]) -> ModelInputs:
         """Preprocess observations and upload them."""
-        return self._backbone.prepare(observations, instructions)
+        return self._backbone.prepare(observations, prompts)
 
     def infer(self, inputs: Any, query: Query) -> Tensor:  # noqa: ANN401 - the adapter's own Inputs
         """Run the model; all attention maps are held until the query ends, as upstream's outputs hold them."""

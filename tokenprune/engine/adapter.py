@@ -20,6 +20,7 @@ from tokenprune.model.info import ActionSpec, BackboneInfo, DecoderShape, Encode
 from tokenprune.model.kv_cache import FrozenKV, KVCache
 from tokenprune.model.phase import Phase
 from tokenprune.tokens.layout import Role, Segment, TokenLayout
+from tokenprune.tokens.prompt import EncodedPrompt
 
 __all__ = [
     "ActionSpec",
@@ -30,6 +31,7 @@ __all__ = [
     "Decoder",
     "DecoderShape",
     "Description",
+    "EncodedPrompt",
     "EncoderAnswer",
     "Findings",
     "FollowUp",
@@ -59,8 +61,8 @@ class Backbone(Protocol):
     device: torch.device
     dtype: torch.dtype
 
-    def layout(self, instruction: str, state: object = None) -> TokenLayout:
-        """Tokens of a query with this instruction.
+    def encode(self, instruction: str, state: object = None) -> EncodedPrompt:
+        """Tokenise an instruction; called once per reset, and per query where `info.state_in_prompt`.
 
         Args:
             instruction: What the robot should do.
@@ -83,8 +85,8 @@ class Backbone(Protocol):
         """Crop the frames `{view: uint8 [H, W, 3]}` of several environments and upload them, uint8 `[B, 3, S, S]`."""
         ...
 
-    def prepare(self, observations: Sequence[Observation], instructions: Sequence[str]) -> ModelInputs:
-        """Preprocess checked observations whose layouts are equal, and upload them."""
+    def prepare(self, observations: Sequence[Observation], prompts: Sequence[EncodedPrompt]) -> ModelInputs:
+        """Preprocess checked observations whose prompts have equal layouts, and upload them."""
         ...
 
     def infer(self, inputs: Any, query: Query) -> Tensor:  # noqa: ANN401 - each adapter's own Inputs

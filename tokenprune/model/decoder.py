@@ -61,7 +61,7 @@ class Decoded:
 
 
 class DecoderRunner(Protocol):
-    """Runs a decoder's layers, as `Decoder.run` does by default."""
+    """Runs a decoder's layers; `run_decoder` unless a backbone has its own."""
 
     def __call__(
         self,
@@ -192,6 +192,34 @@ class Decoder:
             return hidden
         q = q.gather(2, rows[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
         return finish(layer, hidden, attend(q, seen), gate, condition)
+
+
+def run_decoder(
+    decoder: Decoder,
+    hidden: Tensor,
+    tokens: TokenSelection,
+    pruner: Pruner | None = None,
+    cache: Memory | None = None,
+    /,
+    *,
+    positions: Positions = Positions.PRESERVE,
+    read: OriginalIds | None = None,
+    condition: Tensor | None = None,
+    skip: Container[int] = (),
+    compiled: bool = False,
+) -> Decoded:
+    """Run a decoder as it runs itself; the default `DecoderRunner`."""
+    return decoder.run(
+        hidden,
+        tokens,
+        pruner,
+        cache,
+        positions=positions,
+        read=read,
+        condition=condition,
+        skip=skip,
+        compiled=compiled,
+    )
 
 
 def project(

@@ -89,6 +89,7 @@ class BackboneInfo:
         views: Cameras in sequence order.
         action: What it returns.
         state_size: Numbers of robot state it reads, None where it reads none.
+        state_in_prompt: Whether the prompt spells the robot state, so that it is tokenised anew in every query.
         capabilities: Names from `specs.CAPABILITIES` it offers.
         encoder_attention: What stages may ask of the vision towers' attention, such as `cls`.
         other_flops: FLOPs per query outside the decoder, by part (2 per multiply-add).
@@ -106,6 +107,7 @@ class BackboneInfo:
     views: tuple[str, ...]
     action: ActionSpec
     state_size: int | None = None
+    state_in_prompt: bool = False
     capabilities: frozenset[str] = frozenset()
     encoder_attention: Mapping[str, EncoderAnswer] = field(default_factory=dict)
     other_flops: Mapping[str, int] = field(default_factory=dict)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.stages.frames import FrameBuffer
+from tokenprune.tokens.prompt import EncodedPrompt
 
 if TYPE_CHECKING:
     import numpy as np
@@ -85,6 +86,7 @@ class Slot:
     Attributes:
         index: Number of the slot.
         instruction: What the episode is about.
+        prompt: The instruction, tokenised.
         past: Frames of past control steps, on the host.
         number: Episodes of this slot before this one.
         queries: Queries since the reset.
@@ -99,6 +101,7 @@ class Slot:
     index: int
     instruction: str
     past: FrameBuffer
+    prompt: EncodedPrompt | None = None
     number: int = 0
     queries: int = 0
     asked_at: int = 0

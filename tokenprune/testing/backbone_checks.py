@@ -71,7 +71,7 @@ def pixels_reach_their_own_tokens(subject: BackboneSubject) -> None:
             subject.ask(observations=[changed])
         before, after = seen.decoded()
         found = (before != after).any(2)[0].nonzero()[:, 0].tolist()
-        span = subject.backbone.layout(INSTRUCTIONS[0], first.get("state")).views[view].span
+        span = subject.backbone.encode(INSTRUCTIONS[0], first.get("state")).layout.views[view].span
         require_same(f"tokens that the pixels of view '{view}' change", found, list(span))
 
 
@@ -93,7 +93,7 @@ def stages_may_change_features(subject: BackboneSubject) -> None:
     with spied(transform=torch.zeros_like) as seen:
         subject.ask(observations=[first])
         subject.ask(observations=[{**first, "images": other["images"]}])
-    layout = subject.backbone.layout(INSTRUCTIONS[0], first.get("state"))
+    layout = subject.backbone.encode(INSTRUCTIONS[0], first.get("state")).layout
     found = [(view, features.shape[1]) for view, features in seen.features]
     expected = 2 * [(view, segment.length) for view, segment in layout.views.items()]
     require_same("views and patches that go through query.transform", found, expected)

@@ -52,7 +52,7 @@ def the_layout_covers_the_sequence(subject: BackboneSubject) -> None:
     backbone, lengths = subject.backbone, []
     for instruction in INSTRUCTIONS:
         observation = subject.observation(0)
-        layout = backbone.layout(instruction, observation.get("state"))
+        layout = backbone.encode(instruction, observation.get("state")).layout
         with spied() as seen:
             try:
                 subject.ask(observations=[observation], instructions=[instruction])
@@ -104,10 +104,11 @@ def described_without_weights(subject: BackboneSubject) -> None:
     backbone = subject.backbone
     require_same("the info that is described", described.info, backbone.info)
     for instruction, layout in zip(INSTRUCTIONS, layouts, strict=True):
-        require_same(f"the layout that is described for '{instruction}'", layout, backbone.layout(instruction))
+        require_same(f"the layout that is described for '{instruction}'", layout, backbone.encode(instruction).layout)
     observation = subject.observation(0)
     pixels = backbone.pixels([observation["images"]])
-    prepared = backbone.prepare([observation], INSTRUCTIONS[:1]).images
+    prompt = backbone.encode(INSTRUCTIONS[0], observation.get("state"))
+    prepared = backbone.prepare([observation], [prompt]).images
     for view in backbone.info.views:
         known = {"described": described.pixels(observation["images"][view]), "prepared": prepared[view][0]}
         for what, found in known.items():

@@ -73,13 +73,13 @@ class BackboneSubject:
     def alike(self, count: int) -> tuple[list[Observation], list[str]]:
         """Observations and instructions that differ and can share a pass: those of the same layout as the first."""
         observations = [self.observation(seed) for seed in range(count)]
-        layout = self.backbone.layout(INSTRUCTIONS[0], observations[0].get("state"))
+        layout = self.backbone.encode(INSTRUCTIONS[0], observations[0].get("state")).layout
         instructions = []
         for row, observation in enumerate(observations):
-            if self.backbone.layout(INSTRUCTIONS[0], observation.get("state")) != layout:
+            if self.backbone.encode(INSTRUCTIONS[0], observation.get("state")).layout != layout:
                 observation["state"] = observations[0]["state"]
             words = SAME_LENGTH[row % 2]
-            same = self.backbone.layout(words, observation.get("state")) == layout
+            same = self.backbone.encode(words, observation.get("state")).layout == layout
             instructions.append(words if same else INSTRUCTIONS[0])
         return list(observations), instructions
 

@@ -173,7 +173,7 @@ def probes_are_declared(subject: StageSubject) -> None:
 
 def it_fits_every_depth(subject: StageSubject) -> None:
     """Its shipped or default settings fit decoders of 6, 18 and 32 layers."""
-    layout = subject.backbone.layout(INSTRUCTIONS[0], subject.observation(0, 0).get("state"))
+    layout = subject.backbone.encode(INSTRUCTIONS[0], subject.observation(0, 0).get("state")).layout
     for depth in DEPTHS:
         info = replace(subject.backbone.info, decoder=replace(subject.backbone.info.decoder, depth=depth))
         try:

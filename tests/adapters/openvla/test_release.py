@@ -168,7 +168,7 @@ def test_the_prompt_style_is_only_taken_from_the_option(single: Path) -> None:
     tokenizer = PromptTokenizer.bundled()
     for backbone in (plain, chat):
         ids = tokenizer.encode(INSTRUCTION, style=backbone.config.prompt).ids
-        assert backbone.prepare([observation()], [INSTRUCTION]).text.tolist() == [list(ids)]
+        assert backbone.prepare([observation()], [backbone.encode(INSTRUCTION)]).text.tolist() == [list(ids)]
 
 
 @pytest.mark.parametrize(

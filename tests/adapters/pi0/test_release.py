@@ -206,7 +206,7 @@ def sampled(native, backbone):
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Query, "noise", kept)
         ours = chunk(backbone).normalised
-    inputs = backbone.prepare([observation()], [INSTRUCTION])
+    inputs = backbone.prepare([observation()], [backbone.encode(INSTRUCTION, observation()["state"])])
     patches = 16 * len(VIEWS)
     image = native.config.vlm_config.image_token_id
     ids = torch.cat([torch.full((1, patches), image), inputs.text], dim=1)

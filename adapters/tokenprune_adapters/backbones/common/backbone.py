@@ -9,7 +9,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 from torch import Tensor, nn
 
-from tokenprune.engine.adapter import BackboneInfo, Observation, TokenLayout, check_observation
+from tokenprune.engine.adapter import BackboneInfo, EncodedPrompt, Observation, TokenLayout, check_observation
 from tokenprune_adapters.inputs.observations import FrameTransform, upload_frames
 from tokenprune_adapters.inputs.statistics import Statistics
 from tokenprune_adapters.inputs.tokenizer import Prompt
@@ -91,9 +91,14 @@ class BackboneBase(Generic[ConfigT, TokenizerT, ModelT]):
         """The prompt of an instruction; it does not depend on the robot state."""
         return self.config.encode(self.tokenizer, instruction)
 
+    def encode(self, instruction: str, state: object = None) -> EncodedPrompt:
+        """Tokenise an instruction and, if the prompt spells it, a robot state."""
+        prompt = self.prompt(instruction, state)
+        return EncodedPrompt(self.config.layout(prompt), prompt)
+
     def layout(self, instruction: str, state: object = None) -> TokenLayout:
         """Tokens of a query with this instruction and, if the prompt spells it, this robot state."""
-        return self.config.layout(self.prompt(instruction, state))
+        return self.encode(instruction, state).layout
 
     def check(self, observation: Observation) -> None:
         """Refuse an observation with wrong views, images or state."""

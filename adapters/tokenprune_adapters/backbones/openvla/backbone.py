@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenprune.engine.adapter import BackboneInfo, KVCache, Observation, Phase, Query, upload
+from tokenprune.engine.adapter import BackboneInfo, EncodedPrompt, KVCache, Observation, Phase, Query, upload
 from tokenprune_adapters.backbones.common.backbone import BackboneBase, PolicySetup
 from tokenprune_adapters.backbones.openvla.config import OpenVLAConfig
 from tokenprune_adapters.backbones.openvla.model import OpenVLAModel
@@ -41,9 +41,9 @@ class OpenVLA(BackboneBase[OpenVLAConfig, PromptTokenizer, OpenVLAModel]):
         self.decoder = model.language_model.decoder(self.config.body)
         self.bins = ActionBins(self.config.vocab, self.config.n_bins, self.device)
 
-    def prepare(self, observations: Sequence[Observation], instructions: Sequence[str]) -> OpenVLAInputs:
-        """Resize and crop images, tokenise, and upload."""
-        text = torch.tensor([self.prompt(instruction).ids for instruction in instructions], dtype=torch.int64)
+    def prepare(self, observations: Sequence[Observation], prompts: Sequence[EncodedPrompt]) -> OpenVLAInputs:
+        """Resize and crop images, and upload."""
+        text = torch.tensor([prompt.tokens.ids for prompt in prompts], dtype=torch.int64)
         return OpenVLAInputs(self.pixels([o["images"] for o in observations]), upload(text, self.device))
 
     def infer(self, inputs: OpenVLAInputs, query: Query) -> Tensor:

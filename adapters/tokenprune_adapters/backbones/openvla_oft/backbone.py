@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenprune.engine.adapter import BackboneInfo, Observation, Phase, Query, upload
+from tokenprune.engine.adapter import BackboneInfo, EncodedPrompt, Observation, Phase, Query, upload
 from tokenprune_adapters.backbones.common.backbone import BackboneBase, PolicySetup
 from tokenprune_adapters.backbones.openvla_oft.config import TRAIN_STEPS, OFTConfig
 from tokenprune_adapters.backbones.openvla_oft.diffusion import DDIM, timestep_encodings
@@ -70,11 +70,10 @@ class OpenVLAOFT(BackboneBase[OFTConfig, PromptTokenizer, OFTModel]):
             encodings = timestep_encodings(self.sampler.timesteps, config.body.decoder.hidden)
             self.encodings = encodings.to(self.device, self.dtype)
 
-    def prepare(self, observations: Sequence[Observation], instructions: Sequence[str]) -> OFTInputs:
-        """Resize and crop images, tokenise, normalise the state, and upload."""
-        prompts = [self.prompt(instruction) for instruction in instructions]
+    def prepare(self, observations: Sequence[Observation], prompts: Sequence[EncodedPrompt]) -> OFTInputs:
+        """Resize and crop images, normalise the state, and upload."""
         images = self.pixels([o["images"] for o in observations])
-        text = upload(torch.tensor([prompt.ids for prompt in prompts], dtype=torch.int64), self.device)
+        text = upload(torch.tensor([prompt.tokens.ids for prompt in prompts], dtype=torch.int64), self.device)
         state = None
         if self.statistics.state is not None:
             raw = np.stack([np.asarray(o["state"], dtype=np.float64) for o in observations])

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenprune.engine.adapter import BackboneInfo, FrozenKV, KVCache, Observation, Phase, Query, upload
+from tokenprune.engine.adapter import BackboneInfo, EncodedPrompt, FrozenKV, KVCache, Observation, Phase, Query, upload
 from tokenprune_adapters.backbones.common.backbone import BackboneBase, PolicySetup
 from tokenprune_adapters.backbones.pi0.config import PI0Config
 from tokenprune_adapters.backbones.pi0.model import PI0Model, time_embeddings
@@ -49,12 +49,11 @@ class PI0(BackboneBase[PI0Config, GemmaTokenizer, PI0Model]):
         """The prompt of an instruction and, if the prompt spells it, of a robot state."""
         return self.config.encode(self.tokenizer, instruction, self._normalised(state))
 
-    def prepare(self, observations: Sequence[Observation], instructions: Sequence[str]) -> PI0Inputs:
-        """Scale and pad images, tokenise, normalise the state, and upload."""
+    def prepare(self, observations: Sequence[Observation], prompts: Sequence[EncodedPrompt]) -> PI0Inputs:
+        """Scale and pad images, normalise the state, and upload."""
         states = [observation.get("state") for observation in observations]
-        prompts = [self.prompt(*pair) for pair in zip(instructions, states, strict=True)]
         images = self.pixels([observation["images"] for observation in observations])
-        text = upload(torch.tensor([prompt.ids for prompt in prompts], dtype=torch.int64), self.device)
+        text = upload(torch.tensor([prompt.tokens.ids for prompt in prompts], dtype=torch.int64), self.device)
         token = None
         if self.config.has_state_token:
             padded = np.zeros((len(states), self.config.width))

@@ -156,6 +156,7 @@ class PI0Config:
             views=self.views,
             action=self.action,
             state_size=self.state_size,
+            state_in_prompt=self.variant == "pi05",
             capabilities=frozenset({"batch", "encoder_attention", "head_cache", "kv_reuse", "layer_skip", "merge"}),
             encoder_attention=encoder_attention((self.tower,), views),
             other_flops=other,
