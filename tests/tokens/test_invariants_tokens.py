@@ -27,7 +27,7 @@ from tokenprune.pipelines.binding import bind
 from tokenprune.pipelines.config import PipelineConfig
 from tokenprune.stages.frames import FrameBuffer
 from tokenprune.stages.memory import Slot
-from tokenprune.tokens import selection
+from tokenprune.tokens import proposal
 from tokenprune.tokens.layout import TokenLayout
 from tokenprune.tokens.layout_tables import LayoutTables
 from tokenprune.tokens.proposal import Proposal
@@ -113,7 +113,7 @@ def test_I2_fixed_and_protected_tokens_stay() -> None:
 
 
 def test_I2_notices_a_resolver_deaf_to_protection() -> None:
-    real = selection.resolve
+    real = proposal.resolve
 
     def deaf(proposals: list[Proposal], *rest: Any) -> Tensor:
         return real([Proposal(torch.zeros(p.protect.shape), None, p.drop) for p in proposals], *rest)
@@ -160,7 +160,7 @@ def test_I4_counts_equal_the_plan() -> None:
 
 
 def test_I4_notices_one_token_too_few() -> None:
-    real = selection.resolve
+    real = proposal.resolve
     i4.notices(resolution, "resolve", lambda *args: real(*args)[:, 1:])
 
 
@@ -214,8 +214,8 @@ def test_I6_notices_indices_that_were_not_translated() -> None:
 @prop(st.integers(1, 12), drawing.batches, drawing.seeds)
 def i7(n: int, batch: int, seed: int) -> None:
     # Few distinct scores, so that ties are common.
-    proposal = Proposal(score=drawing.random(seed, batch, n).round(), drop=drawing.random(seed + 1, batch, n) > 0)
-    kept = [selection.resolve([proposal], keep).tolist() for keep in range(n + 1)]
+    wish = Proposal(score=drawing.random(seed, batch, n).round(), drop=drawing.random(seed + 1, batch, n) > 0)
+    kept = [proposal.resolve([wish], keep).tolist() for keep in range(n + 1)]
     for small, large in itertools.pairwise(kept):
         assert all(set(a) <= set(b) for a, b in zip(small, large, strict=True))
 
@@ -225,7 +225,7 @@ def test_I7_a_larger_keep_is_a_superset() -> None:
 
 
 def test_I7_notices_ties_broken_by_the_budget() -> None:
-    real = selection.resolve
+    real = proposal.resolve
 
     def fickle(proposals: list[Proposal], keep: int) -> Tensor:
         if keep % 2:
@@ -234,7 +234,7 @@ def test_I7_notices_ties_broken_by_the_budget() -> None:
         flipped = [Proposal(p.score.flip(1), None, p.drop.flip(1)) for p in proposals]
         return (n - 1 - real(flipped, keep)).sort(1).values
 
-    i7.notices(selection, "resolve", fickle)
+    i7.notices(proposal, "resolve", fickle)
 
 
 @prop(st.integers(1, 40), st.floats(0, 1), drawing.batches, drawing.seeds)
@@ -246,8 +246,8 @@ def i8(n: int, share: float, batch: int, seed: int) -> None:
     )
     order = drawing.random(seed + 3, n).argsort()
     keep = round(n * share)
-    plain = selection.resolve([Proposal(score, protect, drop)], keep)
-    moved = selection.resolve([Proposal(score[:, order], protect[:, order], drop[:, order])], keep)
+    plain = proposal.resolve([Proposal(score, protect, drop)], keep)
+    moved = proposal.resolve([Proposal(score[:, order], protect[:, order], drop[:, order])], keep)
     assert torch.equal(order[moved].sort(1).values, plain)
 
 
@@ -256,13 +256,13 @@ def test_I8_permuting_tokens_permutes_the_result() -> None:
 
 
 def test_I8_notices_a_preference_for_early_tokens() -> None:
-    real = selection.resolve
+    real = proposal.resolve
 
     def biased(proposals: list[Proposal], keep: int) -> Tensor:
         early = torch.arange(proposals[0].score.shape[1]) * -0.2
         return real([Proposal(p.score + early, p.protect, p.drop) for p in proposals], keep)
 
-    i8.notices(selection, "resolve", biased)
+    i8.notices(proposal, "resolve", biased)
 
 
 @prop(st.integers(1, 30), st.floats(0, 1), drawing.seeds)
@@ -270,10 +270,10 @@ def i9(n: int, share: float, seed: int) -> None:
     scores = [drawing.random(seed + i, 3, n).round(decimals=1) for i in range(2)]
     protect = drawing.random(seed + 2, 3, n) > 1
     keep = round(n * share)
-    together = selection.resolve([Proposal(scores[0], protect), Proposal(scores[1])], keep)
+    together = proposal.resolve([Proposal(scores[0], protect), Proposal(scores[1])], keep)
     for row in range(3):
         one = slice(row, row + 1)
-        alone = selection.resolve([Proposal(scores[0][one], protect[one]), Proposal(scores[1][one])], keep)
+        alone = proposal.resolve([Proposal(scores[0][one], protect[one]), Proposal(scores[1][one])], keep)
         assert torch.equal(together[one], alone)
 
 
@@ -283,7 +283,7 @@ def test_I9_batch_rows_are_independent() -> None:
 
 def test_I9_notices_ranks_taken_over_the_batch() -> None:
     fault = lambda score: torch.searchsorted(score.flatten().sort().values, score)  # noqa: E731
-    i9.notices(selection, "rank_below", fault)
+    i9.notices(proposal, "rank_below", fault)
 
 
 @prop(drawing.layouts(), pipelines(depth=4), drawing.batches)
