@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from tokenprune.errors import nearest as nearest
     from tokenprune.loading import from_module as from_module
     from tokenprune.loading import load as load
-    from tokenprune.model.decoder import Positions as Positions
     from tokenprune.model.info import ActionSpec as ActionSpec
     from tokenprune.model.info import BackboneInfo as BackboneInfo
     from tokenprune.model.info import DecoderShape as DecoderShape
@@ -82,6 +81,7 @@ if TYPE_CHECKING:
     from tokenprune.tokens.plan import Cut as Cut
     from tokenprune.tokens.plan import Plan as Plan
     from tokenprune.tokens.plan import Removal as Removal
+    from tokenprune.tokens.positions import Positions as Positions
     from tokenprune.tokens.proposal import Proposal as Proposal
     from tokenprune.tokens.selection import OriginalIds as OriginalIds
     from tokenprune.tokens.selection import TokenSelection as TokenSelection
@@ -100,7 +100,7 @@ _HOME = {
             "TokenPruneError TraceError nearest"
         ),
         "loading": "from_module load",
-        "model.decoder": "Positions",
+        "tokens.positions": "Positions",
         "model.info": "ActionSpec BackboneInfo DecoderShape",
         "model.phase": "Phase",
         "policy": "ActionChunk Policy",

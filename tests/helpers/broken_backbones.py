@@ -13,11 +13,12 @@ from torch import Tensor
 
 from tokenprune.engine.adapter import Description, Observation
 from tokenprune.engine.query import Query
-from tokenprune.model.decoder import Decoded, Decoder, Positions
+from tokenprune.model.decoder import Decoded, Decoder
 from tokenprune.model.info import BackboneInfo
 from tokenprune.registry.discovery import Owner, Registry
 from tokenprune.registry.specs import BackboneSpec
 from tokenprune.tokens.layout import TokenLayout
+from tokenprune.tokens.positions import Positions
 from tokenprune.tokens.prompt import EncodedPrompt
 from tokenprune_adapters.backbones.openvla_oft.backbone import OFTInputs, OFTTokens, OpenVLAOFT
 from tokenprune_adapters.backbones.openvla_oft.factory import OFTFactory

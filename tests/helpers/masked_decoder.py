@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import LlamaModel
 
 from tests.helpers.drawing import decoder_of, keep_sets
-from tokenprune.model.decoder import Decoded, Positions
+from tokenprune.model.decoder import Decoded
 from tokenprune.model.kv_cache import KVCache, LayerKV
+from tokenprune.tokens.positions import Positions
 from tokenprune.tokens.selection import OriginalIds, TokenSelection
 
 NEVER = 10**6

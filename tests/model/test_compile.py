@@ -12,7 +12,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.helpers.drawing import random, tiny_llama
 from tokenprune.model.attention import attention_rows
-from tokenprune.model.decoder import Positions, finish, project, rotary
+from tokenprune.model.decoder import finish, project, rotary
+from tokenprune.tokens.positions import Positions
 from tokenprune.tokens.proposal import Proposal, Quota, resolve
 from tokenprune.tokens.selection import OriginalIds, TokenSelection, apply
 

@@ -11,8 +11,9 @@ from transformers import LlamaModel
 
 from tests.helpers.drawing import batches, decoder_of, llamas, random, seeds, tiny_llama
 from tests.helpers.masked_decoder import Cuts, FakePruner, close, cuts, masked_dense, pattern
-from tokenprune.model.decoder import Decoded, Positions
+from tokenprune.model.decoder import Decoded
 from tokenprune.model.kv_cache import KVCache
+from tokenprune.tokens.positions import Positions
 from tokenprune.tokens.selection import OriginalIds, TokenSelection
 
 

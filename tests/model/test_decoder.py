@@ -10,8 +10,8 @@ from transformers import LlamaModel
 
 from tests.helpers.drawing import batches, decoder_of, llamas, random, seeds, tiny_llama
 from tests.helpers.masked_decoder import NEVER, Cuts, FakePruner, at, close, cuts, masked_dense, pattern
-from tokenprune.model.decoder import Positions
 from tokenprune.model.kv_cache import KVCache
+from tokenprune.tokens.positions import Positions
 from tokenprune.tokens.selection import OriginalIds, TokenSelection
 
 

@@ -22,9 +22,10 @@ from tests.helpers.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_p
 from tokenprune import policy
 from tokenprune.engine import cuts, query
 from tokenprune.model import decoder
-from tokenprune.model.decoder import Decoder, Positions
+from tokenprune.model.decoder import Decoder
 from tokenprune.model.kv_cache import KVCache
 from tokenprune.pipelines.config import DENSE, PipelineConfig
+from tokenprune.tokens.positions import Positions
 from tokenprune.tokens.selection import CurrentIds, OriginalIds, TokenSelection
 from tokenprune_adapters.backbones.openvla_oft.backbone import OpenVLAOFT
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from tokenprune.engine.adapter import Backbone, Observation
 from tokenprune.engine.inputs import ModelInputs
 from tokenprune.engine.query import Query
-from tokenprune.model.decoder import Decoded, Decoder, Positions, Pruner, finish, project, rotary
+from tokenprune.model.decoder import Decoded, Decoder, Pruner, finish, project, rotary
 from tokenprune.model.kv_cache import LayerKV, Memory
+from tokenprune.tokens.positions import Positions
 from tokenprune.tokens.prompt import EncodedPrompt
 from tokenprune.tokens.selection import OriginalIds, TokenSelection, rows_at
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from functools import cache
 from typing import Any, Protocol
 
@@ -17,16 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenprune.model.kv_cache import LayerKV, Memory
+from tokenprune.tokens.positions import Positions
 from tokenprune.tokens.selection import CurrentIds, OriginalIds, TokenSelection, rows_at
-
-
-class Positions(StrEnum):
-    """Rotary positions of kept tokens."""
-
-    PRESERVE = "preserve"
-    """Each keeps its original position."""
-    COMPACT = "compact"
-    """They are renumbered at each cut."""
 
 
 class Pruner(Protocol):

@@ -11,7 +11,6 @@ import pluggy
 import torch
 
 from tokenprune.errors import CapabilityError, ConfigError, MissingError, PluginError, StageError, nearest
-from tokenprune.model.decoder import Positions
 from tokenprune.model.info import BackboneInfo
 from tokenprune.pipelines.config import PipelineConfig
 from tokenprune.pipelines.planning import make_plan
@@ -24,6 +23,7 @@ from tokenprune.tokens.budget import UNION
 from tokenprune.tokens.layout import TokenLayout
 from tokenprune.tokens.layout_tables import LayoutTables
 from tokenprune.tokens.plan import Plan, Removal
+from tokenprune.tokens.positions import Positions
 
 
 @dataclass(frozen=True, slots=True)

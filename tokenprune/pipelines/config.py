@@ -14,8 +14,8 @@ from pydantic import (
 )
 
 from tokenprune.errors import nearest
-from tokenprune.model.decoder import Positions
 from tokenprune.stages.config import StageConfig, Strict
+from tokenprune.tokens.positions import Positions
 
 _NAME = r"^[a-z0-9][a-z0-9_.\-]*$"
 

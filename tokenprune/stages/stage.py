@@ -42,6 +42,7 @@ class Stage(Generic[ConfigT]):
     def __init__(self, config: ConfigT) -> None:
         """Keep the configuration."""
         self.config = config
+        self._drops: dict[tuple[int, str], tuple[int, ...]] = {}
 
     def cuts(self, depth: int) -> tuple[int, ...]:
         """Layers after which this stage has a cut, -1 for before layer 0."""
@@ -53,9 +54,13 @@ class Stage(Generic[ConfigT]):
         """Those of the cuts that drop anything in a mode."""
         if not isinstance(self.config, CutConfig):
             return ()
-        config = self.config
-        budgets = {layer: config.budget(mode, number) for number, layer in enumerate(self.cuts(depth))}
-        return tuple(layer for layer, budget in budgets.items() if config.views or budget.amount != 1.0)
+        # Stages ask in every query; a configuration never changes.
+        if (depth, mode) not in self._drops:
+            config = self.config
+            budgets = {layer: config.budget(mode, number) for number, layer in enumerate(self.cuts(depth))}
+            dropping = (layer for layer, budget in budgets.items() if config.views or budget.amount != 1.0)
+            self._drops[depth, mode] = tuple(dropping)
+        return self._drops[depth, mode]
 
     def requirements(self, info: BackboneInfo) -> StageNeeds:
         """What this stage needs of every query; read once, after `bind`.

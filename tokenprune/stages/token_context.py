@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.model.attention import probabilities, received, row_entropy, similarity
-from tokenprune.model.decoder import Decoder, Positions, project_rows, rotary
+from tokenprune.model.decoder import Decoder, project_rows, rotary
 from tokenprune.stages.memory import Slot, StageMemory, flags, last_of
 from tokenprune.tokens.layout import TokenLayout
 from tokenprune.tokens.layout_tables import LayoutTables
 from tokenprune.tokens.plan import Plan
+from tokenprune.tokens.positions import Positions
 from tokenprune.tokens.selection import CurrentIds, OriginalIds, TokenSelection, rows_at
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.model.decoder import Decoder, Positions
+from tokenprune.model.decoder import Decoder
 from tokenprune.model.info import ActionSpec, BackboneInfo, DecoderShape
 from tokenprune.pipelines.planning import make_plan
 from tokenprune.stages.frames import FrameBuffer
@@ -19,6 +19,7 @@ from tokenprune.stages.stage import Stage
 from tokenprune.stages.token_context import QueryView, SelectContext, StageView
 from tokenprune.tokens.layout import Role, Segment, TokenLayout
 from tokenprune.tokens.layout_tables import LayoutTables
+from tokenprune.tokens.positions import Positions
 from tokenprune.tokens.selection import OriginalIds, TokenSelection, rows_at
 
 try:

@@ -13,13 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers.drawing import VIEWS, batches, keep_sets, layouts, random, seeds
-from tokenprune.model.decoder import Decoder, Positions
+from tokenprune.model.decoder import Decoder
 from tokenprune.stages.frames import FrameBuffer
 from tokenprune.stages.memory import ExecutedAction, Slot, StageMemory
 from tokenprune.stages.token_context import LayerContext, PastFrames, QueryView, SelectContext, StageView
 from tokenprune.tokens.layout import Role, Segment, TokenLayout
 from tokenprune.tokens.layout_tables import LayoutTables
 from tokenprune.tokens.plan import Plan
+from tokenprune.tokens.positions import Positions
 from tokenprune.tokens.selection import OriginalIds, TokenSelection
 from tokenprune_plugins.shared.attention_rows import attention_to_patches
 from tokenprune_plugins.shared.patch_change import frame_similarity, patch_similarity, patches
