@@ -30,6 +30,7 @@ hookspec = pluggy.HookspecMarker(PROJECT)
 
 
 hookimpl = pluggy.HookimplMarker(PROJECT)
+"""Decorator of a method, or of a plugin module's function, that implements a hook point."""
 
 
 class PluginHooks:
@@ -73,7 +74,8 @@ class StageHooks:
 
         Called once per query and slot before images are uploaded, on host data only (cost: per query, and one frame
         to crop and upload). The stage then sees, through `ctx.past_images`, the newest frame at least that old, or
-        the oldest past one; 0 is the current frame. `Stage.frames` says how many past frames are kept. None: no frame.
+        the oldest past one; 0 is the current frame. `StageNeeds.look_back_frames` says how many past frames are kept.
+        None: no frame.
         """
 
     @hookspec
@@ -97,8 +99,8 @@ class StageHooks:
     def score_layer(self, ctx: LayerContext) -> Proposal | None:
         """Say which tokens should go on to the next layer.
 
-        Called once per query after each layer the stage declared (`Stage.layers`), on the device (cost: per layer).
-        A proposal counts where the stage has a cut; elsewhere the call is for looking, and returns None.
+        Called once per query after each layer in `StageNeeds.layers`, on the device (cost: per layer). A proposal
+        counts where the stage has a cut; elsewhere the call is for looking, and returns None.
         """
 
     @hookspec
@@ -106,7 +108,7 @@ class StageHooks:
         """Look at a finished query, or at an action the robot executed.
 
         Called after each query, and for each `Policy.executed` (cost: per query, per control step). All are called.
-        The record of a query holds the action tokens' attention at the layers that `Stage.watches` names; what it
+        The record of a query holds the action tokens' attention at the layers in `StageNeeds.action_attention`; what it
         remembers, the stage recalls in the next query.
         """
 

@@ -103,3 +103,4 @@ class EnvironmentSpec:
 
 
 Spec = StageSpec | PipelineSpec | BackboneSpec | EnvironmentSpec
+"""What `tokenprune_register` returns, any number of them."""

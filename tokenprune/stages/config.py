@@ -101,6 +101,7 @@ Keep = Annotated[
         "or one of either per mode."
     ),
 ]
+"""Type of the field `keep`: how many tokens stay at each cut."""
 
 
 def _cut(value: object) -> object:
@@ -133,6 +134,7 @@ Cuts = Annotated[
     WithJsonSchema({"anyOf": [*_CUT["anyOf"], {"type": "array", "items": _CUT, "minItems": 1}]}),
     Field(min_length=1, description="Where to cut: 'embedding', layers, or shares of the depth."),
 ]
+"""Type of the field `after`: where tokens leave; one place or a list of places."""
 
 Layer = Annotated[int | str, BeforeValidator(_layer), WithJsonSchema(_LAYER)]
 """A decoder layer: its number, or a share of the depth such as `47%`, so that one file fits decoders of any depth."""
@@ -143,6 +145,7 @@ Layers = Annotated[
     WithJsonSchema({"anyOf": [*_LAYER["anyOf"], {"type": "array", "items": _LAYER}]}),
     Field(description="Layers, or shares of the depth."),
 ]
+"""Several of `Layer`, for a field that names layers; a single one is a list of one."""
 
 
 def layer_index(layer: int | str, depth: int, key: str, highest: int | None = None) -> int:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tokenprune.tokens.plan import Cut, Plan
 
 ConfigT = TypeVar("ConfigT", bound=StageConfig)
+"""Configuration class of a base that several stages share: `class Base(Stage[ConfigT])`."""
 
 
 class Probe(NamedTuple):

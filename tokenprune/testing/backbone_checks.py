@@ -261,3 +261,4 @@ BACKBONE_CHECKS: tuple[Callable[[BackboneSubject], None], ...] = (
     nothing_waits_for_the_garbage_collector,
     it_works_in_bfloat16,
 )
+"""The promises of a backbone, in the order in which they are checked."""

@@ -224,6 +224,7 @@ STAGE_CHECKS: tuple[Callable[[StageSubject], None], ...] = (
     unknown_keys_are_refused,
     every_key_is_explained,
 )
+"""The promises of a stage, in the order in which they are checked."""
 
 
 def _needs_cuts(subject: StageSubject) -> None:

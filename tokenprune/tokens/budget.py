@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 UNION: Literal["union"] = "union"
+"""The amount `union` of `keep`: as many tokens as the stages protect."""
 
 
 Amount = int | float | Literal["union"]
