@@ -251,7 +251,7 @@ def test_without_memory_for_a_graph_queries_run_call_by_call(full: Any) -> None:
     policy = Policy(backbone, pipeline(TestConfig(use="test.memory")), REGISTRY)
     policy.executor = GraphExecutor(backbone, full)
     policy.reset(INSTRUCTION)
-    with pytest.warns(UserWarning, match="no memory to record pipeline 'drawn', mode 'default'"):
+    with pytest.warns(UserWarning, match="no memory to capture pipeline 'drawn', mode 'default'"):
         first = policy.act(observation(backbone.config))
     assert first.trace.execution == "eager (no memory for a graph)"
     eager = Policy(backbone, pipeline(TestConfig(use="test.memory")), REGISTRY)

@@ -80,17 +80,17 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
 
 def test_a_phase_inside_another_takes_its_time_away_from_it(watch: Watch) -> None:
     clock = Clock(torch.device("cpu"))
-    assert clock.enter("decoder") == ""
+    assert clock.enter(Phase.DECODER) is None
     watch.now = 1.0
-    outer = clock.enter("selection")
+    outer = clock.enter(Phase.SELECTION)
     watch.now = 1.5
-    inner = clock.enter("history")
+    inner = clock.enter(Phase.HISTORY)
     watch.now = 1.75
     assert clock.enter(inner) == "history"
     watch.now = 2.0
     clock.enter(outer)
     watch.now = 4.0
-    clock.enter("end")
+    clock.enter(Phase.END)
     watch.now = 9.0
     assert (outer, inner) == ("decoder", "selection")
     assert clock.milliseconds() == {"decoder": 3000.0, "selection": 750.0, "history": 250.0}
@@ -98,22 +98,22 @@ def test_a_phase_inside_another_takes_its_time_away_from_it(watch: Watch) -> Non
 
 def test_a_clock_inside_splits_the_phase_it_ran_in(watch: Watch) -> None:
     clock, inner = (Clock(torch.device("cpu")) for _ in range(2))
-    clock.enter("preprocess")
+    clock.enter(Phase.PREPROCESS)
     watch.now = 1.0
-    clock.enter("replay")
+    clock.enter(Phase.REPLAY)
     clock.split(inner)
     watch.now = 1.5
-    inner.enter("replay")
+    inner.enter(Phase.REPLAY)
     watch.now = 1.75
     with inner.phase(Phase.DECODER):
         watch.now = 4.0
-    inner.enter("history")
+    inner.enter(Phase.HISTORY)
     watch.now = 4.5
-    inner.enter("end")
+    inner.enter(Phase.END)
     watch.now = 5.0
-    clock.enter("history")
+    clock.enter(Phase.HISTORY)
     watch.now = 5.25
-    clock.enter("end")
+    clock.enter(Phase.END)
     spent = clock.milliseconds()
     assert spent == {"preprocess": 1000.0, "replay": 1250.0, "decoder": 2250.0, "history": 750.0}
     assert sum(spent.values()) == 5250.0
@@ -147,14 +147,14 @@ def test_marks_in_a_graph_are_external_and_read_after_each_replay(monkeypatch: p
         for place, node in enumerate(Node.made):
             node.at = pace * (place + 1) ** 2
         assert clock.milliseconds() == {"vision": 3 * pace, "decoder": 5 * pace}
-    Clock(torch.device("cuda")).enter("vision")
+    Clock(torch.device("cuda")).enter(Phase.VISION)
     assert not Node.made[-1].external
 
 
 def test_nothing_is_timed_in_a_graph_that_is_none() -> None:
     clock = GraphClock(torch.device("cpu"))
     with clock.phase(Phase.VISION):
-        assert clock.enter("decoder") == ""
+        assert clock.enter(Phase.DECODER) is None
     assert clock.milliseconds() == {}
 
 
@@ -162,10 +162,10 @@ def test_nothing_is_timed_before_the_first_phase_or_in_the_last(watch: Watch) ->
     clock = Clock(torch.device("cpu"))
     assert clock.milliseconds() == {}
     watch.now = 3.0
-    clock.enter("vision")
+    clock.enter(Phase.VISION)
     assert clock.milliseconds() == {}
     watch.now = 3.5
-    clock.enter("end")
+    clock.enter(Phase.END)
     assert clock.milliseconds() == {"vision": 500.0}
 
 

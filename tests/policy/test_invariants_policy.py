@@ -13,7 +13,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-import tokenprune_plugins.baselines.uniform_grid
+import tokenprune_plugins.baselines.random
 from tests.helpers import drawing, stages
 from tests.helpers.naive_oft import naive_actions
 from tests.helpers.paths import ROOT
@@ -160,7 +160,7 @@ def test_I13_the_same_seed_selects_the_same() -> None:
 
 def test_I13_notices_global_random_numbers() -> None:
     fault = lambda ids, seed: torch.rand(ids.shape)  # noqa: E731
-    i13.notices(tokenprune_plugins.baselines.uniform_grid, "hashed", fault)
+    i13.notices(tokenprune_plugins.baselines.random, "hashed", fault)
 
 
 @prop(pipelines(depth=3), st.sampled_from([torch.float32, torch.float64, torch.bfloat16]), examples=15)
@@ -197,8 +197,8 @@ def test_I15_hot_files_never_wait_for_the_device() -> None:
 
 
 def test_I15_notices_a_planted_wait(tmp_path: Path) -> None:
-    spoiled = tmp_path / "selection.py"
-    source = (ROOT / "tokenprune" / "selection.py").read_text(encoding="utf-8")
+    spoiled = tmp_path / "proposal.py"
+    source = (ROOT / "tokenprune" / "tokens" / "proposal.py").read_text(encoding="utf-8")
     spoiled.write_text(
         source.replace("return key.topk(keep,", "return key.topk(int(key.max().item()) and keep,"), encoding="utf-8"
     )

@@ -133,7 +133,7 @@ def test_a_path_that_cannot_be_read_is_an_error_not_a_pass(lint_hot, tmp_path, c
 
 
 def test_the_list_of_hot_files_cannot_go_stale(lint_hot, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"tokenprune/decoder\.py"):
+    with pytest.raises(FileNotFoundError, match=r"tokenprune/model/decoder\.py"):
         lint_hot.hot_files(tmp_path)
 
 
