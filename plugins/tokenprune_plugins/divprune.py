@@ -23,7 +23,7 @@ class DivPruneConfig(CutConfig):
 
 
 class DivPrune(ScoreStage[DivPruneConfig]):
-    """Keeps patches with a large smallest distance between any two, chosen greedily, one step for each kept token."""
+    """Keeps patches whose smallest pairwise distance is large, chosen greedily, one step for each kept token."""
 
     Config = DivPruneConfig
 

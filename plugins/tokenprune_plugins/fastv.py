@@ -2,7 +2,7 @@
 
 The paper's K is the layer that the cut precedes, so K = 2 is `after: 1`; its R is the pruned share, so R = 50 % is
 `keep: 0.5`. The score is the attention of layer K-1, mean over heads. The released code reads the last query row. In a
-bidirectional decoder the last row is a stop token without meaning, so there the text's rows are read.
+bidirectional decoder the last row has no special role, so there the text's rows are read.
 """
 
 from __future__ import annotations

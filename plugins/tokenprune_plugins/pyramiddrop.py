@@ -3,7 +3,7 @@
 Before layers 8, 16 and 24 of 32 the score of a patch is the attention that the last token would pay it in the next
 layer, computed with that layer's norm and projections, mean over heads; 50, 25 and 12.5 % of all patches are left. The
 released code renumbers the kept tokens (`positions: compact`), and so does the preset. In a bidirectional decoder the
-last row is a stop token without meaning, so there the text's rows are read.
+last row has no special role, so there the text's rows are read.
 """
 
 from __future__ import annotations

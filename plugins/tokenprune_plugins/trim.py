@@ -85,8 +85,8 @@ class TRIM(Stage[TRIMConfig]):
         """
         if self.config.checkpoint is None:
             raise MissingError(
-                "checkpoint: it compares patches with the instruction by a CLIP, and none ships with tokenprune; "
-                "give its weights: a file, a pretrained tag of open_clip such as openai, or hf-hub:NAME"
+                "checkpoint: patches are compared with the instruction by a CLIP, and no CLIP comes with tokenprune; "
+                "give its weights: a file, a tag of open_clip's such as openai, or hf-hub:NAME"
             )
         self._clip = load(self.config.model, self.config.checkpoint, self.config.layer)
 

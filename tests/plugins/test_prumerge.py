@@ -219,7 +219,7 @@ def test_it_keeps_what_stands_out_in_the_tower(name: str, kind: Any, spread: boo
     assert trace.kept[-1][0].tolist() == [layout.prunable[i] for i in kept]
     assert trace.encoder == (("cls_whole", "keys_whole") if from_cls else ("keys_whole", "received"))
     (note,) = [stage.caveats(backbone.info) for stage in policy.pipeline.stages]
-    assert ("class token, heads not split" in note) == from_cls
+    assert ("class token; heads not split" in note) == from_cls
     assert ("has no class token" in note) == (not has_cls)
 
 

@@ -216,10 +216,10 @@ def test_a_query_keeps_by_the_whole_of_it(files: dict[str, str]) -> None:
 
 def test_views_are_laid_over_each_other_where_grids_differ() -> None:
     slope = torch.arange(8.0).expand(6, 8)
-    found = trim.regridded(slope.reshape(1, -1), (6, 8), (3, 4)).view(3, 4)
+    found = trim.resample_grid(slope.reshape(1, -1), (6, 8), (3, 4)).view(3, 4)
     assert (found.diff(dim=1) > 0).all()
     torch.testing.assert_close(found, found[:1].expand(3, 4))
-    torch.testing.assert_close(trim.regridded(torch.ones(2, 4), (2, 2), (5, 3)), torch.ones(2, 15))
+    torch.testing.assert_close(trim.resample_grid(torch.ones(2, 4), (2, 2), (5, 3)), torch.ones(2, 15))
 
 
 def test_the_text_tower_runs_once_for_each_instruction(files: dict[str, str]) -> None:

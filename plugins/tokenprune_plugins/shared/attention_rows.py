@@ -19,7 +19,7 @@ RowsOrAuto = Annotated[
 
 
 def resolve_rows(rows: RowsOrAuto, causal: bool) -> str:
-    """Name of the span whose rows are read; `auto` avoids the last row of a bidirectional decoder, a stop token."""
+    """Name of the span whose rows are read; for `auto` this is the last row only in a causal decoder."""
     if rows != "auto":
         return rows
     return "last" if causal else "text"
@@ -28,8 +28,8 @@ def resolve_rows(rows: RowsOrAuto, causal: bool) -> str:
 def rows_caveat(rows: RowsOrAuto, causal: bool) -> str:
     """Text for `Stage.caveats`: which rows are read, and whether the released code reads others."""
     resolved = resolve_rows(rows, causal)
-    reason = ", as in the released code" if resolved == "last" else " in place of the last one, here a stop token"
-    return f"attention of the '{resolved}' rows{reason if rows == 'auto' else ''}, mean over heads and rows"
+    released = ", as in the released code" if causal else " in place of the last one, which has no special role here"
+    return f"attention of the '{resolved}' rows{released if rows == 'auto' else ''}, mean over heads and rows"
 
 
 def attention_to_patches(ctx: LayerContext, rows: str | range | OriginalIds) -> Tensor:
