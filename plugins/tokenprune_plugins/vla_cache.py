@@ -50,7 +50,7 @@ class VLACacheConfig(CutConfig):
     unchanged: float = Field(
         default=0.996, description="Cosine similarity of a patch's pixels to the last query from which it is static."
     )
-    top: int = Field(default=100, ge=0, description="Maximum number of static patches per camera, the most similar ones.")
+    top: int = Field(default=100, ge=0, description="Maximum of static patches per camera, the most similar ones.")
     relevant_top: int = Field(
         default=100, ge=0, description="Patches that the text attended to most, which are always computed."
     )
