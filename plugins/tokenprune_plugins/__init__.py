@@ -1,4 +1,4 @@
-"""The strategies that ship with tokenprune, registered as any other plugin. Imports no torch."""
+"""The strategies that ship with tokenprune, registered like those of any plugin. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _STAGES = (
     StageSpec(
         "none",
         "baseline",
-        "asked at every cut, drops nothing: what the framework itself costs",
+        "drops nothing and is called at every cut: measures the cost of the framework itself",
         f"{__name__}.baselines.none:Nothing",
     ),
     StageSpec("random", "baseline", "keeps tokens at random", f"{__name__}.baselines.random:Random"),
@@ -26,20 +26,20 @@ _STAGES = (
     StageSpec(
         "keep_view",
         "baseline",
-        "keeps the whole of named views and nothing of the others",
+        "keeps all patches of named views and none of the others",
         f"{__name__}.baselines.keep_view:KeepView",
     ),
     StageSpec(
         "pool2x2",
         "baseline",
-        "averages squares of two by two patches",
+        "averages squares of 2 x 2 patches",
         f"{__name__}.baselines.pooling:Pool",
         requires=frozenset({"merge"}),
     ),
     StageSpec(
         "fastv",
         "scorer",
-        "keeps the patches an early layer attends to",
+        "keeps the patches that an early layer attends to most",
         f"{__name__}.fastv:FastV",
         paper="FastV, arXiv 2403.06764 (ECCV 2024)",
     ),
@@ -53,7 +53,7 @@ _STAGES = (
     StageSpec(
         "sparsevlm",
         "scorer",
-        "keeps, at three depths, the patches that the text's most visual tokens attend to",
+        "keeps, at three depths, the patches that the most visual text tokens attend to",
         f"{__name__}.sparsevlm:SparseVLM",
         paper="SparseVLM, arXiv 2410.04417 (ICML 2025)",
         requires=frozenset({"merge"}),
@@ -61,21 +61,21 @@ _STAGES = (
     StageSpec(
         "pyramiddrop",
         "scorer",
-        "keeps, at three depths, the half that the coming layer attends to most",
+        "keeps, at three depths, the half that the next layer would attend to most",
         f"{__name__}.pyramiddrop:PyramidDrop",
         paper="PyramidDrop, arXiv 2410.17247 (CVPR 2025)",
     ),
     StageSpec(
         "dart",
         "scorer",
-        "keeps a few pivots and the patches least like them",
+        "keeps a few pivots and the patches least similar to them",
         f"{__name__}.dart:DART",
         paper="DART, arXiv 2502.11494 (EMNLP 2025)",
     ),
     StageSpec(
         "fastervlm",
         "selector",
-        "keeps the patches that the vision tower itself attends to",
+        "keeps the patches that the vision tower attends to most",
         f"{__name__}.fastervlm:FasterVLM",
         paper="FasterVLM, arXiv 2412.01818",
         requires=frozenset({"encoder_attention"}),
@@ -83,7 +83,7 @@ _STAGES = (
     StageSpec(
         "visionzip",
         "selector",
-        "keeps the patches that the vision tower attends to, and folds the rest into a few targets",
+        "keeps the patches that the vision tower attends to most, and merges the rest into a few tokens",
         f"{__name__}.visionzip:VisionZip",
         paper="VisionZip, arXiv 2412.04467 (CVPR 2025)",
         requires=frozenset({"encoder_attention", "merge"}),
@@ -99,7 +99,7 @@ _STAGES = (
     StageSpec(
         "prumerge",
         "selector",
-        "keeps the patches whose attention in the vision tower stands out, and merges the others into them",
+        "keeps the patches with outlying attention in the vision tower, and merges the others into them",
         f"{__name__}.prumerge:PruMerge",
         paper="LLaVA-PruMerge, arXiv 2403.15388 (ICCV 2025)",
         requires=frozenset({"encoder_attention", "merge"}),
@@ -107,7 +107,7 @@ _STAGES = (
     StageSpec(
         "tome",
         "selector",
-        "merges the pairs of patches that are most alike",
+        "merges the most similar pairs of patches",
         f"{__name__}.tome:ToMe",
         paper="ToMe, arXiv 2210.09461 (ICLR 2023)",
         requires=frozenset({"merge"}),
@@ -115,14 +115,14 @@ _STAGES = (
     StageSpec(
         "efficientvla_tokens",
         "scorer",
-        "keeps patches the text attends to, and some unlike them",
+        "keeps patches that the text attends to most, and patches least similar to them",
         f"{__name__}.efficientvla:EfficientVLATokens",
         paper=_EFFICIENT,
     ),
     StageSpec(
         "layer_skip_cosine",
         "shortcut",
-        "leaves out decoder layers, those that `layer_cosine` finds to change tokens least",
+        "leaves out the decoder layers that `layer_cosine` finds to change tokens least",
         f"{__name__}.layer_skip:LayerSkip",
         paper=_EFFICIENT,
         requires=frozenset({"layer_skip"}),
@@ -130,7 +130,7 @@ _STAGES = (
     StageSpec(
         "head_cache",
         "shortcut",
-        "runs the action head's layers at one of several flow steps",
+        "runs the action head's layers at one flow step of several",
         f"{__name__}.head_cache:HeadCache",
         paper=_EFFICIENT,
         requires=frozenset({"head_cache"}),
@@ -138,14 +138,14 @@ _STAGES = (
     StageSpec(
         "layer_cosine",
         "baseline",
-        "measures how much each layer changes the tokens, drops nothing",
+        "measures how much each layer changes the tokens; drops nothing",
         f"{__name__}.layer_skip:LayerCosine",
         paper=_EFFICIENT,
     ),
     StageSpec(
         "vla_cache",
         "scorer",
-        "does not compute patches that did not change, and attends to what they were",
+        "reuses keys and values of the last query for patches that did not change",
         f"{__name__}.vla_cache:VLACache",
         paper="VLA-Cache, arXiv 2502.02175 (NeurIPS 2025)",
         requires=frozenset({"kv_reuse"}),
@@ -153,14 +153,14 @@ _STAGES = (
     StageSpec(
         "ttf",
         "scorer",
-        "keeps the features of patches that neither changed nor matter; drops nothing",
+        "reuses the features of patches that did not change; drops nothing",
         f"{__name__}.ttf:TTF",
         paper="TTF-VLA, arXiv 2508.19257 (AAAI 2026)",
     ),
     StageSpec(
         "sp_vla",
         "selector",
-        "keeps edges, and fewer of the other patches the faster the arm moves up or down",
+        "keeps edges, and fewer of the other patches the faster the arm moves vertically",
         f"{__name__}.sp_vla:SPVLA",
         paper="SP-VLA, arXiv 2506.12723 (ICLR 2026)",
         requires=frozenset({"encoder_attention"}),
@@ -168,35 +168,35 @@ _STAGES = (
     StageSpec(
         "vla_adp",
         "selector",
-        "keeps the patches most like the text by the first layer's projections",
+        "keeps the patches most similar to the text in the first layer's projections",
         f"{__name__}.vla_adp:Relevance",
         paper=_ADP,
     ),
     StageSpec(
         "vla_adp.gate",
         "controller",
-        "prunes while the hand travels far, by achieved poses",
+        "prunes while the end effector travels far, by achieved poses",
         f"{__name__}.vla_adp:Gate",
         paper=_ADP,
     ),
     StageSpec(
         "vla_pruner",
         "scorer",
-        "keeps different-looking patches among those that prefix and last actions attend to",
+        "keeps diverse patches among those that the prefix or recent actions attend to",
         f"{__name__}.vla_pruner:VLAPruner",
         paper="VLA-Pruner, arXiv 2511.16449",
     ),
     StageSpec(
         "sp_vla.scheduler",
         "controller",
-        "goes on as the arm moved while it moves steadily, without the model",
+        "extrapolates actions without the model while the arm moves steadily",
         f"{__name__}.sp_vla_scheduler:Scheduler",
         paper="SP-VLA, arXiv 2506.12723 (ICLR 2026)",
     ),
     StageSpec(
         "specprune.static",
         "scorer",
-        "keeps what changed, was attended to before, or is attended to by the first layers",
+        "keeps patches that changed, or that the previous query or the first layers attend to",
         f"{__name__}.specprune.static:Static",
         paper=_SPECPRUNE,
     ),
@@ -210,7 +210,7 @@ _STAGES = (
     StageSpec(
         "specprune.controller",
         "controller",
-        "coarse while the arm travels, fine while it works",
+        "chooses coarse mode while the arm travels, fine mode while it works",
         f"{__name__}.specprune.controller:Controller",
         paper=_SPECPRUNE,
     ),
@@ -218,19 +218,19 @@ _STAGES = (
 _RELEASED = StageSpec(
     "specprune.static_c3",
     "scorer",
-    "the static stage as the final released code runs it, for comparison only",
+    "the static stage of the final released code, for comparison only",
     f"{__name__}.specprune.static_c3:StaticC3",
     paper=f"{_SPECPRUNE}, code 8091adc",
     requires=frozenset({"action_rows"}),
 )
 _PRESETS = {
     "specprune": "controller, static and dynamic stage of SpecPrune-VLA, with fixed counts",
-    "specprune-paper": "SpecPrune-VLA as its third version describes it",
-    "specprune-c3": "SpecPrune-VLA as its final released code selects tokens, for comparison",
-    "prumerge-plus": "PruMerge+: an even sample of patches stays beside those that stand out",
-    "sparsevlm-recycle": "SparseVLM with recycling: the best of what leaves stays as means of clusters",
+    "specprune-paper": "SpecPrune-VLA by the third version of its paper",
+    "specprune-c3": "SpecPrune-VLA with the selection of its final released code, for comparison",
+    "prumerge-plus": "PruMerge+: an even sample of patches stays besides the outliers",
+    "sparsevlm-recycle": "SparseVLM with recycling: the best tokens that leave stay as means of clusters",
     "sp_vla-scheduled": "SP-VLA's scheduler, and its token pruning in the queries that reach the model",
-    "efficientvla": "EfficientVLA on a flow head: fewer patches, and its layers at one of five steps",
+    "efficientvla": "EfficientVLA on a flow head: fewer patches, and the head's layers at one step of five",
 }
 _COMPOSED = {
     "diverse-then-attended": "DivPrune, then FastV, and more of both while the arm works (SpecPrune's controller)",
@@ -243,7 +243,7 @@ _COMPOSED = {
 
 @hookimpl
 def tokenprune_register() -> Iterable[Spec]:
-    """Stages, a pipeline file of the same name for each, and the presets that combine them."""
+    """The stages, a pipeline of the same name for each, and presets that combine several stages."""
     files = {**{stage.name: stage.summary for stage in _STAGES}, **_PRESETS, **_COMPOSED}
     pipelines = (PipelineSpec(name, summary, __name__, f"pipelines/{name}.yaml") for name, summary in files.items())
     return (*_STAGES, _RELEASED, *pipelines)

@@ -1,8 +1,9 @@
-"""DivPrune (arXiv 2503.02175): keep the patches whose embeddings lie farthest from each other, whatever they show.
+"""DivPrune (arXiv 2503.02175): keep the patches whose embeddings are most diverse.
 
-The distance of two patches is 1 minus the cosine of their projected embeddings. The first to be kept is the one whose
-nearest neighbour is farthest; then, again and again, the one farthest from all that are kept already. Neither text nor
-attention is looked at. The order of choosing is the score, so a larger keep contains every smaller one.
+The distance of two patches is 1 minus the cosine similarity of their projected embeddings. The first choice is the
+patch whose nearest neighbour is farthest away. Each further choice is the patch whose distance to the nearest chosen
+patch is largest. Text and attention are not used. The order of choice is the score, so a larger `keep` contains every
+smaller one.
 """
 
 from __future__ import annotations
@@ -11,43 +12,44 @@ import torch
 from torch import Tensor
 
 from tokenprune import BackboneInfo, CutConfig, Keep, Plan, SelectContext
-from tokenprune_plugins.shared.bases import Scored
-from tokenprune_plugins.shared.similarity import likeness, likeness_flops
+from tokenprune_plugins.shared.bases import ScoreStage
+from tokenprune_plugins.shared.similarity import pairwise_cosine, similarity_flops
 
 
 class DivPruneConfig(CutConfig):
-    """Where DivPrune cuts; the released code keeps a tenth before layer 0."""
+    """Where DivPrune cuts; the released code keeps one tenth before layer 0."""
 
     keep: Keep = 0.1
 
 
-class DivPrune(Scored[DivPruneConfig]):
-    """Keeps a set whose smallest distance is large, found greedily; as many steps as tokens are kept."""
+class DivPrune(ScoreStage[DivPruneConfig]):
+    """Keeps patches whose smallest pairwise distance is large, chosen greedily, one step for each kept token."""
 
     Config = DivPruneConfig
 
     def own_flops(self, info: BackboneInfo, plan: Plan) -> int:
-        """Cosines of all pairs."""
-        return sum(likeness_flops(cut.found, info.decoder.hidden) for cut in self.own_cuts(plan))
+        """FLOPs of the cosine similarities of all pairs."""
+        return sum(similarity_flops(cut.found, info.decoder.hidden) for cut in self.own_cuts(plan))
 
     def score(self, ctx: SelectContext) -> Tensor:
-        """Diversity of the projected patches; after a layer of their hidden states, which the paper does not try."""
+        """Diversity of the projected embeddings; after a layer, which the paper does not try, of the hidden states."""
         return farthest_first(ctx.patches, ctx.plan.cut_after[ctx.layer].keep)
 
 
 def farthest_first(embeddings: Tensor, count: int, member: Tensor | None = None) -> Tensor:
-    """Scores `[B, P]` of embeddings `[B, P, D]`, highest for the first of `count` choices.
+    """Scores `[B, P]` by farthest-first traversal, highest for the first of `count` choices.
 
-    Of equals the lower index is chosen. What is not chosen scores below, by its distance from what is.
+    Of equally far patches the one of lower index is chosen. Patches that are not chosen score below the chosen ones, by
+    their distance to the nearest chosen patch.
 
     Args:
-        embeddings: What is compared.
-        count: Choices to make.
-        member: Boolean `[B, P]`: only these are compared and chosen, at least `count` in each row; the others score
-            lowest. All where left out.
+        embeddings: Embeddings of the patches `[B, P, D]`.
+        count: Number of patches to choose.
+        member: Boolean `[B, P]`, at least `count` true in each batch row: the patches that are compared and chosen; the
+            others score lowest. All where left out.
     """
-    distance = 1 - likeness(embeddings)
-    # Two patches nearest to each other tie for the first choice, and rounding must not decide it.
+    distance = 1 - pairwise_cosine(embeddings)
+    # Two mutual nearest neighbours tie for the first choice; symmetric distances keep rounding from deciding it.
     distance = torch.minimum(distance, distance.mT)
     outside = torch.zeros_like(distance[:, 0], dtype=torch.bool) if member is None else ~member
     own = torch.eye(distance.shape[-1], dtype=torch.bool, device=distance.device)

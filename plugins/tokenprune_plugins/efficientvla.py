@@ -1,9 +1,10 @@
-"""EfficientVLA's token half (arXiv 2506.10100): key patches, then relevant ones, then ones unlike the key patches.
+"""EfficientVLA's token pruning (arXiv 2506.10100): keep key patches, other relevant patches, and diverse patches.
 
-Relevance is what the text attends to after one layer, mean over heads. The most relevant `key` patches are kept in any
-case; of the rest of the budget a share `alpha` goes to the next relevant ones, and what is left to the patches whose
-largest cosine with a key patch is smallest. The authors have released no code, and where they cut, `alpha`, and which
-features they compare could not be read at first hand: `after`, `alpha` and the hidden states taken here are ours.
+The relevance of a patch is the attention it gets from the text at the layer before the cut: mean over heads, sum over
+text tokens. The `key` most relevant patches are always kept. Of the remaining budget a share `alpha` goes to the next
+most relevant patches, and the rest to the patches whose largest cosine similarity to a key patch is smallest. The
+authors have released no code, and their cut, their `alpha` and the features they compare could not be read at first
+hand: `after`, `alpha` and the comparison of hidden states are our choices.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from tokenprune import (
     rows_at,
 )
 from tokenprune_plugins.shared.ranks import rank_within
-from tokenprune_plugins.shared.similarity import likeness_flops, unit
+from tokenprune_plugins.shared.similarity import similarity_flops, unit_vectors
 
 
 class EfficientVLATokensConfig(CutConfig):
@@ -35,47 +36,54 @@ class EfficientVLATokensConfig(CutConfig):
 
     after: Cuts = ("6%",)
     keep: Keep = 0.25
-    key: int = Field(default=8, ge=1, description="Patches kept for their relevance in any case; 4 to 8 in the paper.")
-    alpha: float = Field(default=0.5, ge=0, le=1, description="Share of the rest that is chosen by relevance.")
+    key: int = Field(
+        default=8, ge=1, description="Key patches: the most relevant ones, always kept; 4 to 8 in the paper."
+    )
+    alpha: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="Share of the remaining budget that goes to relevance; the rest: diversity.",
+    )
 
 
 class EfficientVLATokens(Stage[EfficientVLATokensConfig]):
-    """Keeps what the text attends to, and some of what looks different from it."""
+    """Keeps the patches that the text attends to most, and patches least similar to them."""
 
     Config = EfficientVLATokensConfig
 
     def probes(self, info: BackboneInfo, layout: TokenLayout, mode: str) -> tuple[Probe, ...]:
-        """The text's rows, at every layer a cut follows."""
+        """The text's rows at every layer that a cut follows."""
         return tuple(Probe(layer, "text") for layer in self.requirements(info).layers)
 
     def own_flops(self, info: BackboneInfo, plan: Plan) -> int:
-        """Cosines with the key patches."""
+        """FLOPs of the cosine similarities to the key patches."""
         return sum(
-            likeness_flops(cut.found, info.decoder.hidden, min(self.config.key, cut.keep))
+            similarity_flops(cut.found, info.decoder.hidden, min(self.config.key, cut.keep))
             for cut in self.own_cuts(plan)
         )
 
     @hookimpl
     def score_layer(self, ctx: LayerContext) -> Proposal:
-        """Tiers: key and relevant patches by relevance, the others by how unlike the key patches they are."""
+        """Score key and relevant patches by relevance, and below them the others by diversity."""
         keep = ctx.plan.cut_after[ctx.layer].keep
         key = min(self.config.key, keep)
         relevance = ctx.attention_rows("text").mean(1).sum(1)
-        return Proposal(score=tiers(relevance, ctx.patches, key, round(self.config.alpha * (keep - key))))
+        return Proposal(score=tiered_scores(relevance, ctx.patches, key, round(self.config.alpha * (keep - key))))
 
 
-def tiers(relevance: Tensor, features: Tensor, key: int, relevant: int) -> Tensor:
-    """Scores `[B, P]`: above 2 the best `key + relevant` by relevance `[B, P]`, below by unlikeness to the key patches.
+def tiered_scores(relevance: Tensor, features: Tensor, key: int, relevant: int) -> Tensor:
+    """Scores `[B, P]`: the `key + relevant` most relevant patches score above 2, the others 1 minus their similarity.
 
     Args:
-        relevance: Of equals the lower index counts as more relevant.
-        features: What is compared `[B, P, D]`.
-        key: Patches that the others are compared with.
-        relevant: Patches after them that relevance chooses.
+        relevance: Relevance `[B, P]`; of equal patches the lower index ranks first.
+        features: Features that are compared `[B, P, D]`.
+        key: Number of key patches, to which the others are compared.
+        relevant: Number of patches after them that relevance chooses.
     """
     order = relevance.argsort(dim=-1, descending=True, stable=True)
-    place = rank_within(relevance)
-    directions = unit(features)
-    likeness = (directions @ rows_at(directions, order[:, :key]).mT).amax(-1)
-    first = 3 - place.to(likeness.dtype) / place.shape[1]
-    return torch.where(place < key + relevant, first, 1 - likeness)
+    rank = rank_within(relevance)
+    directions = unit_vectors(features)
+    similarity = (directions @ rows_at(directions, order[:, :key]).mT).amax(-1)
+    by_relevance = 3 - rank.to(similarity.dtype) / rank.shape[1]
+    return torch.where(rank < key + relevant, by_relevance, 1 - similarity)

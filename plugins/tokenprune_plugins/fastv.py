@@ -1,8 +1,8 @@
-"""FastV (arXiv 2403.06764): drop once, after an early layer, the patches it attends to least.
+"""FastV (arXiv 2403.06764): after an early layer, drop the patches that get the least attention in it.
 
-The paper's K is the layer the cut comes before, so K = 2 is `after: 1`; its R is the pruned share, so R = 50 % is
-`keep: 0.5`. The score is the attention map of layer K-1, averaged over heads. The released code takes the last query
-row. In a bidirectional decoder the last row is a stop token that means nothing, so there the rows are the text's.
+The paper's K is the layer that the cut precedes, so K = 2 is `after: 1`; its R is the pruned share, so R = 50 % is
+`keep: 0.5`. The score is the attention of layer K-1, mean over heads. The released code reads the last query row. In a
+bidirectional decoder the last row has no special role, so there the text's rows are read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tokenprune import (
     hookimpl,
     require_rows,
 )
-from tokenprune_plugins.shared.attention_rows import RowsOrAuto, rows_note, rows_read
+from tokenprune_plugins.shared.attention_rows import RowsOrAuto, attention_to_patches, resolve_rows, rows_caveat
 
 
 class FastVConfig(CutConfig):
@@ -32,25 +32,24 @@ class FastVConfig(CutConfig):
 
 
 class FastV(Stage[FastVConfig]):
-    """Keeps the prunable tokens with the most attention from the chosen rows at the layer before the cut."""
+    """Keeps the patches that get the most attention from the chosen rows at the layer before the cut."""
 
     Config = FastVConfig
 
     def bind(self, info: BackboneInfo) -> None:
-        """Refuse rows that the decoder does not have beside the image."""
+        """Refuse rows that the decoder does not process together with the image."""
         require_rows(self.config.rows, info)
 
     def caveats(self, info: BackboneInfo) -> str:
         """Which rows are read on this backbone."""
-        return rows_note(self.config.rows, info.decoder.causal)
+        return rows_caveat(self.config.rows, info.decoder.causal)
 
     def probes(self, info: BackboneInfo, layout: TokenLayout, mode: str) -> tuple[Probe, ...]:
-        """The rows, at every layer a cut follows."""
-        return tuple(
-            Probe(layer, rows_read(self.config.rows, info.decoder.causal)) for layer in self.requirements(info).layers
-        )
+        """The resolved rows at every layer that a cut follows."""
+        rows = resolve_rows(self.config.rows, info.decoder.causal)
+        return tuple(Probe(layer, rows) for layer in self.requirements(info).layers)
 
     @hookimpl
     def score_layer(self, ctx: LayerContext) -> Proposal:
-        """Mean attention to each patch."""
-        return Proposal(score=ctx.attention_rows(rows_read(self.config.rows, ctx.causal)).mean((1, 2)))
+        """Score patches by their attention from the rows."""
+        return Proposal(score=attention_to_patches(ctx, resolve_rows(self.config.rows, ctx.causal)))

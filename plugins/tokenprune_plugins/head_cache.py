@@ -1,8 +1,8 @@
-"""EfficientVLA's action-head cache (arXiv 2506.10100): most flow steps repeat what the head's layers added before.
+"""EfficientVLA's action-head cache (arXiv 2506.10100): most flow steps reuse the output of the action head's layers.
 
-The paper recomputes attention and MLP outputs of the head at every fifth of ten steps and reuses them in between. Here
-what all layers together added to the action tokens is kept, gates of adaptive norms included, which is the same: with
-every branch's output reused nothing else of a layer is left to run.
+The paper computes the head's attention and MLP outputs at every fifth of ten steps and reuses them in between. Here the
+residual is reused that all layers together add to the action tokens, including the gates of adaptive norms. This gives
+the same result: once the outputs of all branches are reused, nothing else of a layer is left to compute.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from tokenprune import BackboneInfo, Stage, StageConfig, StageNeeds
 
 
 class HeadCacheConfig(StageConfig):
-    """How often the layers run."""
+    """How often the action head's layers run."""
 
-    interval: int = Field(default=5, ge=1, description="Flow steps of which the first runs; 1 is every step.")
+    interval: int = Field(default=5, ge=1, description="Layers run at one flow step of this many; 1 is every step.")
 
 
 class HeadCache(Stage[HeadCacheConfig]):
-    """Runs the action head's layers at the first of each `interval` flow steps."""
+    """Runs the action head's layers at the first of every `interval` flow steps."""
 
     Config = HeadCacheConfig
 
     def requirements(self, info: BackboneInfo) -> StageNeeds:
-        """One of several flow steps."""
+        """The interval of flow steps."""
         return replace(super().requirements(info), flow_interval=self.config.interval)

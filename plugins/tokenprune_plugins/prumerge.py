@@ -1,27 +1,27 @@
-"""LLaVA-PruMerge and PruMerge+ (arXiv 2403.15388): patches whose attention stands out, and all others merged into them.
+"""LLaVA-PruMerge and PruMerge+ (arXiv 2403.15388): keep patches with outlying attention, merge all others into them.
 
-In each view a patch stands out if the vision tower's class token gives it more than Q3 + 1.5 (Q3 - Q1), Q1 and Q3 being
-the quartiles of what the view's patches get. So their number is known only during the query; `bucket` rounds it up. As
-in the released code, heads are not split: one softmax over products of the full width. PruMerge+ (`spread: true`) adds
-an even sample. With `step` the whole part of patches over outliers, it takes every int(step / 3)-th patch in raster
-order from int(step / 6) on, at least every one; the released code leaves out the last patch, and fails where step < 3.
+In each view a patch is an outlier if its attention from the vision tower's class token exceeds Q3 + 1.5 (Q3 - Q1);
+Q1 and Q3 are the quartiles of the view's attention. So the number of outliers is known only during the query; `bucket`
+rounds it up. As in the released code, heads are not split: the attention is one softmax over products of the full
+width. PruMerge+ (`spread: true`) adds an even sample: with `step` = int(patches / outliers), every int(step / 3)-th
+patch in raster order starting at int(step / 6), or every patch where step < 3. The released code leaves out the last
+patch, and fails where step < 3.
 
-To every kept patch are added the 32 other patches of its view, kept or not, whose keys are most like its own, each
-times what the class token gives it, and not normalised: the weights of a patch sum to more than 1. One token more holds
-the sum of all that leave the view, weighted likewise. The released code appends it; here the best patch that would
-leave stays as that token, at its own place. Where other stages or a fixed `keep` choose more or fewer, it is the last
-one of the view that stays. A view that loses nothing stays as it is. So does one in which nothing stands out, where the
-released code keeps that one token or, for PruMerge+, divides by zero.
+Each kept patch also receives the 32 other patches of its view, kept or not, whose keys are most similar to its own,
+each weighted by its attention. The weights are not normalised, so they sum to more than 1. One further token holds the
+sum of all patches that leave the view, weighted by attention too. The released code appends this token; here it takes
+the place of the best patch that would leave. Where other stages or a fixed `keep` choose more or fewer patches, it is
+the lowest-ranked kept patch of the view. A view that loses no patch is not changed. A view without outliers keeps all
+its patches; there the released code keeps only the further token or, for PruMerge+, divides by zero.
 
-The released code looks at the block behind the features, here it is the block they come from, as later ones do not run;
-and tokens merge behind the projector. Where no tower has a class token, the attention a patch gets from all tokens,
-mean over heads, takes its place.
+The released code reads the block after the one whose output is the feature; here it is the block of the feature itself,
+because later blocks do not run. Tokens merge behind the projector. Where no tower has a class token, the attention that
+a patch gets from all tokens, mean over heads, is used instead.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from pydantic import Field
@@ -29,76 +29,65 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from tokenprune import UNION, BackboneInfo, CutConfig, Keep, Plan, Proposal, Removal, SelectContext, StageNeeds
-from tokenprune_plugins.shared.bases import Anywhere
+from tokenprune_plugins.shared.bases import AnyLayerStage
 from tokenprune_plugins.shared.ranks import rank_within
-from tokenprune_plugins.shared.similarity import likeness, likeness_flops
+from tokenprune_plugins.shared.similarity import pairwise_cosine, similarity_flops
+from tokenprune_plugins.shared.tower_attention import AttentionOrAuto, attention_caveat, attention_kind
 
 
 class PruMergeConfig(CutConfig):
     """Which patches stay, and how many are merged into each."""
 
     keep: Keep = UNION
-    spread: bool = Field(default=False, description="PruMerge+: keep an even sample of each view besides.")
-    neighbours: int = Field(default=32, ge=0, description="Patches that are added to each kept one.")
-    attention: Literal["auto", "cls", "received"] = Field(
-        default="auto", description="From the class token or from all tokens; auto: the former where there is one."
-    )
+    spread: bool = Field(default=False, description="PruMerge+: also keep an even sample of each view.")
+    neighbours: int = Field(default=32, ge=0, description="Number of patches that are merged into each kept one.")
+    attention: AttentionOrAuto = "auto"
 
 
-class PruMerge(Anywhere[PruMergeConfig]):
-    """Keeps the patches whose attention stands out in their view, and merges the others into them."""
+class PruMerge(AnyLayerStage[PruMergeConfig]):
+    """Keeps the patches whose attention is an outlier in their view, and merges the others into them."""
 
     Config = PruMergeConfig
 
     def bind(self, info: BackboneInfo) -> None:
-        """Choose the attention."""
-        self._kind = self._attention(info)
+        """Resolve which attention is read on this backbone."""
+        self._kind = attention_kind(self.config.attention, info, "cls_whole")
 
     def requirements(self, info: BackboneInfo) -> StageNeeds:
-        """One kind of attention, and keys of full width; what leaves is merged."""
-        return replace(
-            super().requirements(info), encoder_attention=(self._attention(info), "keys_whole"), removal=Removal.MERGE
-        )
-
-    def _attention(self, info: BackboneInfo) -> str:
-        auto = "cls" if "cls_whole" in info.encoder_attention else "received"
-        kind = auto if self.config.attention == "auto" else self.config.attention
-        return "cls_whole" if kind == "cls" else kind
+        """The cuts, the attention and the full-width keys of the vision tower; tokens that leave are merged."""
+        return replace(super().requirements(info), encoder_attention=(self._kind, "keys_whole"), removal=Removal.MERGE)
 
     def caveats(self, info: BackboneInfo) -> str:
-        """Which attention this is."""
-        if self._attention(info) == "cls_whole":
-            return "attention of the vision tower's class token, heads not split"
-        return "attention from all tokens of the vision tower, mean over heads" + (
-            ", which has no class token" if "cls_whole" not in info.encoder_attention else ""
-        )
+        """Which attention is read on this backbone."""
+        heads = "heads not split" if self._kind == "cls_whole" else "mean over heads"
+        return f"{attention_caveat(self.config.attention, info, 'cls_whole')}; {heads}"
 
     def own_flops(self, info: BackboneInfo, plan: Plan) -> int:
-        """Cosines of all pairs of keys, where anything leaves."""
+        """FLOPs of the cosine similarities of all pairs of keys, at cuts where any token leaves."""
         cuts = [cut for cut in self.own_cuts(plan) if cut.keep < cut.found]
-        return sum(likeness_flops(cut.found, info.encoder_attention["keys_whole"].width) for cut in cuts)
+        return sum(similarity_flops(cut.found, info.encoder_attention["keys_whole"].width) for cut in cuts)
 
     def propose(self, ctx: SelectContext) -> Proposal:
-        """Patches that stand out, and what the others are merged into."""
+        """Protect the outliers, or with `spread` the even sample too, and merge the others into what stays."""
         attention, keys = ctx.encoder_attention(self._kind), ctx.encoder_attention("keys_whole")
         view = ctx.views_of
-        wanted = standing_out(attention, view, len(ctx.layout.views), self.config.spread)
-        score, protect = ranked(attention, view, wanted)
+        wanted = kept_patches(attention, view, len(ctx.layout.views), self.config.spread)
+        score, protect = scores_and_protected(attention, view, wanted)
 
         def merge(chosen: Tensor) -> Tensor:
-            return gathered(attention, likeness(keys), view, score, chosen, self.config.neighbours)
+            return neighbour_weights(attention, pairwise_cosine(keys), view, score, chosen, self.config.neighbours)
 
         return Proposal(score=score, protect=protect, merge=merge)
 
 
-def standing_out(attention: Tensor, view: Tensor, views: int, spread: bool) -> Tensor:
-    """Which patches stay as such, boolean `[B, P]`; all of a view in which none stands out.
+def kept_patches(attention: Tensor, view: Tensor, views: int, spread: bool) -> Tensor:
+    """Outliers of each view, boolean `[B, P]`; all patches of a view without outliers.
 
     Args:
-        attention: What each patch gets `[B, P]`.
+        attention: Attention that each patch gets `[B, P]`.
         view: Number of each patch's view `[B, P]`.
-        views: How many there are.
-        spread: Whether an even sample of each view stays too.
+        views: Number of views.
+        spread: Whether to add an even sample of each view.
     """
     member = view[:, None] == torch.arange(views, device=view.device)[:, None]
     inside = attention[:, None].masked_fill(~member, torch.nan)
@@ -113,10 +102,10 @@ def standing_out(attention: Tensor, view: Tensor, views: int, spread: bool) -> T
     return (stays & member).any(1)
 
 
-def ranked(attention: Tensor, view: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores `[B, P]`, those of wanted patches higher, without ties; and which are protected `[B, P]`.
+def scores_and_protected(attention: Tensor, view: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores without ties `[B, P]`, wanted patches highest, and which patches are protected `[B, P]`.
 
-    Protected are the wanted ones and the best other one of each view, whose place the sum of the rest takes.
+    Protected are the wanted patches and the best other patch of each view, which becomes the sum of those that leave.
     """
     n = attention.shape[1]
     score = (n * wanted.long() + n - rank_within(attention)).to(torch.float32)
@@ -125,16 +114,18 @@ def ranked(attention: Tensor, view: Tensor, wanted: Tensor) -> tuple[Tensor, Ten
     return score, wanted | (score == best)
 
 
-def gathered(attention: Tensor, alike: Tensor, view: Tensor, score: Tensor, chosen: Tensor, neighbours: int) -> Tensor:
-    """Weights `[B, K, P]` of what each kept patch becomes.
+def neighbour_weights(
+    attention: Tensor, similarity: Tensor, view: Tensor, score: Tensor, chosen: Tensor, neighbours: int
+) -> Tensor:
+    """Weights `[B, K, P]` of all patches in each kept token.
 
     Args:
-        attention: What each patch gets `[B, P]`.
-        alike: Likeness of each two patches `[B, P, P]`; of equals the lower index is nearer.
+        attention: Attention that each patch gets `[B, P]`.
+        similarity: Cosine similarity of every pair of patches `[B, P, P]`; of equal ones the lower index is nearer.
         view: Number of each patch's view `[B, P]`.
-        score: By which patches stayed `[B, P]`, without ties.
+        score: Scores without ties, by which patches were kept `[B, P]`.
         chosen: Kept patches `[B, K]`.
-        neighbours: Patches added to each.
+        neighbours: Number of patches merged into each kept one.
     """
     n = attention.shape[1]
     own = one_hot(chosen, n).bool()
@@ -146,8 +137,8 @@ def gathered(attention: Tensor, alike: Tensor, view: Tensor, score: Tensor, chos
     last = lost & (score.gather(1, chosen)[:, :, None] == least)
 
     others = beside & ~own
-    near = alike.gather(1, chosen[..., None].expand(-1, -1, n)).masked_fill(~others, -torch.inf)
+    near = similarity.gather(1, chosen[..., None].expand(-1, -1, n)).masked_fill(~others, -torch.inf)
     nearest = near.argsort(dim=2, descending=True, stable=True)[:, :, :neighbours]
     close = torch.zeros_like(others).scatter(2, nearest, True) & others & lost
-    given = attention[:, None]
-    return torch.where(last, given * (rest | own), own + given * close)
+    weight = attention[:, None]
+    return torch.where(last, weight * (rest | own), own + weight * close)

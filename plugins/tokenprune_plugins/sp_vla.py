@@ -1,15 +1,15 @@
-"""SP-VLA's token pruning (arXiv 2506.12723): fewer patches the faster the arm moves up or down, and every edge.
+"""SP-VLA's token pruning (arXiv 2506.12723): keep edges, and fewer other patches the faster the arm moves vertically.
 
-Of each view the patches that the vision tower attends to most stay, until what they get reaches a share of what all of
-the view get. That share is 1, so that all stay, while the vertical part of the last executed action is below `rise`;
-from there it falls in a straight line to 1 - `given_up` at 1 and beyond. The action is the one commanded, in its own
-units and regardless of sign; in LIBERO these lie between -1 and 1. Before the first action all stay. A patch in which
-Canny's detector finds an edge always stays. How many stay is known only during the query; `bucket` rounds it up.
+In each view the most attended patches stay that together hold a share of the view's attention. The share depends on
+the vertical part of the last executed action, without its sign: below `rise` it is 1, so all patches stay; from there
+it falls linearly, to 1 - `given_up` at a speed of 1 and above. The action is the commanded one, in its own units; in
+LIBERO these lie between -1 and 1. Before the first action all patches stay. A patch in which Canny's detector finds an
+edge always stays. The number of kept patches is known only during the query; `bucket` rounds it up.
 
-The attention is what a patch gets from all tokens, mean over heads and queries, at the block whose output is the
-feature; of two towers it is SigLIP's, as in the released code. Edges are those of the cropped picture that the policy
-sees. The defaults are the released code's for LIBERO-Spatial. The method's other half, the scheduler that goes on
-without the model, is `sp_vla.scheduler`; the pipeline `sp_vla-scheduled` has both.
+The attention is what a patch gets from all tokens of the vision tower, mean over heads and queries, at the block whose
+output is the feature; with two towers it is SigLIP's, as in the released code. Edges are found in the cropped picture
+that the policy receives. The defaults are the released code's for LIBERO-Spatial. The method's other half, the
+scheduler that answers queries without the model, is `sp_vla.scheduler`; the pipeline `sp_vla-scheduled` has both.
 """
 
 from __future__ import annotations
@@ -22,20 +22,23 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from tokenprune import UNION, BackboneInfo, CutConfig, Keep, Proposal, SelectContext, Slot, StageNeeds
-from tokenprune_plugins.shared.bases import Anywhere
+from tokenprune_plugins.shared.action_dims import three_dims
+from tokenprune_plugins.shared.bases import AnyLayerStage
 from tokenprune_plugins.shared.canny import canny
 
 
 class SPVLAConfig(CutConfig):
-    """When patches are given up, and which edges always stay."""
+    """How the kept share of the attention depends on vertical speed, and which edges always stay."""
 
     keep: Keep = UNION
-    rise: float = Field(default=0.5, ge=0, lt=1, description="Vertical part of an action from which patches leave.")
+    rise: float = Field(
+        default=0.5, ge=0, lt=1, description="Vertical speed, in the action's own units, from which patches leave."
+    )
     given_up: float = Field(
-        default=0.9, ge=0, le=1, description="Share of the attention that is given up where that part is 1 or more."
+        default=0.9, ge=0, le=1, description="Share of the attention that leaves at a vertical speed of 1 or more."
     )
     edges: tuple[int, int] = Field(
-        default=(100, 200), description="Canny's lower and upper threshold, of strengths from 0 to 2040."
+        default=(100, 200), description="Canny's lower and upper threshold, for gradient magnitudes from 0 to 2040."
     )
 
     @field_validator("edges")
@@ -46,71 +49,65 @@ class SPVLAConfig(CutConfig):
         return edges
 
 
-class SPVLA(Anywhere[SPVLAConfig]):
-    """Keeps edges, and patches that hold a share of the vision tower's attention, a smaller one in vertical motion."""
+class SPVLA(AnyLayerStage[SPVLAConfig]):
+    """Keeps patches with edges, and patches that hold a share of the vision tower's attention."""
 
     Config = SPVLAConfig
 
     def bind(self, info: BackboneInfo) -> None:
-        """Find the vertical dimension among the actions.
+        """Look up the vertical dimension of the action.
 
         Raises:
             ValueError: If the actions have no translation of three numbers.
         """
-        translation = info.action.groups.get("translation", ())
-        if len(translation) != 3:
-            raise ValueError(
-                "it needs actions with a translation of three numbers; "
-                f"'{info.name}' moves {', '.join(f'{n} {list(d)}' for n, d in info.action.groups.items())}"
-            )
-        self._vertical = translation[2]
+        self._vertical = three_dims(info, "translation")[2]
 
     def requirements(self, info: BackboneInfo) -> StageNeeds:
-        """The attention that patches get from all tokens of the towers."""
+        """The cuts, and the attention that patches get from all tokens of the vision tower."""
         return replace(super().requirements(info), encoder_attention=("received",))
 
     def host_state(self, slot: Slot) -> float:
-        """The vertical speed; it is seldom the same again."""
+        """The vertical speed, which seldom repeats."""
         return self._speed(slot)
 
     def caveats(self, info: BackboneInfo) -> str:
-        """What the speed is measured in."""
+        """Units of the vertical speed."""
         return "vertical speed in the action's own units"
 
     def propose(self, ctx: SelectContext) -> Proposal:
-        """What holds its share of the attention, and edges."""
+        """Protect the patches that hold the share of the attention, and patches with edges."""
         attention = ctx.encoder_attention("received")
-        share = self._shares(ctx.slots, attention.device)
+        share = self._kept_shares(ctx.slots, attention.device)
         attended = torch.zeros_like(ctx.prunable, dtype=torch.bool)
         for view in ctx.layout.views:
-            attended = attended | holding(attention, ctx.in_view(view), share)
-        edge = on_edges(ctx, *self.config.edges)
+            attended = attended | top_p(attention, ctx.in_view(view), share)
+        edge = has_edge(ctx, *self.config.edges)
         return Proposal(score=attention, protect=attended | edge, reasons={"attended": attended, "edge": edge})
 
-    def _shares(self, slots: Sequence[Slot], device: torch.device) -> Tensor:
-        """Share of the attention that stays in each environment `[B]`."""
-        shares = [share_at(self._speed(slot), self.config.rise, self.config.given_up) for slot in slots]
+    def _kept_shares(self, slots: Sequence[Slot], device: torch.device) -> Tensor:
+        """Share of the attention that stays in each batch row `[B]`."""
+        shares = [kept_share(self._speed(slot), self.config.rise, self.config.given_up) for slot in slots]
         return torch.stack([torch.full((), share, dtype=torch.float64, device=device) for share in shares])
 
     def _speed(self, slot: Slot) -> float:
         return abs(float(slot.executed[-1].action[self._vertical])) if slot.executed else 0.0
 
 
-def share_at(speed: float, rise: float, given_up: float) -> float:
+def kept_share(speed: float, rise: float, given_up: float) -> float:
     """Share of the attention that stays at a vertical speed."""
     return 1.0 if speed < rise else 1 - (min(speed, 1.0) - rise) * given_up / (1 - rise)
 
 
-def holding(attention: Tensor, member: Tensor, share: Tensor) -> Tensor:
+def top_p(attention: Tensor, member: Tensor, share: Tensor) -> Tensor:
     """The most attended members that together hold a share of the members' attention, boolean `[B, P]`.
 
-    A member stays while those before it hold less, so the last of them reaches the share, and the first always stays;
-    at 1 all stay, whatever sums are rounded to.
+    The last of them is the one with which the sum reaches the share, and the first always stays. At a share of 1 all
+    members stay, whatever rounding does to the sums.
 
     Args:
-        attention: What each token gets `[B, P]`; of equals the lower index comes first.
-        member: Which are counted `[B, P]`.
-        share: `[B]`.
+        attention: Attention that each token gets `[B, P]`; of equal ones the lower index comes first.
+        member: Tokens to choose from, boolean `[B, P]`.
+        share: Share to hold in each batch row `[B]`.
     """
     inside = attention.double().masked_fill(~member, -torch.inf)
     order = inside.argsort(dim=1, descending=True, stable=True)
@@ -120,7 +117,7 @@ def holding(attention: Tensor, member: Tensor, share: Tensor) -> Tensor:
     return torch.zeros_like(member).scatter(1, order, stays) & member
 
 
-def on_edges(ctx: SelectContext, low: int, high: int) -> Tensor:
+def has_edge(ctx: SelectContext, low: int, high: int) -> Tensor:
     """Held patches that contain an edge pixel, boolean `[B, P]`; none in a view whose patches form no grid."""
     found = torch.zeros(len(ctx.prunable), ctx.layout.n_tokens, dtype=torch.bool, device=ctx.prunable.device)
     grids = [(view, segment.span, segment.grid) for view, segment in ctx.layout.views.items() if segment.grid]

@@ -1,21 +1,21 @@
-"""VisionZip (arXiv 2412.04467): dominant patches as they are, and the rest folded into a few contextual ones.
+"""VisionZip (arXiv 2412.04467): keep dominant patches unchanged, and merge the rest into a few contextual tokens.
 
-Dominant are the patches that the vision tower's class token attends to most, summed over heads. Of the others,
-`contextual` evenly spaced ones become targets; every remaining patch goes to the target whose key in the tower (mean
-over heads) is most like its own, and the mean of those that came is added to the target. Here that happens behind the
-projector, which works patch by patch, and once over all views. Where no tower has a class token, the attention a patch
-gets from all tokens takes its place. The released code keeps 191 + 30 of 576 patches at most, its class token not
-counted.
+Dominant patches are those that the vision tower's class token attends to most, over all heads. Of the other patches,
+evenly spaced ones become contextual tokens, a share `contextual` of all kept tokens. Each patch that leaves is assigned
+to the contextual token whose key in the vision tower (mean over heads) is most similar to its own, and the mean of the
+assigned patches is added to that token. Here tokens merge behind the projector, which works patch by patch, and all
+views are merged together. Where no tower has a class token, the attention that a patch gets from all tokens is used
+instead. The released code keeps at most 191 + 30 of 576 patches, not counting its class token.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from tokenprune import (
     BackboneInfo,
@@ -30,71 +30,57 @@ from tokenprune import (
     hookimpl,
 )
 from tokenprune_plugins.shared.ranks import rank_within
-from tokenprune_plugins.shared.similarity import likeness, likeness_flops
+from tokenprune_plugins.shared.similarity import pairwise_cosine, similarity_flops
+from tokenprune_plugins.shared.tower_attention import AttentionOrAuto, attention_caveat, attention_kind
 
 
 class VisionZipConfig(CutConfig):
-    """How many tokens stay, contextual ones among them."""
+    """How many tokens stay, including the contextual ones, and which attention chooses the dominant ones."""
 
     keep: Keep = 0.25
-    contextual: float = Field(default=30 / 221, ge=0, lt=1, description="Share of the kept tokens that is contextual.")
-    attention: Literal["auto", "cls", "received"] = Field(
-        default="auto", description="From the class token or from all tokens; auto: the former where there is one."
-    )
+    contextual: float = Field(default=30 / 221, ge=0, lt=1, description="Share of the kept tokens that are contextual.")
+    attention: AttentionOrAuto = "auto"
 
 
 class VisionZip(Stage[VisionZipConfig]):
-    """Keeps what the vision tower attends to, and folds the rest into a few targets."""
+    """Keeps the patches that the vision tower attends to most, and merges the rest into a few contextual tokens."""
 
     Config = VisionZipConfig
 
     def bind(self, info: BackboneInfo) -> None:
-        """Choose the attention."""
-        self._kind = self._attention(info)
+        """Resolve which attention is read on this backbone."""
+        self._kind = attention_kind(self.config.attention, info)
 
     def requirements(self, info: BackboneInfo) -> StageNeeds:
-        """One kind of attention, and keys; what leaves is folded into a target."""
-        return replace(
-            super().requirements(info), encoder_attention=(self._attention(info), "keys"), removal=Removal.MERGE
-        )
+        """The cuts, the attention and the keys of the vision tower; tokens that leave are merged."""
+        return replace(super().requirements(info), encoder_attention=(self._kind, "keys"), removal=Removal.MERGE)
 
     def caveats(self, info: BackboneInfo) -> str:
-        """Which attention this is."""
-        return {
-            "cls": "attention of the vision tower's class token",
-            "received": "attention from all tokens of the vision tower",
-        }[self._attention(info)]
-
-    def _attention(self, info: BackboneInfo) -> str:
-        auto = "cls" if "cls" in info.encoder_attention else "received"
-        return auto if self.config.attention == "auto" else self.config.attention
+        """Which attention is read on this backbone."""
+        return attention_caveat(self.config.attention, info)
 
     def own_flops(self, info: BackboneInfo, plan: Plan) -> int:
-        """Cosines of all pairs of keys."""
+        """FLOPs of the cosine similarities of all pairs of keys."""
         width = info.encoder_attention["keys"].width
-        return sum(likeness_flops(cut.found, width) for cut in self.own_cuts(plan))
+        return sum(similarity_flops(cut.found, width) for cut in self.own_cuts(plan))
 
     @hookimpl
     def select_tokens(self, ctx: SelectContext) -> Proposal:
-        """Dominant and contextual tokens."""
+        """Score dominant patches highest and contextual tokens next, and merge the rest into the latter."""
         keep = ctx.plan.cut_after[ctx.layer].keep
         contextual = min(round(self.config.contextual * keep), keep)
-        score, target = zipped(ctx.encoder_attention(self._kind), keep - contextual, contextual)
-        alike = likeness(ctx.encoder_attention("keys"))
-
-        def merge(chosen: Tensor) -> Tensor:
-            return folded(alike, target, chosen)
-
-        return Proposal(score=score, merge=merge)
+        score, target = dominant_and_contextual(ctx.encoder_attention(self._kind), keep - contextual, contextual)
+        similarity = pairwise_cosine(ctx.encoder_attention("keys"))
+        return Proposal(score=score, merge=lambda chosen: contextual_weights(similarity, target, chosen))
 
 
-def zipped(attention: Tensor, dominant: int, contextual: int) -> tuple[Tensor, Tensor]:
-    """Scores `[B, P]`, highest for dominant patches, then for evenly spaced ones of the rest; and which these are.
+def dominant_and_contextual(attention: Tensor, dominant: int, contextual: int) -> tuple[Tensor, Tensor]:
+    """Scores `[B, P]`, highest for dominant patches and next for contextual ones; and which are contextual `[B, P]`.
 
     Args:
-        attention: What each patch gets `[B, P]`; of equals the lower index is dominant.
-        dominant: Patches kept as they are.
-        contextual: Targets.
+        attention: Attention that each patch gets `[B, P]`; of equal ones the lower index is dominant.
+        dominant: Number of dominant patches.
+        contextual: Number of contextual patches, evenly spaced among the others.
     """
     n = attention.shape[1]
     rank = rank_within(attention)
@@ -106,19 +92,19 @@ def zipped(attention: Tensor, dominant: int, contextual: int) -> tuple[Tensor, T
     return score, target
 
 
-def folded(alike: Tensor, target: Tensor, chosen: Tensor) -> Tensor:
-    """Weights `[B, K, P]`: every kept token itself, and to a target the mean of those that are most like it.
+def contextual_weights(similarity: Tensor, target: Tensor, chosen: Tensor) -> Tensor:
+    """Weights `[B, K, P]`: each kept token itself, and in a contextual one also the mean of the patches assigned to it.
 
     Args:
-        alike: Likeness of each two patches `[B, P, P]`.
-        target: Which are targets `[B, P]`.
+        similarity: Cosine similarity of every pair of patches `[B, P, P]`.
+        target: Which patches are contextual `[B, P]`.
         chosen: Kept patches `[B, K]`.
     """
-    n = alike.shape[1]
+    n = similarity.shape[1]
     kept = torch.zeros_like(target).scatter(1, chosen, True)
-    goes = alike.masked_fill(~(target & kept)[:, None], -torch.inf).argmax(2)
+    destination = similarity.masked_fill(~(target & kept)[:, None], -torch.inf).argmax(2)
     leaves = ~kept & (target & kept).any(1, keepdim=True)
-    comes = torch.nn.functional.one_hot(goes, n).mT.to(alike.dtype) * leaves[:, None]
-    comes = comes / comes.sum(2, keepdim=True).clamp(min=1)
-    every = torch.eye(n, dtype=alike.dtype, device=alike.device) + comes
-    return every.gather(1, chosen[..., None].expand(-1, -1, n))
+    assigned = one_hot(destination, n).mT.to(similarity.dtype) * leaves[:, None]
+    assigned = assigned / assigned.sum(2, keepdim=True).clamp(min=1)
+    weights = torch.eye(n, dtype=similarity.dtype, device=similarity.device) + assigned
+    return weights.gather(1, chosen[..., None].expand(-1, -1, n))

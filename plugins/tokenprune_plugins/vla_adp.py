@@ -1,14 +1,14 @@
-"""VLA-ADP (arXiv 2509.22093): keep the patches the instruction is about, but only while the arm travels far.
+"""VLA-ADP (arXiv 2509.22093): keep the patches related to the instruction, but only while the arm travels far.
 
-Before layer 0 its norm, query and key projections compare the text's embeddings with the patches: scaled products
-without rotary embedding or softmax, mean over heads and text. Cameras have budgets of their own, 0.4 of all kept
-patches from the first and 0.6 from the wrist. The released code reads the beginning-of-sequence token as well as the
-prompt; here the rows are the prompt's.
+Before layer 0 the score of a patch is its similarity to the text, computed with that layer's norm, query and key
+projections: scaled products without rotary embedding or softmax, mean over heads and text. The method gives each camera
+a budget of its own, 0.4 of all kept patches to the first camera and 0.6 to the wrist camera; here `views` can do this.
+The released code also reads the beginning-of-sequence token; here the rows are the prompt's.
 
-The gate looks at how far the end effector came from the first to the last pose of the steps since the last query,
-achieved and not commanded, and compares with up to three such windows before: as far as the farthest prunes, less than
-the shortest does not, in between it prunes. An episode begins unpruned, and after three pruned queries comes a full
-one. Where the host does not tell poses, nothing is ever pruned.
+The gate measures a displacement at each query: the distance between the end effector's first and last achieved poses
+since the last query. It prunes if this is at least the smallest displacement of up to three earlier queries. The first
+query of an episode is not pruned, and after three pruned queries comes a full one. If the host reports no poses,
+nothing is ever pruned.
 """
 
 from __future__ import annotations
@@ -32,36 +32,36 @@ from tokenprune import (
     TokenLayout,
     hookimpl,
 )
-from tokenprune_plugins.shared.bases import Scored
+from tokenprune_plugins.shared.bases import ScoreStage
 
 
 class RelevanceConfig(CutConfig):
-    """How many patches stay; the released default is three quarters."""
+    """How many patches stay; the released code's default is three quarters."""
 
     keep: Keep = 0.75
 
 
-class Relevance(Scored[RelevanceConfig]):
-    """Keeps the patches whose keys at layer 0 are most like the text's queries."""
+class Relevance(ScoreStage[RelevanceConfig]):
+    """Keeps the patches whose keys at the next layer are most similar to the text's queries."""
 
     Config = RelevanceConfig
 
     def probes(self, info: BackboneInfo, layout: TokenLayout, mode: str) -> tuple[Probe, ...]:
-        """The text's rows, at the layer after every cut."""
+        """The text's rows at the layer after every cut."""
         return tuple(Probe(layer + 1, "text", ahead=True) for layer in self.cuts(info.decoder.depth))
 
     def score(self, ctx: SelectContext) -> Tensor:
-        """Similarity of text and patches at layer 0; after a layer at the next, which the released code offers too."""
+        """Similarity of text and patches in the next layer's projections; before layer 0 these are layer 0's."""
         return ctx.similarity_ahead("text").mean((1, 2))
 
 
 class GateConfig(StageConfig):
-    """Which modes the gate switches, and how long it may prune."""
+    """Which modes the gate chooses, and how many queries in a row it may prune."""
 
     pruned: str = Field(default="pruned", description="Mode while the arm travels far.")
     full: str = Field(default="full", description="Mode otherwise.")
-    windows: int = Field(default=3, ge=1, description="Earlier windows a displacement is compared with.")
-    longest: int = Field(default=3, ge=1, description="Pruned queries after which a full one comes.")
+    windows: int = Field(default=3, ge=1, description="Number of earlier displacements to compare with.")
+    longest: int = Field(default=3, ge=1, description="Most pruned queries in a row; a full one follows.")
 
     def chooses(self) -> set[str]:
         """Both modes."""
@@ -69,13 +69,13 @@ class GateConfig(StageConfig):
 
 
 class Gate(Stage[GateConfig]):
-    """Prunes while the end effector came at least as far as in the shortest of the windows before."""
+    """Prunes while the end effector travels at least as far as in the shortest of the last few windows."""
 
     Config = GateConfig
 
     @hookimpl
     def control(self, ctx: ControlContext) -> ControlDecision:
-        """Compare the window just executed with those before it."""
+        """Compare the displacement since the last query with earlier ones."""
         memory = ctx.memory
         if ctx.event == "query":
             past: list[float] = memory.setdefault("past", [])

@@ -23,9 +23,9 @@ from tokenprune.model.flops import query_flops
 from tokenprune.pipelines.config import DENSE
 from tokenprune.policy import Policy
 from tokenprune_plugins.baselines.pooling import PoolConfig
-from tokenprune_plugins.shared.merging import into
-from tokenprune_plugins.tome import ToMeConfig, pairs
-from tokenprune_plugins.visionzip import VisionZipConfig, folded, zipped
+from tokenprune_plugins.shared.merging import merge_weights
+from tokenprune_plugins.tome import ToMeConfig, bipartite_matching
+from tokenprune_plugins.visionzip import VisionZipConfig, contextual_weights, dominant_and_contextual
 
 
 def merged_by_the_paper(metric: np.ndarray, size: np.ndarray, keep: int) -> dict[int, list[int]]:
@@ -48,12 +48,12 @@ def test_tome_merges_the_papers_pairs_ties_included(data: st.DataObject) -> None
     draw = np.random.default_rng(data.draw(st.integers(0, 10_000)))
     metric = draw.choice([-1.0, 1.0], size=(n, 16))
     size = draw.integers(1, 4, n).astype(float)
-    best, partner = pairs(torch.from_numpy(metric)[None])
+    best, partner = bipartite_matching(torch.from_numpy(metric)[None])
     kept = sorted(range(n), key=lambda i: (i % 2 == 0, float(best[0, i]), i))[:keep]
     groups = merged_by_the_paper(metric, size, keep)
     assert sorted(kept) == sorted(groups)
     destination = torch.tensor([[i if i in groups else int(partner[0, i]) for i in range(n)]])
-    weights = into(destination, torch.from_numpy(size)[None], torch.tensor([sorted(groups)]))[0].numpy()
+    weights = merge_weights(destination, torch.from_numpy(size)[None], torch.tensor([sorted(groups)]))[0].numpy()
     for row, (stays, members) in zip(weights, sorted(groups.items()), strict=True):
         assert stays in members
         expected = np.zeros(n)
@@ -67,7 +67,7 @@ def test_merged_tokens_conserve_mass(seed: int, n: int, batch: int) -> None:
     kept = np.stack([np.sort(draw.choice(n, size=max(n // 2, 1), replace=False)) for _ in range(batch)])
     destination = np.stack([[i if i in row else draw.choice(row) for i in range(n)] for row in kept])
     size, tokens = draw.integers(1, 5, (batch, n)).astype(float), draw.normal(size=(batch, n, 3))
-    weights = into(*(torch.from_numpy(values) for values in (destination, size, kept))).numpy()
+    weights = merge_weights(*(torch.from_numpy(values) for values in (destination, size, kept))).numpy()
     for row in range(batch):
         mass = np.array([size[row][destination[row] == stays].sum() for stays in kept[row]])
         np.testing.assert_allclose(mass @ (weights[row] @ tokens[row]), size[row] @ tokens[row], atol=1e-9)
@@ -169,13 +169,13 @@ def test_visionzip_folds_as_the_paper_says_ties_included(data: st.DataObject) ->
     dominant = data.draw(st.integers(1 if not contextual else 0, n - contextual)) if n > contextual else 0
     draw = np.random.default_rng(data.draw(st.integers(0, 10_000)))
     attention, keys = draw.integers(0, 5, n).astype(float), draw.choice([-1.0, 1.0], size=(n, 16))
-    score, target = zipped(torch.from_numpy(attention)[None], dominant, contextual)
+    score, target = dominant_and_contextual(torch.from_numpy(attention)[None], dominant, contextual)
     keep = dominant + contextual
     kept = sorted(sorted(range(n), key=lambda i: (-float(score[0, i]), i))[:keep])
     expected, weights = zipped_by_the_paper(attention, keys, dominant, contextual)
     assert kept == expected
     unit = keys / np.linalg.norm(keys, axis=1, keepdims=True)
-    found = folded(torch.from_numpy(unit @ unit.T)[None], target, torch.tensor([kept]))[0]
+    found = contextual_weights(torch.from_numpy(unit @ unit.T)[None], target, torch.tensor([kept]))[0]
     np.testing.assert_allclose(found, weights, atol=1e-12)
 
 

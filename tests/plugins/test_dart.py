@@ -11,7 +11,7 @@ from tests.helpers.naive_oft import entering, naive_rms, naive_rope
 from tests.helpers.planting import REGISTRY, pipeline
 from tests.helpers.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
 from tokenprune.policy import Policy
-from tokenprune_plugins.dart import DARTConfig, least_alike, longest
+from tokenprune_plugins.dart import DARTConfig, largest, pivot_scores
 
 
 def chosen_by_the_paper(patches: np.ndarray, pivots: list[int], words: np.ndarray, keep: int) -> set[int]:
@@ -37,8 +37,8 @@ def test_the_choice_is_the_papers_ties_included(data: st.DataObject) -> None:
     patches = draw.choice([-1.0, 1.0], size=(batch, n, 16))
     words = draw.choice([-1.0, 1.0], size=(batch, data.draw(st.integers(0, 4)), 16))
     length = draw.integers(0, 5, size=(batch, n)).astype(float)
-    pivots = longest(torch.from_numpy(length), min(4, keep))
-    score = least_alike(torch.from_numpy(patches), pivots, torch.from_numpy(words), keep)
+    pivots = largest(torch.from_numpy(length), min(4, keep))
+    score = pivot_scores(torch.from_numpy(patches), pivots, torch.from_numpy(words), keep)
     for row in range(batch):
         first = sorted(range(n), key=lambda i: (-length[row, i], i))[: min(4, keep)]
         assert pivots[row].tolist() == first

@@ -11,7 +11,7 @@ from tests.helpers.naive_oft import attention_map, entering
 from tests.helpers.planting import REGISTRY, pipeline
 from tests.helpers.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
 from tokenprune.policy import Policy
-from tokenprune_plugins.efficientvla import EfficientVLATokensConfig, tiers
+from tokenprune_plugins.efficientvla import EfficientVLATokensConfig, tiered_scores
 
 
 def chosen_by_the_paper(relevance: np.ndarray, features: np.ndarray, keep: int, key: int, alpha: float) -> set[int]:
@@ -36,7 +36,7 @@ def test_the_choice_is_the_papers_ties_included(data: st.DataObject) -> None:
     features = draw.choice([-1.0, 1.0], size=(patches, 16))
     first = min(key, keep)
     rows = torch.from_numpy(relevance)[None], torch.from_numpy(features)[None]
-    score = tiers(*rows, first, round(alpha * (keep - first)))
+    score = tiered_scores(*rows, first, round(alpha * (keep - first)))
     kept = sorted(range(patches), key=lambda i: (-float(score[0, i]), i))[:keep]
     assert set(kept) == chosen_by_the_paper(relevance, features, keep, key, alpha)
 

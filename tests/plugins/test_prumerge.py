@@ -26,7 +26,7 @@ from tokenprune.pipelines.config import DENSE
 from tokenprune.policy import Policy
 from tokenprune_adapters.vision.attention import AttentionCapture
 from tokenprune_adapters.vision.transformer import Attention, VisionTower
-from tokenprune_plugins.prumerge import PruMergeConfig, gathered, ranked, standing_out
+from tokenprune_plugins.prumerge import PruMergeConfig, kept_patches, neighbour_weights, scores_and_protected
 
 
 def wanted_by_the_paper(attention: np.ndarray, spread: bool) -> list[int]:
@@ -100,8 +100,8 @@ def as_rows(parts: list[np.ndarray]) -> Tensor:
 def test_it_keeps_and_merges_as_the_paper_says_ties_included(case: Any) -> None:
     attention, keys, spread, neighbours = case
     view = as_rows([np.full(len(part), number) for number, part in enumerate(attention)])
-    wanted = standing_out(as_rows(attention), view, len(attention), spread)
-    score, protect = ranked(as_rows(attention), view, wanted)
+    wanted = kept_patches(as_rows(attention), view, len(attention), spread)
+    score, protect = scores_and_protected(as_rows(attention), view, wanted)
     directions = torch.nn.functional.normalize(as_rows(keys), dim=-1)
     kept, found, first = [], [], 0
     for part, own in zip(attention, keys, strict=True):
@@ -113,9 +113,9 @@ def test_it_keeps_and_merges_as_the_paper_says_ties_included(case: Any) -> None:
         first += len(part)
     assert protect[0].nonzero().flatten().tolist() == kept
     assert len(set(score[0].tolist())) == first
-    weights = gathered(as_rows(attention), directions @ directions.mT, view, score, torch.tensor([kept]), neighbours)[
-        0
-    ].numpy()
+    weights = neighbour_weights(
+        as_rows(attention), directions @ directions.mT, view, score, torch.tensor([kept]), neighbours
+    )[0].numpy()
     expected, row = np.zeros_like(weights), 0
     for first, own in found:
         expected[row : row + len(own), first : first + own.shape[1]] = own
@@ -130,10 +130,10 @@ def test_a_view_keeps_the_mass_the_rule_says(case: Any, data: st.DataObject) -> 
     view = np.concatenate([np.full(len(part), number) for number, part in enumerate(attention)])
     kept = sorted(data.draw(st.sets(st.integers(0, n - 1), min_size=1)))
     places = torch.from_numpy(view)[None]
-    wanted = standing_out(as_rows(attention), places, len(attention), False)
-    score, _ = ranked(as_rows(attention), places, wanted)
+    wanted = kept_patches(as_rows(attention), places, len(attention), False)
+    score, _ = scores_and_protected(as_rows(attention), places, wanted)
     alike_ = as_rows(keys) @ as_rows(keys).mT
-    weights = gathered(as_rows(attention), alike_, places, score, torch.tensor([kept]), neighbours)[0].numpy()
+    weights = neighbour_weights(as_rows(attention), alike_, places, score, torch.tensor([kept]), neighbours)[0].numpy()
     for number in set(view[kept]):
         members, rows = np.flatnonzero(view == number), [r for r, i in enumerate(kept) if view[i] == number]
         gone = [i for i in members if i not in kept]
@@ -219,7 +219,7 @@ def test_it_keeps_what_stands_out_in_the_tower(name: str, kind: Any, spread: boo
     assert trace.kept[-1][0].tolist() == [layout.prunable[i] for i in kept]
     assert trace.encoder == (("cls_whole", "keys_whole") if from_cls else ("keys_whole", "received"))
     (note,) = [stage.caveats(backbone.info) for stage in policy.pipeline.stages]
-    assert ("class token, heads not split" in note) == from_cls
+    assert ("class token; heads not split" in note) == from_cls
     assert ("has no class token" in note) == (not has_cls)
 
 

@@ -12,7 +12,7 @@ from tests.helpers.naive_sparsevlm import chosen_by_the_paper, scored_by_the_pap
 from tests.helpers.planting import REGISTRY, pipeline
 from tests.helpers.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_policy_parts
 from tokenprune.policy import Policy
-from tokenprune_plugins.shared.recycling import fold, recycled
+from tokenprune_plugins.shared.recycling import recycle, recycling_counts
 from tokenprune_plugins.sparsevlm import SparseVLMConfig
 
 
@@ -52,9 +52,9 @@ def test_the_best_of_what_leaves_is_clustered(seed: int, n: int, data: st.DataOb
     keep = data.draw(st.integers(1, n - 1))
     draw = np.random.default_rng(seed)
     score, tokens = draw.integers(0, 9, n).astype(float), draw.normal(size=(n, 7))
-    folded, count = recycled(n - keep)
+    folded, count = recycling_counts(n - keep)
     count = min(count, keep)
-    found = fold(torch.from_numpy(score)[None], torch.from_numpy(tokens)[None], keep - count, folded, count)
+    found = recycle(torch.from_numpy(score)[None], torch.from_numpy(tokens)[None], keep - count, folded, count)
     worth, destination, takes_part = (values[0].numpy() for values in found)
     kept = sorted(range(n), key=lambda i: (-worth[i], i))[:keep]
     expected = recycled_by_the_paper(score, tokens, keep)

@@ -25,7 +25,7 @@ from tokenprune.pipelines.config import DENSE
 from tokenprune.policy import Policy
 from tokenprune.testing.waiting import no_waiting
 from tokenprune_plugins.shared.canny import canny
-from tokenprune_plugins.sp_vla import SPVLAConfig, holding, share_at
+from tokenprune_plugins.sp_vla import SPVLAConfig, kept_share, top_p
 
 
 @st.composite
@@ -89,7 +89,7 @@ def test_pictures_of_a_batch_do_not_meet() -> None:
     ("speed", "share"), [(0.0, 1.0), (0.4999, 1.0), (0.5, 1.0), (0.75, 0.55), (1.0, 0.1), (7.0, 0.1)]
 )
 def test_the_share_falls_with_speed(speed: float, share: float) -> None:
-    assert share_at(speed, 0.5, 0.9) == pytest.approx(share, abs=1e-12)
+    assert kept_share(speed, 0.5, 0.9) == pytest.approx(share, abs=1e-12)
 
 
 def share_by_the_paper(z: float, rise: float, given_up: float) -> float:
@@ -118,7 +118,7 @@ def test_as_many_stay_as_hold_the_share_ties_included(data: st.DataObject) -> No
     shares = [data.draw(st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]) | st.floats(0, 1)) for _ in range(2)]
     for number in range(len(sizes)):
         member = torch.from_numpy(views == number).expand(2, -1)
-        found = holding(torch.from_numpy(attention), member, torch.tensor(shares, dtype=torch.float64))
+        found = top_p(torch.from_numpy(attention), member, torch.tensor(shares, dtype=torch.float64))
         for row, share in enumerate(shares):
             places = np.flatnonzero(views == number)
             expected = [int(places[i]) for i in holding_by_the_paper(attention[row, places], share)]
@@ -128,8 +128,8 @@ def test_as_many_stay_as_hold_the_share_ties_included(data: st.DataObject) -> No
 def test_at_a_share_of_one_all_stay_whatever_sums_are_rounded_to() -> None:
     attention = torch.tensor([[1.0, 1e-20, 1e-20]], dtype=torch.float64)
     member = torch.ones_like(attention, dtype=torch.bool)
-    assert holding(attention, member, torch.ones(1, dtype=torch.float64)).all()
-    assert holding(attention, member, torch.full((1,), 0.5, dtype=torch.float64)).sum() == 1
+    assert top_p(attention, member, torch.ones(1, dtype=torch.float64)).all()
+    assert top_p(attention, member, torch.full((1,), 0.5, dtype=torch.float64)).sum() == 1
 
 
 def plain(seen: dict[str, Any], seed: int = 0) -> dict[str, Any]:

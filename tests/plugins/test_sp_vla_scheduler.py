@@ -20,7 +20,7 @@ from tokenprune.policy import ActionChunk, Policy
 from tokenprune.report.describe import trace_flops
 from tokenprune.stages.control_context import ControlContext, ControlDecision
 from tokenprune.stages.memory import ExecutedAction
-from tokenprune_plugins.sp_vla_scheduler import Scheduler, SchedulerConfig, extrapolated
+from tokenprune_plugins.sp_vla_scheduler import Scheduler, SchedulerConfig, extrapolate
 
 BACKBONE = tiny_policy_parts(tiny_config())
 
@@ -41,7 +41,7 @@ numbers = st.integers(-8, 8)
 )
 def test_the_line_is_ridge_regression_on_time(rows: list[list[int]], steps: int, ridge: int) -> None:
     """Against the normal equations of intercept and slope, the latter penalised, solved in fractions."""
-    found = extrapolated(np.array(rows, dtype=np.float64), steps, ridge)
+    found = extrapolate(np.array(rows, dtype=np.float64), steps, ridge)
     n = len(rows)
     for dim in range(2):
         y = [Fraction(row[dim]) for row in rows]

@@ -15,7 +15,7 @@ from tests.helpers.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_p
 from tokenprune.errors import ConfigError
 from tokenprune.pipelines.loader import load_pipeline
 from tokenprune.policy import Policy
-from tokenprune_plugins.sparsevlm import SparseVLMConfig, rated, raters
+from tokenprune_plugins.sparsevlm import SparseVLMConfig, rater_scores, raters
 
 
 @given(st.integers(0, 10_000), st.integers(1, 3), st.integers(1, 20), st.integers(2, 9), st.integers(1, 4))
@@ -25,7 +25,7 @@ def test_raters_and_scores_are_the_papers(seed: int, batch: int, n: int, words: 
     attention = draw.dirichlet(np.ones(n + 3), size=(batch, n_heads, words))[..., :n]
     heads = int(draw.integers(1, n_heads + 1)) if seed % 2 else None
     chosen = raters(torch.from_numpy(patches), torch.from_numpy(text))
-    score = rated(torch.from_numpy(attention), chosen, heads)
+    score = rater_scores(torch.from_numpy(attention), chosen, heads)
     for row in range(batch):
         rows = chosen_by_the_paper(patches[row], text[row])
         assert chosen[row].nonzero()[:, 0].tolist() == rows

@@ -26,7 +26,7 @@ from tokenprune.pipelines.config import DENSE
 from tokenprune.policy import Policy
 from tokenprune_plugins import trim
 from tokenprune_plugins.shared import clip
-from tokenprune_plugins.trim import TRIMConfig, aggregated
+from tokenprune_plugins.trim import TRIMConfig, mean_weights
 
 LAYOUT = OFT.layout(INSTRUCTION)
 
@@ -45,13 +45,13 @@ class Told:
     def __init__(self, similarity: np.ndarray) -> None:
         self._similarity = torch.from_numpy(similarity)
 
-    def follow(self, like: Tensor) -> None:
+    def move_to(self, like: Tensor) -> None:
         pass
 
-    def text(self, sentence: str) -> Tensor:
+    def embed_text(self, sentence: str) -> Tensor:
         return torch.ones(1, dtype=torch.float64)
 
-    def patches(self, views: Sequence[Tensor]) -> list[Tensor]:
+    def embed_patches(self, views: Sequence[Tensor]) -> list[Tensor]:
         return [row[None, :, None].expand(len(views[0]), -1, 1) for row in self._similarity]
 
 
@@ -143,7 +143,7 @@ def test_the_mean_conserves_mass(seed: int, n: int, batch: int) -> None:
     keep = draw.integers(1, n + 1)
     chosen = np.stack([np.sort(draw.choice(n, size=keep, replace=False)) for _ in range(batch)])
     score, tokens = draw.integers(0, 5, (batch, n)).astype(float), draw.normal(size=(batch, n, 3))
-    weights = aggregated(torch.from_numpy(score), torch.from_numpy(chosen)).numpy()
+    weights = mean_weights(torch.from_numpy(score), torch.from_numpy(chosen)).numpy()
     mass = (weights > 0).sum(2)
     np.testing.assert_allclose(weights.sum(2), 1)
     assert (mass.sum(1) == n).all()
@@ -151,7 +151,7 @@ def test_the_mean_conserves_mass(seed: int, n: int, batch: int) -> None:
 
 
 def test_a_cut_that_keeps_nothing_merges_into_nothing() -> None:
-    assert aggregated(torch.zeros(2, 5), torch.zeros(2, 0, dtype=torch.int64)).shape == (2, 0, 5)
+    assert mean_weights(torch.zeros(2, 5), torch.zeros(2, 0, dtype=torch.int64)).shape == (2, 0, 5)
     assert run_told(np.zeros((2, 16)), keep=0)[0] == []
 
 
@@ -182,10 +182,10 @@ def test_the_similarity_is_open_clips_own(files: dict[str, str], layer: int, sid
     rough = draw.integers(0, 256, (2, 4, 4, 3), dtype=np.uint8)
     pictures = [np.array(Image.fromarray(one).resize((side, side), Image.Resampling.BICUBIC)) for one in rough]
     mine = clip.load(**files, layer=layer)
-    mine.follow(torch.zeros(0, dtype=torch.float64))
+    mine.move_to(torch.zeros(0, dtype=torch.float64))
     with torch.inference_mode():
-        text = mine.text(INSTRUCTION)
-        found = mine.patches([torch.from_numpy(p).permute(2, 0, 1)[None] for p in pictures])
+        text = mine.embed_text(INSTRUCTION)
+        found = mine.embed_patches([torch.from_numpy(p).permute(2, 0, 1)[None] for p in pictures])
     for picture, features in zip(pictures, found, strict=True):
         expected = similarity_by_open_clip(picture, layer, INSTRUCTION)
         # Where a picture is resized, PIL's fixed-point arithmetic may round a pixel the other way.
@@ -198,14 +198,14 @@ def test_a_query_keeps_by_the_whole_of_it(files: dict[str, str]) -> None:
     backbone = tiny_policy_parts(config)
     policy = policy_of(TRIMConfig(use="trim", keep=keep, **files), backbone=backbone)
     shown: dict[str, Tensor] = {}
-    real = clip.Clip.patches
+    real = clip.Clip.embed_patches
     seen = observation(config)
 
     def watched(self: clip.Clip, views: Sequence[Tensor]) -> tuple[Tensor, ...]:
         shown.update(zip(config.views, views, strict=True))
         return real(self, views)
 
-    with patch.object(clip.Clip, "patches", watched):
+    with patch.object(clip.Clip, "embed_patches", watched):
         kept = policy.act(seen).trace.kept[-1][0].tolist()
     pictures = [shown[view][0].permute(1, 2, 0).numpy() for view in config.views]
     maps = np.stack([similarity_by_open_clip(picture, -2, INSTRUCTION).numpy() for picture in pictures])
@@ -216,10 +216,10 @@ def test_a_query_keeps_by_the_whole_of_it(files: dict[str, str]) -> None:
 
 def test_views_are_laid_over_each_other_where_grids_differ() -> None:
     slope = torch.arange(8.0).expand(6, 8)
-    found = trim.regridded(slope.reshape(1, -1), (6, 8), (3, 4)).view(3, 4)
+    found = trim.resample_grid(slope.reshape(1, -1), (6, 8), (3, 4)).view(3, 4)
     assert (found.diff(dim=1) > 0).all()
     torch.testing.assert_close(found, found[:1].expand(3, 4))
-    torch.testing.assert_close(trim.regridded(torch.ones(2, 4), (2, 2), (5, 3)), torch.ones(2, 15))
+    torch.testing.assert_close(trim.resample_grid(torch.ones(2, 4), (2, 2), (5, 3)), torch.ones(2, 15))
 
 
 def test_the_text_tower_runs_once_for_each_instruction(files: dict[str, str]) -> None:
@@ -249,7 +249,7 @@ def test_the_last_few_texts_are_kept(files: dict[str, str]) -> None:
     mine = clip.load(**files, layer=-2)
     with patch.object(clip, "TEXTS", 2):
         for sentence in ("a", "b", "a", "c"):
-            mine.text(sentence)
+            mine.embed_text(sentence)
     assert list(mine._texts) == ["a", "c"]
 
 
@@ -270,7 +270,7 @@ def test_binding_leaves_random_numbers_as_they_were(files: dict[str, str]) -> No
 def test_the_image_tower_is_counted(files: dict[str, str]) -> None:
     policy = policy_of(TRIMConfig(use="trim", keep=9, **files))
     policy.act(observation(OFT.config))
-    real = clip.Clip.patches
+    real = clip.Clip.embed_patches
     counted = []
 
     def watched(self: clip.Clip, views: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -280,13 +280,13 @@ def test_the_image_tower_is_counted(files: dict[str, str]) -> None:
             with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
                 found = real(self, views)
                 for features in found:
-                    assert (features @ self.text(INSTRUCTION)[None, :, None]).shape[1] == SIDE * SIDE
+                    assert (features @ self.embed_text(INSTRUCTION)[None, :, None]).shape[1] == SIDE * SIDE
         finally:
             torch.backends.mha.set_fastpath_enabled(True)
         counted.append(counter.get_total_flops())
         return found
 
-    with patch.object(clip.Clip, "patches", watched):
+    with patch.object(clip.Clip, "embed_patches", watched):
         plan = policy.act(observation(OFT.config)).trace.plan
     assert counted == [plan.own_flops]
     merging = 2 * 9 * PATCHES * OFT.config.body.decoder.hidden

@@ -93,7 +93,7 @@ def test_after_a_fallback_no_older_features_are_used(monkeypatch: pytest.MonkeyP
     seen, later = (observation(backbone.config, query) for query in (0, 1))
     policy.act(seen)
     with monkeypatch.context() as failing:
-        failing.setattr("tokenprune_plugins.ttf.changed", lambda *_: 1 / 0)
+        failing.setattr("tokenprune_plugins.ttf.grey_change", lambda *_: 1 / 0)
         assert "ZeroDivisionError" in policy.act(later).trace.fallback
     own = policy.act(later)
     assert not own.trace.fallback

@@ -19,7 +19,7 @@ from tokenprune.errors import ConfigError
 from tokenprune.model.attention import row_entropy
 from tokenprune.policy import Policy
 from tokenprune.tokens.selection import CurrentIds
-from tokenprune_plugins.vla_cache import VLACacheConfig, shares
+from tokenprune_plugins.vla_cache import VLACacheConfig, reuse_shares
 
 
 @given(st.integers(0, 10_000), st.integers(1, 40), st.sampled_from([1, 2]), st.booleans(), st.integers(1, 9))
@@ -33,7 +33,7 @@ def test_row_entropy_is_that_of_the_whole_map(seed: int, n: int, share: int, cau
 
 @given(st.lists(st.floats(0, 5), min_size=1, max_size=32), st.floats(0, 1))
 def test_shares_grow_as_layers_focus(entropies: list[float], damping: float) -> None:
-    found = shares(torch.tensor(entropies, dtype=torch.float64)[:, None], damping)[:, 0]
+    found = reuse_shares(torch.tensor(entropies, dtype=torch.float64)[:, None], damping)[:, 0]
     spread = max(max(entropies) - min(entropies), 1e-12)
     expected: list[float] = []
     for entropy in entropies:
@@ -95,7 +95,7 @@ def test_static_patches_are_reused_most_similar_first_unless_text_attends_to_the
         for layer, inputs in enumerate(seen):
             rows_ = attention_map(backbone, layer, inputs[0]).mean(0).numpy()
             entropies.append(-np.sum(rows_ * np.log(rows_), 1).mean())
-        every = shares(torch.tensor(entropies)[:, None], 0.55)[:, 0].tolist()
+        every = reuse_shares(torch.tensor(entropies)[:, None], 0.55)[:, 0].tolist()
         first, second = every[cuts[0]], max(every[cuts[0]], every[cuts[1]])
     else:
         first, second = 0.8, 0.8

@@ -1,4 +1,4 @@
-"""Offers the stage `frame_change` and a pipeline of the same name. Imports no torch."""
+"""Registers the stage `frame_change` and a pipeline of the same name. Imports no torch."""
 
 from __future__ import annotations
 

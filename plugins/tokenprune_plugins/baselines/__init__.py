@@ -1,1 +1,1 @@
-"""Baselines without which no comparison means anything. Imports no torch."""
+"""Baselines that every strategy should be compared with. Imports no torch."""

@@ -1,7 +1,7 @@
-"""One camera and not the others, a control: what a strategy of the same budget has to be better than.
+"""A baseline that keeps one camera and drops the others: a strategy of the same budget should do better.
 
-The named views stay whole. Of all others together `keep` patches stay, none by default, spread evenly. A policy that
-has no view besides the named ones is refused, for nothing could leave.
+All patches of the named views stay. Of all other views together `keep` patches stay, none by default, spread evenly. A
+policy without other views is refused, because no token could leave.
 """
 
 from __future__ import annotations
@@ -13,43 +13,44 @@ from torch import Tensor
 
 from tokenprune import BackboneInfo, CutConfig, Keep, LayoutError, SelectContext, ViewBudget, nearest
 from tokenprune_plugins.baselines.uniform_grid import UniformGrid
-from tokenprune_plugins.shared.bases import HalfConfig, Scored
+from tokenprune_plugins.shared.bases import HalfConfig, ScoreStage
 
 
 class ViewConfig(CutConfig):
-    """Which views stay whole, and how much stays of the others."""
+    """Which views keep all their patches, and how many patches stay of the others."""
 
     keep: Keep = 0
-    view: str | tuple[str, ...] = Field(default="primary", description="The view that stays whole, or several.")
+    view: str | tuple[str, ...] = Field(
+        default="primary", description="The view that keeps all its patches, or a list of views."
+    )
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
         own = {name: ViewBudget(keep=1.0) for name in self.named}
-        # The models are frozen, for everyone else.
+        # The model is frozen, and a validator is the one place that may still complete it.
         object.__setattr__(self, "views", {**own, **self.views})
         return self
 
     @property
     def named(self) -> tuple[str, ...]:
-        """The views that stay whole."""
+        """The views that keep all their patches."""
         return (self.view,) if isinstance(self.view, str) else self.view
 
 
-class KeepView(Scored[ViewConfig]):
-    """Keeps the whole of named views and nothing of the others."""
+class KeepView(ScoreStage[ViewConfig]):
+    """Keeps all patches of the named views, and of the others none or an even sample."""
 
     Config = ViewConfig
 
     def __init__(self, config: ViewConfig) -> None:
-        """The others are ranked as an even grid ranks them."""
         super().__init__(config)
         self._grid = UniformGrid(HalfConfig(use="uniform_grid"))
 
     def bind(self, info: BackboneInfo) -> None:
-        """Look for the views.
+        """Check that the backbone has the named views and others.
 
         Raises:
-            LayoutError: If the policy lacks one of them, or has no other.
+            LayoutError: If the backbone lacks a named view, or has no other view.
         """
         names = self.config.named
         for name in names:
@@ -63,5 +64,5 @@ class KeepView(Scored[ViewConfig]):
             )
 
     def score(self, ctx: SelectContext) -> Tensor:
-        """An even grid; the named views are kept by their budgets."""
+        """Score all patches by an even grid; the budgets of the named views keep these views whole."""
         return self._grid.score(ctx)

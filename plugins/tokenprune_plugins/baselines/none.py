@@ -1,4 +1,4 @@
-"""A control that is asked at every cut and drops nothing: what the framework itself costs."""
+"""A baseline that is called at every cut and drops nothing: it measures the cost of the framework itself."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ class NothingConfig(CutConfig):
 
 
 class Nothing(Stage[NothingConfig]):
-    """Abstains wherever it is asked, so a query runs through every call and no token leaves."""
+    """Makes no proposal at any cut, so a query calls every hook and no token leaves."""
 
     Config = NothingConfig
 
     @hookimpl
     def select_tokens(self, ctx: SelectContext) -> Proposal | None:
-        """Abstain."""
+        """Make no proposal."""
         return None
 
     @hookimpl
     def score_layer(self, ctx: LayerContext) -> Proposal | None:
-        """Abstain."""
+        """Make no proposal."""
         return None

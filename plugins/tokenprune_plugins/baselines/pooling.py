@@ -1,12 +1,14 @@
-"""Average pooling, a control: each square of patches becomes its mean, whatever it shows.
+"""Average pooling, a baseline: every square of patches becomes its mean, independent of its content.
 
-A square of `side * side` patches is kept as its first patch, at that patch's position, so `keep: 0.25` is exactly
-squares of two by two where the grid divides. With fewer tokens the squares at the end of the sequence are lost.
+The mean of a square of `side * side` patches takes the place and position of the square's first patch. So `keep: 0.25`
+fits squares of 2 x 2 exactly where the grid is divisible by 2. With a smaller `keep` the squares at the end of the
+sequence are lost.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from pydantic import Field
@@ -24,11 +26,12 @@ from tokenprune import (
     TokenLayout,
     hookimpl,
 )
-from tokenprune_plugins.shared.merging import into
+from tokenprune_plugins.shared.layout_table import LayoutTable
+from tokenprune_plugins.shared.merging import merge_weights
 
 
 class PoolConfig(CutConfig):
-    """Size of the squares; `keep` should be one over its area."""
+    """Size of the squares; `keep` should be 1 over the square's area."""
 
     keep: Keep = 0.25
     side: int = Field(default=2, ge=1, description="Patches along each side of a square.")
@@ -40,28 +43,25 @@ class Pool(Stage[PoolConfig]):
     Config = PoolConfig
 
     def __init__(self, config: PoolConfig) -> None:
-        """Tables are made at the first query of each layout."""
         super().__init__(config)
-        self._tables: dict[tuple[TokenLayout, torch.device], Tensor] = {}
+        self._destination = LayoutTable(partial(squares, side=config.side))
 
     def requirements(self, info: BackboneInfo) -> StageNeeds:
-        """What leaves is averaged."""
+        """The cut before layer 0; tokens that leave are merged."""
         return replace(super().requirements(info), removal=Removal.MERGE)
 
     @hookimpl
     def select_tokens(self, ctx: SelectContext) -> Proposal:
         """Keep the first patch of each square, as the square's mean."""
-        key = (ctx.layout, ctx.prunable.device)
-        if key not in self._tables:
-            self._tables[key] = squares(ctx.layout, self.config.side).to(ctx.prunable.device)
-        destination = self._tables[key].expand_as(ctx.prunable)
+        destination = self._destination.of(ctx).expand_as(ctx.prunable)
         own = torch.arange(ctx.prunable.shape[1], device=ctx.prunable.device)
         size = torch.ones_like(destination, dtype=torch.promote_types(ctx.hidden.dtype, torch.float32))
-        return Proposal(score=(destination == own).float(), merge=lambda chosen: into(destination, size, chosen))
+        score = (destination == own).float()
+        return Proposal(score=score, merge=lambda chosen: merge_weights(destination, size, chosen))
 
 
 def squares(layout: TokenLayout, side: int) -> Tensor:
-    """For each prunable token `[P]` the place of its square's first patch; its own where a view has no grid."""
+    """Index `[P]`, among the prunable tokens, of the first patch of each token's square; its own without a grid."""
     place = {token: number for number, token in enumerate(layout.prunable)}
     first = dict(place)
     for segment in layout.views.values():

@@ -1,1 +1,1 @@
-"""What several strategies use: bases, ranks, grids, similarity, attention rows, merging, picture analysis."""
+"""What several strategies use: base stages, ranks, similarity, attention, merging, picture analysis, a CLIP."""

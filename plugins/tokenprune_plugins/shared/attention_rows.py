@@ -1,4 +1,4 @@
-"""Attention rows that strategies read, and which ones where the paper takes the last."""
+"""Which query rows a strategy's attention is read from, and their mean attention to the patches."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from tokenprune import LayerContext, OriginalIds
 RowsOrAuto = Annotated[
     Literal["auto", "last", "text", "instruction", "action"],
     Field(
-        description="Query rows that are averaged; auto: `last` in a causal decoder, `text` in a bidirectional one.",
+        description="Query rows whose attention is averaged; auto: `last` in a causal decoder, `text` in a "
+        "bidirectional one.",
     ),
 ]
 
 
-def rows_read(rows: RowsOrAuto, causal: bool) -> str:
-    """The named rows: in a bidirectional decoder the last one is a stop token that means nothing."""
+def resolve_rows(rows: RowsOrAuto, causal: bool) -> str:
+    """Name of the span whose rows are read; for `auto` this is the last row only in a causal decoder."""
     if rows != "auto":
         return rows
     return "last" if causal else "text"
 
 
-def rows_note(rows: RowsOrAuto, causal: bool) -> str:
-    """What a stage tells about the rows it reads."""
-    read = rows_read(rows, causal)
-    instead = ", as in the released code" if read == "last" else " in place of the last one, which means nothing here"
-    return f"attention of the '{read}' rows{instead if rows == 'auto' else ''}, mean over heads and rows"
+def rows_caveat(rows: RowsOrAuto, causal: bool) -> str:
+    """Text for `Stage.caveats`: which rows are read, and whether the released code reads others."""
+    resolved = resolve_rows(rows, causal)
+    released = ", as in the released code" if causal else " in place of the last one, which has no special role here"
+    return f"attention of the '{resolved}' rows{released if rows == 'auto' else ''}, mean over heads and rows"
 
 
 def attention_to_patches(ctx: LayerContext, rows: str | range | OriginalIds) -> Tensor:
-    """Attention of some queries to the held patches, mean over heads and rows `[B, P]`."""
+    """Attention of query rows to the prunable tokens held now, mean over heads and rows `[B, P]`."""
     return ctx.attention_rows(rows).mean((1, 2))

@@ -1,4 +1,4 @@
-"""Bases of strategies that do the same before layer 0 and after any layer, and their configuration."""
+"""Base classes of stages that follow one rule before layer 0 and after any layer, and what their cuts share."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from torch import Tensor
 from tokenprune import ConfigT, CutConfig, Keep, LayerContext, Proposal, SelectContext, Stage, hookimpl
 
 
-class Anywhere(Stage[ConfigT], ABC):
-    """A stage whose proposal does not depend on where it is asked."""
+class AnyLayerStage(Stage[ConfigT], ABC):
+    """A stage that proposes by the same rule before layer 0 and after every layer."""
 
     @abstractmethod
     def propose(self, ctx: SelectContext) -> Proposal:
-        """What it wishes for the prunable tokens held now."""
+        """The stage's proposal for the prunable tokens held now."""
 
     @hookimpl
     def select_tokens(self, ctx: SelectContext) -> Proposal:
-        """Proposes before layer 0."""
+        """Propose before layer 0."""
         return self.propose(ctx)
 
     @hookimpl
     def score_layer(self, ctx: LayerContext) -> Proposal:
-        """Proposes after a layer."""
+        """Propose after a layer."""
         return self.propose(ctx)
 
 
-class Scored(Anywhere[ConfigT], ABC):
-    """A stage whose proposal is a score, the same wherever it is asked."""
+class ScoreStage(AnyLayerStage[ConfigT], ABC):
+    """A stage that proposes a score and nothing else, by the same rule at every layer."""
 
     @abstractmethod
     def score(self, ctx: SelectContext) -> Tensor:
-        """Scores `[B, P]` of the prunable tokens; higher stays."""
+        """Scores `[B, P]` of the prunable tokens held now; higher stays."""
 
     def propose(self, ctx: SelectContext) -> Proposal:
         """The score alone."""
@@ -40,6 +40,11 @@ class Scored(Anywhere[ConfigT], ABC):
 
 
 class HalfConfig(CutConfig):
-    """A cut that keeps half unless told otherwise."""
+    """A cut that keeps half of the tokens by default."""
 
     keep: Keep = 0.5
+
+
+def last_drop(stage: Stage[ConfigT], depth: int, mode: str) -> int:
+    """Layer of the last cut that drops anything in a mode, -2 if none does; scores after it would be unused."""
+    return max(stage.drops(depth, mode), default=-2)

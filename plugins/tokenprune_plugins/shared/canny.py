@@ -1,11 +1,13 @@
-"""Edges of pictures by Canny's detector, in whole numbers and fixed shapes.
+"""Canny edge detection in integer arithmetic with fixed shapes.
 
-What OpenCV's `Canny` does by default: Sobel's three by three on replicated borders, no blur, the sum of the absolute
-derivatives as strength, and four directions, told apart by the same fixed-point tangents, which for bytes come to the
-true ones. All of it is exact integer arithmetic, so every device finds the same edges. Two things may differ. Grey is
-the nearest whole number to 0.299 R + 0.587 G + 0.114 B, halves up, where OpenCV rounds the weights first and so may be
-off by one. And a weak edge is followed for `REACH` pixels from a strong one, where OpenCV follows it to its end: where
-that is is known only when it is reached, and to ask would wait for the device.
+It computes what OpenCV's `Canny` does by default: 3 x 3 Sobel derivatives with replicated borders, no blur, the sum of
+the absolute derivatives as gradient magnitude, and four gradient directions. Integer arithmetic is exact, so every
+device finds the same edges. It differs from OpenCV in two ways:
+
+- Grey is 0.299 R + 0.587 G + 0.114 B, rounded to the nearest integer; OpenCV rounds the weights first, so its grey may
+  differ by one.
+- Hysteresis follows a weak edge for `REACH` pixels from a strong one; OpenCV follows it to its end. A loop until
+  nothing changes would wait for the device in every step.
 """
 
 from __future__ import annotations
@@ -15,25 +17,25 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 REACH = 64
-
+"""Pixels over which hysteresis follows a weak edge."""
 
 _TANGENT = 13573
-"""Tangent of 22.5 degrees in fractions of 2 ** 15; that of 67.5 degrees is larger by exactly 2."""
+"""Tangent of 22.5 degrees as a fixed-point number with 15 fractional bits; that of 67.5 degrees is larger by 2."""
 
 
 def canny(pixels: Tensor, low: int, high: int, reach: int = REACH) -> Tensor:
-    """Edge pixels, boolean `[B, H, W]`, of pictures uint8 `[B, 3, H, W]`.
+    """Edge pixels, boolean `[B, H, W]`.
 
     Args:
-        pixels: Red, green and blue.
-        low: An edge is stronger than this.
-        high: And, itself or a pixel it is connected to within `reach` steps, stronger than this.
-        reach: Steps, each to one of eight neighbours.
+        pixels: RGB pictures, uint8 `[B, 3, H, W]`.
+        low: Gradient magnitude that every edge pixel exceeds.
+        high: Gradient magnitude that an edge pixel, or one connected to it within `reach` steps, exceeds.
+        reach: Steps of hysteresis, each to the eight neighbours.
     """
     dx, dy = sobel(grey(pixels))
     strength = dx.abs() + dy.abs()
-    thin = (strength > low) & ridge(dx, dy, strength)
-    return connected(thin & (strength > high), thin, reach)
+    thin = (strength > low) & non_maximum_suppression(dx, dy, strength)
+    return hysteresis(thin & (strength > high), thin, reach)
 
 
 def grey(pixels: Tensor) -> Tensor:
@@ -43,7 +45,7 @@ def grey(pixels: Tensor) -> Tensor:
 
 
 def sobel(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Derivatives to the right and downwards, each `[B, H, W]`; the border is continued by its own values."""
+    """Horizontal and vertical derivative, each `[B, H, W]`; border values are replicated."""
     values = torch.cat([values[:, :1], values, values[:, -1:]], 1)
     values = torch.cat([values[:, :, :1], values, values[:, :, -1:]], 2)
     down = values[:, :-2] + 2 * values[:, 1:-1] + values[:, 2:]
@@ -51,10 +53,11 @@ def sobel(values: Tensor) -> tuple[Tensor, Tensor]:
     return down[:, :, 2:] - down[:, :, :-2], across[:, 2:] - across[:, :-2]
 
 
-def ridge(dx: Tensor, dy: Tensor, strength: Tensor) -> Tensor:
-    """Where the strength `[B, H, W]` is greatest across the edge; beyond the picture it is 0.
+def non_maximum_suppression(dx: Tensor, dy: Tensor, strength: Tensor) -> Tensor:
+    """Pixels whose gradient magnitude is the largest across the edge, boolean `[B, H, W]`.
 
-    Of two equal neighbours along a row or a column the right or lower one gives way, along a diagonal both do.
+    Outside the picture the magnitude is 0. Of two equal neighbours in a row or a column the left or upper one stays;
+    of two on a diagonal neither does.
     """
     around = pad(strength, (1, 1, 1, 1))
     height, width = strength.shape[1:]
@@ -75,8 +78,8 @@ def ridge(dx: Tensor, dy: Tensor, strength: Tensor) -> Tensor:
     return torch.where(steep < flat, along_row, across)
 
 
-def connected(strong: Tensor, thin: Tensor, reach: int) -> Tensor:
-    """Pixels of `thin` that at most `reach` steps within it lead to from a strong one, boolean `[B, H, W]`."""
+def hysteresis(strong: Tensor, thin: Tensor, reach: int) -> Tensor:
+    """Pixels of `thin` within `reach` steps of a strong pixel, each step within `thin`, boolean `[B, H, W]`."""
     around = pad(strong, (1, 1, 1, 1))
     for _ in range(reach):
         tall = around[:, :-2] | around[:, 1:-1] | around[:, 2:]

@@ -1,7 +1,7 @@
-"""A CLIP beside the policy: what its image tower makes of each patch, and its text tower of a sentence.
+"""A CLIP model that runs beside the policy: image features by patch, and text embeddings.
 
-It is open_clip's, of the user's own weights: none come with tokenprune, and none are ever drawn at random. A file is
-read as weights alone, so nothing in it is executed.
+The model is open_clip's, with weights that the user gives: none ship with tokenprune, and random weights are never
+used. A checkpoint file is read as weights only, so nothing in it is executed.
 """
 
 from __future__ import annotations
@@ -22,22 +22,24 @@ from tokenprune import MissingError, mend_torchvision, nearest
 
 HUB = "hf-hub:"
 
-
 TEXTS = 64
-"""Sentences whose embeddings are kept."""
+"""Text embeddings that are cached, the most recently used ones."""
 
 
 class Clip:
-    """One CLIP with its weights.
+    """A CLIP model with its weights.
 
     Args:
-        model: open_clip's model.
-        tokenizer: What makes `[1, L]` token ids of a list with one sentence.
-        colours: Mean and standard deviation of its pictures' channels in [0, 1].
-        layer: Block whose output is read, counted from the end: -1 is the last.
+        model: Model of open_clip.
+        tokenizer: Turns a list with one sentence into token ids `[1, L]`.
+        colours: Mean and standard deviation of the input channels, for pixels in [0, 1].
+        layer: Block of the image tower whose output is read, counted from the end: -1 is the last.
 
     Attributes:
         grid: Rows and columns of the image tower's patches.
+
+    Raises:
+        ValueError: If the image tower has no such block.
     """
 
     def __init__(self, model: Any, tokenizer: Any, colours: Sequence[Sequence[float]], layer: int) -> None:  # noqa: ANN401
@@ -52,16 +54,16 @@ class Clip:
         self._like = torch.empty(0)
         self._texts: dict[str, Tensor] = {}
 
-    def follow(self, like: Tensor) -> None:
-        """Move to a tensor's device and type, unless it is there; texts encoded elsewhere are forgotten."""
+    def move_to(self, like: Tensor) -> None:
+        """Move the model to the device and dtype of a tensor; a move clears the cached text embeddings."""
         if (like.device, like.dtype) != (self._like.device, self._like.dtype):
             self._like = like.new_empty(0)
             self._model.to(like.device, like.dtype)
             self._mean, self._std = self._mean.to(like.device), self._std.to(like.device)
             self._texts.clear()
 
-    def text(self, sentence: str) -> Tensor:
-        """What a sentence is to the text tower `[D]`, which is asked once for each of the last few."""
+    def embed_text(self, sentence: str) -> Tensor:
+        """Text embedding of a sentence `[D]`, computed once while it is among the last `TEXTS` sentences."""
         embedding = self._texts.pop(sentence, None)
         if embedding is None:
             tokens = self._tokenizer([sentence]).to(self._like.device)
@@ -71,10 +73,14 @@ class Clip:
             del self._texts[next(iter(self._texts))]
         return embedding
 
-    def patches(self, views: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Projected features `[B, rows * cols, D]` of each view's pixels, uint8 `[B, 3, S, S]`, all in one pass."""
+    def embed_patches(self, views: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Projected patch features `[B, rows * cols, D]` of each view, in one forward pass.
+
+        Args:
+            views: Pixels of each view, uint8 `[B, 3, S, S]`.
+        """
         visual = self._model.visual
-        seen = visual.forward_intermediates(
+        outputs = visual.forward_intermediates(
             torch.cat([self._prepared(pixels) for pixels in views]),
             indices=[self._block],
             stop_early=True,
@@ -82,11 +88,11 @@ class Clip:
             intermediates_only=True,
             output_fmt="NLC",
         )
-        (features,) = seen["image_intermediates"]
+        (features,) = outputs["image_intermediates"]
         return (_wide(features) @ _wide(visual.proj)).chunk(len(views))
 
     def _prepared(self, pixels: Tensor) -> Tensor:
-        """Pixels as the image tower wants them, resized the way PIL does it."""
+        """Pixels resized and normalised for the image tower; they are rounded after resizing, as PIL does."""
         size = self._model.visual.image_size
         picture = pixels.to(torch.promote_types(self._like.dtype, torch.float32))
         if tuple(pixels.shape[2:]) != tuple(size):
@@ -95,7 +101,7 @@ class Clip:
 
     @property
     def flops(self) -> int:
-        """Multiply-adds times two of one picture, matrix products only."""
+        """FLOPs of the image tower for one picture: two per multiply-add, matrix products only."""
         visual = self._model.visual
         blocks = visual.transformer.resblocks[: self._block + 1]
         patches, width = self.grid[0] * self.grid[1], visual.proj.shape[0]
@@ -107,39 +113,40 @@ class Clip:
 
 
 def load(model: str, checkpoint: str, layer: int) -> Clip:
-    """Make a CLIP and fill it.
+    """Build a CLIP model and load its weights.
 
     Args:
-        model: A name open_clip knows, or the path of a JSON file as open_clip describes a model.
-        checkpoint: Path of its weights, a tag of open_clip's, or `hf-hub:` and a name, which brings its own model.
-        layer: Block whose output is read, counted from the end.
+        model: Name of a model of open_clip, or path of a JSON file in open_clip's model format.
+        checkpoint: Path of a weights file, a pretrained tag of open_clip, or `hf-hub:` and a name; the latter brings
+            its own model.
+        layer: Block of the image tower whose output is read, counted from the end.
 
     Raises:
         MissingError: If open_clip is not installed.
-        ValueError: If there is no such model or checkpoint, or they do not fit.
+        ValueError: If there is no such model or checkpoint, or the weights do not fit the model.
     """
     library = _open_clip()
     file = Path(checkpoint).expanduser()
     with torch.random.fork_rng(devices=[]):
-        # The weights that are drawn here and overwritten below leave the caller's random numbers as they were.
+        # Building a model initialises its weights at random; the fork keeps the caller's RNG as it was.
         if checkpoint.startswith(HUB):
-            made, tokenizer, colours = _fetched(library, checkpoint, None)
+            built, tokenizer, colours = _pretrained(library, checkpoint, None)
         elif file.is_file():
-            made, tokenizer, colours = _described(library, model)
+            built, tokenizer, colours = _without_weights(library, model)
         elif checkpoint in library.list_pretrained_tags_by_model(model):
-            made, tokenizer, colours = _fetched(library, model, checkpoint)
+            built, tokenizer, colours = _pretrained(library, model, checkpoint)
         else:
             tags = library.list_pretrained_tags_by_model(model)
             raise ValueError(
                 f"checkpoint: there is no file '{checkpoint}', and open_clip knows no such weights of "
                 f"'{model}'{nearest(checkpoint, [*tags, HUB + 'NAME'])}"
             )
-    visual = made.visual
+    visual = built.visual
     if not isinstance(visual, library.transformer.VisionTransformer) or visual.attn_pool is not None:
         raise ValueError(f"model: '{model}' does not project single patches; valid: a plain ViT, such as ViT-B-16")
     if file.is_file():
-        _fill(made, file)
-    return Clip(made, tokenizer, colours, layer)
+        _load_weights(built, file)
+    return Clip(built, tokenizer, colours, layer)
 
 
 def _open_clip() -> Any:  # noqa: ANN401
@@ -152,40 +159,42 @@ def _open_clip() -> Any:  # noqa: ANN401
         ) from error
 
 
-def _fetched(library: Any, model: str, tag: str | None) -> tuple[Any, Any, Any]:  # noqa: ANN401
-    """A model with weights that open_clip finds or downloads, as weights alone, which is its default."""
+def _pretrained(library: Any, model: str, tag: str | None) -> tuple[Any, Any, Any]:  # noqa: ANN401
+    """Model, tokenizer and colours, with weights that open_clip finds or downloads; it reads weights only."""
     try:
-        made = library.create_model(model, pretrained=tag, require_pretrained=True)
+        built = library.create_model(model, pretrained=tag, require_pretrained=True)
         tokenizer = library.get_tokenizer(model)
     except Exception as error:
         raise ValueError(f"checkpoint: open_clip cannot load '{tag or model}': {error}") from error
-    return made, tokenizer, (made.visual.preprocess_cfg["mean"], made.visual.preprocess_cfg["std"])
+    return built, tokenizer, (built.visual.preprocess_cfg["mean"], built.visual.preprocess_cfg["std"])
 
 
-def _described(library: Any, model: str) -> tuple[Any, Any, Any]:  # noqa: ANN401
-    """A model that is still to be filled, with its tokenizer and colours."""
+def _without_weights(library: Any, model: str) -> tuple[Any, Any, Any]:  # noqa: ANN401
+    """Model, tokenizer and colours; the model's weights are still to be loaded."""
     colours: Mapping[str, Any] = {}
     try:
         if model.endswith(".json"):
             config = json.loads(Path(model).expanduser().read_text(encoding="utf-8"))
-            # The hub's `open_clip_config.json` holds both.
+            # A hub's `open_clip_config.json` also holds mean and standard deviation of the colours.
             colours, config = config.get("preprocess_cfg", {}), config.get("model_cfg", config)
             tokenizer = library.SimpleTokenizer(context_length=config["text_cfg"].get("context_length", 77))
         elif model in library.list_models():
             config, tokenizer = library.get_model_config(model), library.get_tokenizer(model)
         else:
             close = get_close_matches(model, library.list_models(), n=8, cutoff=0.3)
-            raise ValueError(f"open_clip has no such model{nearest(model, close)}, or a path that ends in .json")
+            raise ValueError(
+                f"open_clip has no such model{nearest(model, close)}; valid: its names, or a path that ends in .json"
+            )
         kind = library.CustomTextCLIP if config.pop("custom_text", False) else library.CLIP
-        made = kind(**config)
+        built = kind(**config)
     except Exception as error:
         raise ValueError(f"model: '{model}': {type(error).__name__}: {error}") from error
     mean, std = library.OPENAI_DATASET_MEAN, library.OPENAI_DATASET_STD
-    return made, tokenizer, (colours.get("mean", mean), colours.get("std", std))
+    return built, tokenizer, (colours.get("mean", mean), colours.get("std", std))
 
 
-def _fill(model: nn.Module, file: Path) -> None:
-    """Load weights that must fit exactly."""
+def _load_weights(model: nn.Module, file: Path) -> None:
+    """Load a weights file whose names and shapes must be exactly the model's."""
     try:
         safe = file.suffix == ".safetensors"
         held: Any = load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
@@ -202,8 +211,7 @@ def _fill(model: nn.Module, file: Path) -> None:
     wrong = [_and_more("it lacks ", sorted(wanted.keys() - found.keys())), _and_more("", shapes)]
     wrong.append(_and_more("the model has no ", sorted(found.keys() - wanted.keys())))
     if any(wrong):
-        said = "; ".join(filter(None, wrong))
-        raise ValueError(f"checkpoint: '{file}' does not fit the model: {said}")
+        raise ValueError(f"checkpoint: '{file}' does not fit the model: {'; '.join(filter(None, wrong))}")
     model.load_state_dict(held)
 
 

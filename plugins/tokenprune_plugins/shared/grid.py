@@ -9,9 +9,9 @@ from tokenprune import TokenLayout
 
 
 def grid_scores(layout: TokenLayout) -> Tensor:
-    """Score of every original id `[N]`; within a view, the next best patch lies farthest from those taken.
+    """Score of every original id `[N]`: in each view the best patches, however many, are spread evenly over the grid.
 
-    A view without a grid is spread along its length.
+    In a view without a grid they are spread along its length. Ids outside the views score 0.
     """
     scores = torch.zeros(layout.n_tokens, dtype=torch.float64)
     for segment in layout.views.values():
@@ -22,7 +22,7 @@ def grid_scores(layout: TokenLayout) -> Tensor:
 
 
 def dither(rows: int, cols: int) -> Tensor:
-    """Ordered-dither thresholds `[rows, cols]`: the interleaved, reversed bits of row and row-xor-column (Bayer)."""
+    """Bayer matrix `[rows, cols]` of ordered dithering: interleaved, reversed bits of `row` and `row ^ col`."""
     bits = max(rows - 1, cols - 1, 1).bit_length()
     row, col = torch.arange(rows)[:, None], torch.arange(cols)[None, :]
     value = torch.zeros(rows, cols, dtype=torch.int64)

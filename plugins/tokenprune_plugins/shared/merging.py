@@ -6,12 +6,12 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 
-def into(destination: Tensor, size: Tensor, chosen: Tensor) -> Tensor:
-    """Weights `[B, K, P]` of means over groups: each kept token, and those that go to it.
+def merge_weights(destination: Tensor, size: Tensor, chosen: Tensor) -> Tensor:
+    """Weights `[B, K, P]` that make each kept token the weighted mean of its group.
 
     Args:
-        destination: Token each goes to, index `[B, P]` into the `P`; its own for those that go nowhere.
-        size: Weight of each token in its group's mean `[B, P]`.
+        destination: Index `[B, P]` of the token that each token merges into; its own index for a token that stays.
+        size: Weight of each token in the mean of its group `[B, P]`.
         chosen: Kept tokens `[B, K]`; a group whose destination is not kept is lost.
     """
     member = one_hot(destination, destination.shape[1]).mT.to(size.dtype) * size[:, None]

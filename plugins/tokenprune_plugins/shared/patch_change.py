@@ -1,4 +1,4 @@
-"""How much each patch changed since another frame."""
+"""Pixel similarity of each patch with the same patch in another frame."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from tokenprune import SelectContext
 
 
 def patch_similarity(current: Tensor, past: Tensor, grid: tuple[int, int], black: float = 1.0) -> Tensor:
-    """Cosine of each patch with itself in another frame, `[B, rows * cols]`, float64.
+    """Cosine similarity of each patch with the same patch in another frame, float64 `[B, rows * cols]`.
 
-    Sums of uint8 products are exact in float64 whatever their order, so equal patches give exactly 1 and those
-    exactly at a threshold fall the same way on every device.
+    Sums of uint8 products are exact in float64 in any order. So equal patches give exactly 1, and a comparison with a
+    threshold gives the same answer on every device.
 
     Args:
-        current: Pixels, uint8 `[B, 3, S, S]`.
-        past: Likewise.
+        current: Pixels of this frame, uint8 `[B, 3, S, S]`.
+        past: Pixels of the other frame, uint8 `[B, 3, S, S]`.
         grid: Rows and columns of patches.
-        black: Similarity of two patches that are both entirely black, which have no direction.
+        black: Similarity of two patches that are both entirely black, whose cosine is not defined.
     """
     now, then = patches(current, grid), patches(past, grid)
     dot = (now * then).sum((3, 4, 5))
     length, past_length = (now * now).sum((3, 4, 5)), (then * then).sum((3, 4, 5))
-    # The root of the product, not the product of roots, which would leave equal patches a last bit away from 1.
+    # The product of two square roots may differ from 1 by a rounding error for equal patches; this one does not.
     cosine = dot / (length * past_length).sqrt().clamp(min=1e-8)
     return torch.where(length + past_length == 0, black, cosine).flatten(1)
 
 
 def patches(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Pixels `[B, 3, S, S]` by patch, float64 `[B, rows, cols, height, 3, width]`."""
+    """Pixels `[B, 3, S, S]` split into patches, float64 `[B, rows, cols, height, 3, width]`."""
     rows, cols = grid
     batch, channels, height, width = pixels.shape
     split = pixels.double().view(batch, channels, rows, height // rows, cols, width // cols)
@@ -37,7 +37,7 @@ def patches(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def frame_similarity(ctx: SelectContext, black: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Cosine of the held patches with the frame looked back at `[B, P]`, and which rows `[B]` have such a frame."""
+    """Similarity of the held patches to the look-back frame `[B, P]`, and which batch rows `[B]` have such a frame."""
     found = None
     everywhere = torch.ones(len(ctx.prunable), ctx.layout.n_tokens, dtype=torch.float64, device=ctx.prunable.device)
     for view, segment in ctx.layout.views.items():

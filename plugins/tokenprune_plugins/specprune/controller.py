@@ -1,7 +1,7 @@
-"""SpecPrune's action-aware controller: coarse while the arm travels, fine while it works.
+"""SpecPrune's action-aware controller: coarse mode while the arm travels, fine mode while it works.
 
-It enters `fine` as soon as an executed action is slow, and leaves it only at a query, when the last action was fast
-again by larger bounds: a chunk that was begun in `fine` is finished in it.
+`fine` begins as soon as an executed action is slow. It ends only at a query, if the last executed action was fast by
+larger bounds, so a chunk that begins in `fine` also ends in it.
 """
 
 from __future__ import annotations
@@ -21,42 +21,47 @@ from tokenprune import (
     Strict,
     hookimpl,
 )
+from tokenprune_plugins.shared.action_dims import three_dims
 
 
 class Motion(Strict):
-    """Bounds on one executed action; those left out do not matter."""
+    """Bounds on the motion of one executed action; a bound that is left out does not apply."""
 
     translation: float | None = Field(default=None, description="Length of the translation.")
-    planar: float | None = Field(default=None, description="Length of its horizontal part.")
-    rise: float | None = Field(default=None, description="Its vertical part, signed, upwards.")
+    planar: float | None = Field(default=None, description="Length of the horizontal part of the translation.")
+    rise: float | None = Field(default=None, description="Vertical part of the translation, positive upwards.")
     rotation: float | None = Field(default=None, description="Length of the rotation.")
 
     @model_validator(mode="after")
-    def _says_something(self) -> Motion:
+    def _not_empty(self) -> Motion:
         if not self.bounds:
             raise ValueError("give at least one of translation, planar, rise, rotation")
         return self
 
     @property
     def bounds(self) -> dict[str, float]:
-        """The bounds that are given."""
+        """The bounds that apply, by name."""
         return {name: bound for name, bound in self if bound is not None}
 
 
 class ControllerConfig(StageConfig):
-    """When the arm counts as working."""
+    """The two modes, and the bounds on motion between them."""
 
     coarse: str = Field(default="coarse", description="Mode while the arm travels.")
-    fine: str = Field(default="fine", description="Mode while it works.")
+    fine: str = Field(default="fine", description="Mode while the arm works.")
     enter: tuple[Motion, ...] = Field(
-        min_length=1, description="`fine` begins when an action is below every bound of any of these."
+        min_length=1,
+        description="`fine` begins when an executed action is below every bound of at least one entry of this list.",
     )
-    leave: Motion = Field(description="`fine` may end when the last action is above any of these bounds.")
+    leave: Motion = Field(
+        description="`fine` ends at a query if the last executed action is above at least one of these bounds."
+    )
     units: Literal["action", "metric"] = Field(
         default="action",
-        description="Bounds are in the executed action's own numbers, or in metres and radians per control step.",
+        description="Units of the bounds: action: those of the executed action; metric: metres and radians per control "
+        "step.",
     )
-    first_step: int = Field(default=0, ge=0, description="Executed actions before this one are not looked at.")
+    first_step: int = Field(default=0, ge=0, description="Number of actions ignored at the start of an episode.")
     replan: bool = Field(default=False, description="Ask the host for a new query when `fine` begins within a chunk.")
 
     def chooses(self) -> set[str]:
@@ -65,47 +70,41 @@ class ControllerConfig(StageConfig):
 
 
 class Controller(Stage[ControllerConfig]):
-    """Chooses between a coarse and a fine mode by how the robot moves."""
+    """Chooses the coarse or the fine mode by the motion of the last executed action."""
 
     Config = ControllerConfig
 
     def bind(self, info: BackboneInfo) -> None:
-        """Find translation and rotation among the actions, and their units.
+        """Look up the dimensions of translation and rotation, and their units.
 
         Raises:
-            ValueError: If the actions have no translation and rotation of three numbers each, or metric bounds are
-                asked for and the backbone does not say what its actions are in metres and radians.
+            ValueError: If the actions have no translation and rotation of three numbers each, or if bounds are metric
+                and the backbone does not define its actions in metres and radians.
         """
         action = info.action
         self._horizon = action.horizon
-        self._scale = {"translation": 1.0, "rotation": 1.0}
-        for group in self._scale:
-            if len(action.groups.get(group, ())) != 3:
-                raise ValueError(
-                    f"it needs actions with a {group} of three numbers; "
-                    f"'{info.name}' moves {', '.join(f'{n} {list(d)}' for n, d in action.groups.items())}"
-                )
-            if self.config.units == "metric":
+        self._dims = {group: three_dims(info, group) for group in ("translation", "rotation")}
+        self._scale = dict.fromkeys(self._dims, 1.0)
+        if self.config.units == "metric":
+            for group in self._dims:
                 if group not in action.metric:
                     raise ValueError(
-                        f"units: metric, but '{info.name}' does not say what its {group} is in metres or radians; "
+                        f"units: metric, but '{info.name}' does not define its {group} in metres or radians; "
                         "use units: action"
                     )
                 self._scale[group] = action.metric[group]
-        self._groups = action.groups
 
     def caveats(self, info: BackboneInfo) -> str:
-        """What the bounds are measured in."""
+        """Units of the bounds."""
         return "bounds in " + ("metres and radians" if self.config.units == "metric" else "the action's own units")
 
     @hookimpl
     def control(self, ctx: ControlContext) -> ControlDecision:
         """Enter `fine` after a slow action; leave it at a query that follows a fast one."""
         memory, steps = ctx.memory, len(ctx.executed)
-        looked_at = steps > self.config.first_step
         fine = memory.get("fine", False)
         replan = False
-        if ctx.event == "executed" and not fine and looked_at:
+        if ctx.event == "executed" and not fine and steps > self.config.first_step:
             motion = self._motion(ctx.executed[-1])
             if any(all(motion[name] < bound for name, bound in m.bounds.items()) for m in self.config.enter):
                 memory["fine"], memory["entered"] = True, steps
@@ -117,6 +116,6 @@ class Controller(Stage[ControllerConfig]):
         return ControlDecision(mode, replan)
 
     def _motion(self, executed: ExecutedAction) -> dict[str, float]:
-        x, y, z = (float(executed.action[dim]) * self._scale["translation"] for dim in self._groups["translation"])
-        turn = math.hypot(*(float(executed.action[dim]) for dim in self._groups["rotation"])) * self._scale["rotation"]
+        x, y, z = (float(executed.action[dim]) * self._scale["translation"] for dim in self._dims["translation"])
+        turn = math.hypot(*(float(executed.action[dim]) for dim in self._dims["rotation"])) * self._scale["rotation"]
         return {"translation": math.hypot(x, y, z), "planar": math.hypot(x, y), "rise": z, "rotation": turn}

@@ -146,7 +146,7 @@ def test_the_controller_chooses_another_strategys_budget() -> None:
     ],
 )
 def test_a_cut_before_any_score_is_refused(stage: dict[str, Any], cut: int, update: int) -> None:
-    said = rf"cut after layer {cut} comes before the first update after layer {update}, .*move one of them"
+    said = rf"cut after layer {cut} comes before the first update after layer {update}, .*move the cut"
     with pytest.raises(ConfigError, match=said):
         policy_of(inline({"use": "specprune.dynamic", **stage}))
     policy_of(inline({"use": "specprune.dynamic", **stage, "as_released": True}))
