@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokenprune.errors import TraceError
 from tokenprune.model.phase import Phase
-from tokenprune.tokens.plan import Plan
+from tokenprune.tokens.plan import Plan, cut_name
 
 _KERNELS = {0: "math", 1: "flash", 2: "efficient", 3: "cudnn", 4: "overrideable"}
 
@@ -139,11 +139,6 @@ class QueryTrace:
 
 def _chosen(ids: Tensor, member: Tensor) -> list[list[int]]:
     return [row[inside].tolist() for row, inside in zip(ids, member, strict=True)]
-
-
-def cut_name(after: int) -> str:
-    """A cut as pipeline files call it: the layer it follows, or `embedding`."""
-    return "embedding" if after < 0 else str(after)
 
 
 def attention_kernel(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> str:

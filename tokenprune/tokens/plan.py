@@ -124,3 +124,8 @@ class Plan:
     def graph_safe(self) -> bool:
         """Whether every count is known before the query starts."""
         return not self.unions and not any(cut.union for cut in self.cuts)
+
+
+def cut_name(after: int) -> str:
+    """Return a cut's name in pipeline files and results: the layer it follows, or `embedding` before layer 0."""
+    return "embedding" if after < 0 else str(after)
