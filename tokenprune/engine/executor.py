@@ -17,7 +17,7 @@ from tokenprune.engine.query import Query, QueryOutcome
 from tokenprune.engine.timing import Clock
 from tokenprune.engine.trace import QueryTrace
 from tokenprune.errors import ConfigError, nearest
-from tokenprune.model.decoder import Decoder, DecoderRunner
+from tokenprune.model.decoder import DecoderRunner, run_decoder
 from tokenprune.model.phase import Phase
 from tokenprune.pipelines.binding import BoundPipeline
 from tokenprune.tokens.plan import Plan
@@ -50,7 +50,7 @@ class Execution(StrEnum):
     @property
     def runner(self) -> DecoderRunner:
         """The function that runs the decoder's layers."""
-        return partial(Decoder.run, compiled=True) if self.compiled else Decoder.run
+        return partial(run_decoder, compiled=True) if self.compiled else run_decoder
 
     @classmethod
     def of(cls, name: str) -> Execution:

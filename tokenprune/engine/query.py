@@ -15,7 +15,7 @@ from tokenprune.engine.inputs import QueryInputs
 from tokenprune.engine.timing import Clock
 from tokenprune.engine.trace import ProbeRecord, QueryTrace
 from tokenprune.errors import StageError, TraceError
-from tokenprune.model.decoder import Decoder, DecoderRunner
+from tokenprune.model.decoder import Decoder, DecoderRunner, run_decoder
 from tokenprune.model.kv_cache import KVCache, LastKV, Memory, ReusedKV
 from tokenprune.model.phase import Phase
 from tokenprune.pipelines.binding import BoundPipeline
@@ -91,7 +91,7 @@ class Query:
         plan: Plan,
         inputs: QueryInputs,
         clock: Clock,
-        runner: DecoderRunner = Decoder.run,
+        runner: DecoderRunner = run_decoder,
     ) -> None:
         """Prepare a query."""
         self.trace = QueryTrace(pipeline.config.name, plan)

@@ -60,7 +60,7 @@ class Decoded:
 
 
 class DecoderRunner(Protocol):
-    """Runs a decoder's layers; `Decoder.run` unless a backbone has its own."""
+    """Runs a decoder's layers; `run_decoder` unless a backbone has its own."""
 
     def __call__(
         self,
@@ -190,6 +190,34 @@ class Decoder:
         if not rows.shape[1]:
             return hidden
         return finish(layer, hidden, attend(head_rows_at(q, rows), kv), gate, condition)
+
+
+def run_decoder(
+    decoder: Decoder,
+    hidden: Tensor,
+    tokens: TokenSelection,
+    pruner: Pruner | None = None,
+    cache: Memory | None = None,
+    /,
+    *,
+    positions: Positions = Positions.PRESERVE,
+    read: OriginalIds | None = None,
+    condition: Tensor | None = None,
+    skip: Container[int] = (),
+    compiled: bool = False,
+) -> Decoded:
+    """Call `Decoder.run`, looked up on the decoder, so that subclasses count; the default `DecoderRunner`."""
+    return decoder.run(
+        hidden,
+        tokens,
+        pruner,
+        cache,
+        positions=positions,
+        read=read,
+        condition=condition,
+        skip=skip,
+        compiled=compiled,
+    )
 
 
 def project(
