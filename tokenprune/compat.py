@@ -1,9 +1,9 @@
-"""Makes a torchvision that was built for another torch importable, for packages that need only its Python part.
+"""Makes a torchvision built for another torch importable, for packages that need only its Python part.
 
 transformers' model classes and open_clip import torchvision where it is installed. Beside a CPU build of torch, pip
-installs a torchvision whose compiled operators cannot be loaded, and its import stops at the first one it misses.
-Nothing here uses these operators, so they are declared without an implementation: calling one is an error that names
-it. A torchvision that works is left alone, and so is one that fails in another way.
+installs a torchvision whose compiled operators cannot be loaded, so that its import fails. Nothing here uses these
+operators: they are declared without an implementation, and calling one raises an error that names it. A torchvision
+that works, or fails for another reason, is left alone.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _declared: list[torch.library.Library] = []
 
 
 def mend_torchvision() -> bool:
-    """Import torchvision if it is installed, declaring the operators it lacks if it fails for want of them.
+    """Import torchvision where it is installed; declare its missing operators if the import fails without them.
 
     Call it before transformers' model classes or open_clip are imported.
 
     Returns:
-        Whether it had to be mended, now or earlier.
+        Whether operators were declared, now or earlier.
     """
     if not _declared and importlib.util.find_spec("torchvision") is not None and _broken():
         library = torch.library.Library("torchvision", "FRAGMENT")
@@ -44,7 +44,7 @@ def mend_torchvision() -> bool:
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
             del sys.modules[name]
         with warnings.catch_warnings():
-            # That its compiled part is missing is known by now.
+            # It warns about its missing compiled part.
             warnings.simplefilter("ignore")
             importlib.import_module("torchvision")
     return bool(_declared)
@@ -53,6 +53,6 @@ def mend_torchvision() -> bool:
 def _broken() -> bool:
     try:
         importlib.import_module("torchvision")
-    except Exception as error:  # another failure is told by whoever needs it
+    except Exception as error:  # whoever needs torchvision reports other failures
         return BROKEN in str(error)
     return False

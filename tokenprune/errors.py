@@ -1,4 +1,4 @@
-"""Every error a user can cause, each saying what is wrong, where, and what would be right."""
+"""The errors a user can cause; each message says what is wrong, where, and what would be valid."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class CapabilityError(ConfigError):
 
 
 class MissingError(ConfigError):
-    """A stage lacks what only the user can give: a file, a setting, a package."""
+    """A stage needs something that only the user can provide: a file, a setting, a package."""
 
 
 class PluginError(TokenPruneError):
@@ -39,11 +39,11 @@ class StageError(TokenPruneError):
 
 
 class TraceError(TokenPruneError):
-    """The tokens a layer really held differ from the plan."""
+    """A layer held other tokens than planned."""
 
 
 class ObservationError(TokenPruneError):
-    """An observation or instruction cannot be given to the policy."""
+    """The policy cannot use an observation or instruction."""
 
 
 class CheckpointError(TokenPruneError):
@@ -59,7 +59,7 @@ class SimulatorError(TokenPruneError):
 
 
 class RolloutError(TokenPruneError):
-    """An evaluation in simulated environments cannot go on: its engine, its workers, or who writes its results."""
+    """An evaluation in simulated environments cannot continue: its engine, its workers or its result writer failed."""
 
 
 class ResultError(TokenPruneError):

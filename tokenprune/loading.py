@@ -1,4 +1,4 @@
-"""The front door: a backbone by name with a pipeline bound to it."""
+"""Loads a backbone by name and binds a pipeline to it: `load` and `from_module`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def load_backbone(
     seed: int,
     options: Mapping[str, Any],
 ) -> Backbone:
-    """Load a backbone alone, to share it between policies; arguments as in `load`."""
+    """Load a backbone alone, which several policies can share; arguments as in `load`."""
     if dtype not in (*DTYPES, "auto"):
         raise ConfigError(f"unknown dtype '{dtype}'{nearest(dtype, (*DTYPES, 'auto'))}")
     try:
@@ -51,7 +51,7 @@ def describe_backbone(
         name: Registered name.
         registry: Discovered plugins.
         checkpoint: Folder in the release's format, or a hub id.
-        preset: What the backbone offers instead; its first one where neither is given.
+        preset: What the backbone offers instead of a checkpoint; its first preset if neither is named.
         options: The backbone's own.
 
     Raises:
@@ -87,7 +87,7 @@ def verify_checkpoint(name: str, registry: Registry, checkpoint: Path, options: 
 
 
 def chosen_preset(name: str, registry: Registry, checkpoint: str | Path | None, preset: str | None) -> str | None:
-    """Return the preset as given, or the backbone's first one where there is no checkpoint either.
+    """Return `preset`; the backbone's first preset if neither a preset nor a checkpoint is named.
 
     Raises:
         PluginError: If the backbone is unknown.
@@ -118,16 +118,16 @@ def load(
         checkpoint: Folder in the release's format, or a hub id.
         preset: What the backbone offers instead of a checkpoint: a trained policy of its own, or a size to fill with
             untrained random weights.
-        pipeline: Name of a shipped pipeline, path of a file, or what a file would say as plain data.
+        pipeline: Name of a shipped pipeline, path of a pipeline file, or the content of one as plain data.
         device: torch device.
         dtype: One of `float32`, `bfloat16`, `float16`, `float64`; `auto` is bfloat16, the releases' own, where the
             device computes it natively, and float32 elsewhere.
         seed: Seed of an untrained preset's random weights.
-        overrides: `stages.1.keep=0.5` and the like, applied to a named pipeline or file.
+        overrides: Such as `stages.1.keep=0.5`; applied to a named pipeline or file.
         execution: `eager`; `compile`, whose first queries take long; or, on a CUDA device, `cuda_graph` or
-            `compiled_cuda_graph`, which replay a query as one graph and need counts that do not depend on what is seen.
-        registry: Discovered plugins; discovered now when left out.
-        **options: What the backbone accepts besides, such as `unnorm_key`.
+            `compiled_cuda_graph`, which replay a query as one graph and need token counts that do not depend on data.
+        registry: Discovered plugins; discovered here by default.
+        **options: Options of the backbone, such as `unnorm_key`.
 
     Raises:
         PluginError: If the backbone or a stage is unknown.
@@ -159,7 +159,7 @@ def from_module(
         overrides: As in `load`.
         execution: As in `load`.
         registry: As in `load`.
-        **options: The adapter's options, and what the model itself does not hold, such as `tokenizer="PATH"`.
+        **options: Options of the adapter, and what the model does not contain, such as `tokenizer="PATH"`.
 
     Raises:
         PluginError: If the backbone or a stage is unknown, or the backbone cannot adopt models.

@@ -1,4 +1,4 @@
-"""A policy: observations in, actions out, with one memory per environment and a trace of every query."""
+"""The policy: observations in, actions out, with one memory per environment and a trace of every query."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ActionChunk:
 
     Attributes:
         actions: Actions `[T, D]` in the environment's units.
-        normalised: The same before un-normalisation; None where a controller answered.
+        normalised: The same before un-normalisation; None if a controller answered the query.
         trace: What the query did.
     """
 
@@ -47,9 +47,9 @@ class ActionChunk:
 
 
 class Policy:
-    """A backbone with a pipeline.
+    """A backbone with a pipeline bound to it.
 
-    Several policies may share one backbone; each has a memory of its own.
+    Several policies may share one backbone; each has its own memory.
     """
 
     def __init__(
@@ -68,18 +68,18 @@ class Policy:
 
     @property
     def looks_back(self) -> bool:
-        """Whether any stage compares frames with past ones; a host need not give frames where none does."""
+        """Whether any stage compares frames with past ones; if not, the host need not pass frames to `executed`."""
         return self.pipeline.look_back_frames > 0
 
     def reset(self, instruction: str, slot: int = 0) -> None:
-        """Begin an episode or a new task in one environment; everything remembered there is forgotten.
+        """Begin an episode or a new task in one environment, and clear its memory.
 
-        Every mode is planned here, so that what cannot run is refused before the first query.
+        Every mode is planned here, so that a plan that cannot run is refused before the first query.
 
         Raises:
-            ObservationError: If the instruction cannot be given to the policy.
-            ConfigError: If a budget of the pipeline does not fit the tokens of this policy, or a mode cannot run the
-                way it is to be executed.
+            ObservationError: If the policy cannot use the instruction.
+            ConfigError: If a budget of the pipeline does not fit the tokens of this policy, or the execution
+                cannot run one of the modes.
         """
         prompt = self.backbone.encode(instruction)
         for mode in self.pipeline.config.modes:
@@ -94,23 +94,23 @@ class Policy:
         """Query the policy for one environment.
 
         Raises:
-            ObservationError: If the observation is not what the policy was made for.
+            ObservationError: If the observation does not fit the policy.
             StageError: If a stage fails and the pipeline does not fall back.
-            TraceError: If the query did not run to plan.
+            TraceError: If the query did not run as planned.
         """
         return self.act_batch({slot: observation})[slot]
 
     @torch.inference_mode()
     def act_batch(self, observations: Mapping[int, Observation]) -> dict[int, ActionChunk]:
-        """Query the policy for several environments; those with the same layout and mode share a pass.
+        """Query the policy for several environments; those with the same layout and mode run as one batch.
 
-        Unless a cut keeps a union: its count depends on what each environment sees, so each has a pass of its own.
+        With a `keep: union` cut each environment runs by itself, because its token count depends on its observation.
         """
         started = time.perf_counter()
         groups: dict[tuple[TokenLayout, str, int | None], tuple[Plan, list[int]]] = {}
         chunks: dict[int, ActionChunk] = {}
         for slot, observation in observations.items():
-            self._begun(slot)
+            self._episode(slot)
             self.backbone.check(observation)
         for slot in observations:
             layout = self._prompt(self._slots[slot], observations[slot]).layout
@@ -119,8 +119,8 @@ class Policy:
             if decision.actions is not None:
                 chunks[slot] = self._answer(self._slots[slot], plan, decision.actions, observations[slot], started)
                 continue
-            alone = None if plan.graph_safe else slot
-            groups.setdefault((layout, plan.mode, alone), (plan, []))[1].append(slot)
+            own_pass = None if plan.graph_safe else slot
+            groups.setdefault((layout, plan.mode, own_pass), (plan, []))[1].append(slot)
         for plan, members in groups.values():
             slots = [self._slots[slot] for slot in members]
             chunks |= self._query(plan, slots, [observations[slot] for slot in members], started)
@@ -142,23 +142,23 @@ class Policy:
             action: Commanded action `[D]` in the environment's units.
             pose: Achieved end-effector pose, where the host knows it.
             time: Seconds since the start of the episode.
-            observation: What the robot sees after it. Stages that compare frames look back at these; without them,
-                only the frames of queries are there to look back at.
+            observation: What the robot sees after it, for stages that compare frames; without it, they can look back
+                only at the frames of queries.
             slot: The environment.
-            frames: Instead of the observation, a function that draws its images, as simulators do more slowly than they
-                step; called at most once, in a later query in which a stage looks back at this step.
+            frames: Instead of the observation, a function that renders its images, because rendering is slower than a
+                simulation step; called at most once, in a later query in which a stage looks back at this step.
 
         Returns:
             Whether a controller asks for a new query before the rest of the chunk is executed. The host may ignore it.
 
         Raises:
             ObservationError: If the slot has no episode, the action has the wrong shape or is not finite, the
-                observation is not what the policy was made for, or both it and `frames` are given.
+                observation does not fit the policy, or both it and `frames` are given.
         """
-        episode = self._begun(slot)
+        episode = self._episode(slot)
         if observation is not None and frames is not None:
             raise ObservationError("an executed action comes with an observation or with frames to draw, not with both")
-        # Copied, because hosts fill the same array again.
+        # Copied, because hosts reuse the array.
         action = np.array(action, dtype=np.float64)
         if action.shape != (self.backbone.info.action.dims,) or not np.isfinite(action).all():
             raise ObservationError(
@@ -176,13 +176,13 @@ class Policy:
                 self.pipeline.call(call, record)
         return decide(self.pipeline, episode, "executed").replan
 
-    def _begun(self, slot: int) -> Slot:
+    def _episode(self, slot: int) -> Slot:
         if slot not in self._slots:
             raise ObservationError(f"slot {slot} has no episode; call reset(instruction, slot={slot}) first")
         return self._slots[slot]
 
     def _prompt(self, slot: Slot, observation: Observation) -> EncodedPrompt:
-        """The prompt of the slot's next query."""
+        """The encoded prompt of the slot's next query."""
         if slot.prompt is None or self.backbone.info.state_in_prompt:
             slot.prompt = self.backbone.encode(slot.instruction, observation.get("state"))
         return slot.prompt
@@ -190,7 +190,7 @@ class Policy:
     def _answer(
         self, slot: Slot, plan: Plan, actions: np.ndarray, observation: Observation, started: float
     ) -> ActionChunk:
-        """A chunk that the controller gave, in place of a query."""
+        """The chunk of a query that a controller answered."""
         slot.past.add(len(slot.executed), observation["images"])
         every = frozenset(range(plan.depth))
         trace = QueryTrace(self.pipeline.config.name, replace(plan, cuts=(), skipped=every))
@@ -231,7 +231,7 @@ class Policy:
         if self.backbone.device.type == "cuda":
             torch.cuda.synchronize(self.backbone.device)
         trace.phases = clock.milliseconds()
-        # A camera would have delivered by then what a simulator draws only when it is asked.
+        # A real camera would have delivered these frames already; only a simulator renders them now.
         trace.milliseconds = (time.perf_counter() - started) * 1e3 - trace.phases.pop(Phase.DRAWING, 0.0)
         return {slot.index: ActionChunk(actions[row], normalised[row], trace) for row, slot in enumerate(slots)}
 
@@ -244,11 +244,13 @@ class Policy:
         past: Mapping[int, PastFrames],
         clock: Clock,
     ) -> tuple[QueryOutcome, np.ndarray]:
-        """One pass of the model; what it would have the slots remember is theirs only if all went well."""
+        """One pass of the model on drafts of the slots, so that a failing pass changes nothing."""
         device = self.backbone.device
         rng = QueryRng(slots, pipeline.config.seed, device)
-        reads = QueryInputs(inputs, [slot.draft() for slot in slots], past, rng, pipeline.tables(plan.layout, device))
-        outcome = self.executor.run(pipeline, plan, reads, clock)
+        query_inputs = QueryInputs(
+            inputs, [slot.draft() for slot in slots], past, rng, pipeline.tables(plan.layout, device)
+        )
+        outcome = self.executor.run(pipeline, plan, query_inputs, clock)
         outcome.trace.looked_back = {pipeline.names[index]: frames.steps for index, frames in past.items()}
         clock.enter(Phase.HEAD)
         normalised = outcome.device.actions.double().cpu().numpy()

@@ -1,8 +1,8 @@
-"""Lint of the hot files: nothing there may wait for the device or make a shape depend on data.
+"""Lint the hot files, where no code may wait for the device or make a shape depend on data.
 
 Usage: `python tools/lint_hot.py [PATH ...]`; without paths, the hot files of this checkout. Exit 1 on findings.
 
-A line, or a whole function through its `def` line, is exempt with `# cold: reason`.
+`# cold: reason` exempts its line; on a `def` line, the whole function.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Finding:
 
 
 def lint(source: str, path: str) -> list[Finding]:
-    """Findings of one file, in order, without the exempt ones."""
+    """Return the findings in one file, in order, without exempt lines."""
     try:
         tree = ast.parse(source)
     except SyntaxError as error:
@@ -92,7 +92,7 @@ def lint(source: str, path: str) -> list[Finding]:
 
 
 def _cold_comments(source: str) -> dict[int, str]:
-    """Line -> reason (possibly empty) of every `# cold` comment."""
+    """The reason (possibly empty) of every `# cold` comment, by line."""
     comments = {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         match = re.match(r"#\s*cold\b:?(.*)", token.string) if token.type == tokenize.COMMENT else None
@@ -145,7 +145,7 @@ def _is_cpu(node: ast.expr) -> bool:
 
 
 def _is_reduction(node: ast.expr) -> bool:
-    """Whether an expression is a reduced tensor, or arithmetic or a comparison on one."""
+    """Whether an expression is a reduction of a tensor, or arithmetic or a comparison with one."""
     if isinstance(node, ast.BinOp):
         return _is_reduction(node.left) or _is_reduction(node.right)
     if isinstance(node, ast.Compare):
@@ -174,7 +174,7 @@ def _is_mask(index: ast.expr) -> bool:
 
 
 def _truth_tested(node: ast.AST) -> list[ast.expr]:
-    """Expressions whose truth Python asks for."""
+    """Expressions that Python converts to bool."""
     if isinstance(node, ast.If | ast.While | ast.IfExp | ast.Assert):
         return [node.test]
     if isinstance(node, ast.comprehension):
@@ -190,7 +190,7 @@ def hot_files(root: Path) -> list[Path]:
     """The hot files under a checkout.
 
     Raises:
-        FileNotFoundError: If a pattern of `HOT_FILES` matches nothing, for then the list is out of date.
+        FileNotFoundError: If a pattern of `HOT_FILES` matches nothing, because the list is then out of date.
     """
     files: set[Path] = set()
     for pattern in HOT_FILES:
@@ -207,9 +207,9 @@ def main(arguments: Iterable[str]) -> int:
     """Lint the given files and folders, or the hot files; return the exit code."""
     root = Path(__file__).resolve().parent.parent
     try:
-        given = [Path(argument) for argument in arguments]
-        inside = [f for p in given for f in (sorted(p.rglob("*.py")) if p.is_dir() else [p])]
-        files = inside if given else hot_files(root)
+        paths = [Path(argument) for argument in arguments]
+        inside = [f for p in paths for f in (sorted(p.rglob("*.py")) if p.is_dir() else [p])]
+        files = inside if paths else hot_files(root)
         sources = [(path, path.read_text(encoding="utf-8")) for path in files]
     except OSError as error:
         print(f"lint_hot: {error}", file=sys.stderr)

@@ -1,11 +1,11 @@
-"""Record what every shipped pipeline does, and compare two recordings: kept ids, actions, FLOPs, plans, bit for bit.
+"""Record the results of every shipped pipeline, and compare two recordings bit for bit.
 
     python tools/same_results.py record FOLDER [--with-mini]
     python tools/same_results.py compare FOLDER FOLDER
 
-For changes that must change no result: record before, record after, compare. What depends on the clock or the machine
-(times, memory, versions) is left out. It drives the command line in one process, so it runs on revisions whose Python
-names differ.
+For changes that must not change results: record before, record after, compare. Kept ids, actions, FLOPs and plans are
+compared; times, memory and versions are not. It calls the command line, so it works across revisions whose Python names
+differ.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CLOCK_AND_MACHINE = {
 
 
 def record(folder: Path, with_mini: bool) -> None:
-    """Run and explain every shipped pipeline on the tiny backbones, and on `mini` where asked for."""
+    """Run and explain every shipped pipeline on the tiny backbones and, with `with_mini`, on `mini`."""
     pipelines = sorted(item["name"] for item in json.loads(_call("list", "--json")) if item["kind"] == "pipeline")
     where = [(name, "tiny") for name in TINY] + ([("openvla-oft", "mini")] if with_mini else [])
     for backbone, preset in where:
@@ -48,7 +48,7 @@ def record(folder: Path, with_mini: bool) -> None:
 
 
 def _call(*words: str) -> str:
-    """What a call of the command prints on standard output, or its message where it is refused."""
+    """Standard output of a command, or its error as JSON."""
     from typer.testing import CliRunner
 
     from tokenprune.cli import app
@@ -61,7 +61,7 @@ def _call(*words: str) -> str:
 
 
 def compare(before: Path, after: Path) -> int:
-    """Print every difference; the number of files that differ."""
+    """Print the differences and return the number of files that differ."""
     wrong = 0
     names = sorted({str(path.relative_to(folder)) for folder in (before, after) for path in folder.glob("*/*.json")})
     for name in names:

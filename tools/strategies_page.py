@@ -1,8 +1,8 @@
-"""Write the page that lists every strategy, from the registry and the strategies' own words.
+"""Write the page that lists every strategy, from the registry and the strategies' docstrings.
 
     python tools/strategies_page.py docs/strategies/all.md
 
-A test holds the page to the code.
+A test fails if the page is out of date.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ KEYS = "`after`, `keep`, `views`, `of`, `floor`, `bucket` and `weight` are the s
 
 
 def page(registry: Registry) -> str:
-    """The whole page, of what ships with tokenprune."""
+    """Return the page as Markdown; only strategies that ship with tokenprune."""
     stages = {
         name: registered
         for name, registered in registry.stages.items()
@@ -69,7 +69,7 @@ def page(registry: Registry) -> str:
 
 
 def _saved(registry: Registry) -> str:
-    """FLOP ratios of every shipped pipeline on every backbone."""
+    """The table of FLOP ratios of every shipped pipeline on every backbone."""
     shipped = [
         load_pipeline(name, registry)
         for name, registered in sorted(registry.pipelines.items())

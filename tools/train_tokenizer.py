@@ -1,4 +1,4 @@
-"""Train the small tokenizer of Llama's kind that ships with the adapters.
+"""Train the small Llama-like tokenizer that ships with the adapters.
 
 `python tools/train_tokenizer.py` rebuilds `adapters/tokenprune_adapters/assets/tokenizer.json` byte for byte from
 `tools/libero_instructions.txt`. With `--collect BDDL_DIR` it first rewrites that list from LIBERO's task files.
@@ -21,9 +21,9 @@ ASSET = ROOT / "adapters" / "tokenprune_adapters" / "assets" / "tokenizer.json"
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 SPECIAL = ("<unk>", "<s>", "</s>")
 BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
-# Characters with a token of their own besides those of the text; others, such as the line break, become bytes.
+# Characters that get a token even if the text lacks them; others, such as the line break, become bytes.
 ALPHABET = sorted({"▁", *string.ascii_letters, *string.digits, *string.punctuation})
-# Punctuation stands apart from the words, so that no token spans the border of the instruction.
+# Without punctuation, so that no token spans the border of the instruction.
 PROMPT_WORDS = ("In", "What action should the robot take to", "Out")
 VOCABULARY = 1024
 
@@ -51,7 +51,7 @@ def collect(bddl_dir: Path) -> list[str]:
 
 
 def train(instructions: list[str]) -> Tokenizer:
-    """Train a byte-pair encoding with SentencePiece's conventions, as Llama's tokenizer has them.
+    """Train a byte-pair encoding with the SentencePiece conventions of Llama's tokenizer.
 
     Args:
         instructions: Training text, one sentence each.
@@ -79,7 +79,7 @@ def train(instructions: list[str]) -> Tokenizer:
 
 
 def main() -> None:
-    """Rebuild the asset, and the list of instructions too where it is asked for."""
+    """Rebuild the asset and, with `--collect`, the list of instructions."""
     parser = argparse.ArgumentParser(description="Train the bundled tokenizer.")
     parser.add_argument("--collect", type=Path, metavar="BDDL_DIR", help="rewrite the list of instructions first")
     parser.add_argument("--output", type=Path, default=ASSET)

@@ -1,4 +1,4 @@
-"""The action tokens' attention, kept at the layers that some stage wants to observe."""
+"""Attention of the action tokens, logged at the layers that some stage observes."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch import Tensor
 from tokenprune.model.attention import attention_rows
 from tokenprune.model.kv_cache import LayerKV
 from tokenprune.stages.query_record import ActionAttention
-from tokenprune.tokens.selection import CurrentIds, OriginalIds, TokenSelection
+from tokenprune.tokens.selection import CurrentIds, OriginalIds, TokenSelection, key_columns_at
 
 
 class AttentionLog:
-    """Attention of one query's action tokens: rows side by side, repeated passes over the same rows averaged."""
+    """Attention of one query's action tokens; repeated passes over the same rows are averaged."""
 
     def __init__(self, layers: frozenset[int]) -> None:
-        """Attention is logged at these layers."""
+        """Log attention at these layers."""
         self.layers = layers
         self._prunable: dict[int, OriginalIds] = {}
         self._rows: dict[int, dict[int, list[Tensor]]] = {}
 
     def add(self, layer: int, behind: int, weights: Tensor, prunable: OriginalIds) -> None:
-        """Add `[B, H, R, P]` of rows whose first is `behind` places behind the layout."""
+        """Add attention `[B, H, R, P]` of rows that begin `behind` tokens after the layout."""
         self._prunable[layer] = prunable
         self._rows.setdefault(layer, {}).setdefault(behind, []).append(weights)
 
@@ -38,12 +38,12 @@ class AttentionLog:
 
 
 class AttentionLogger:
-    """A `Pruner` that cuts nothing and logs the attention of tokens behind the layout.
+    """A `Pruner` that cuts nothing and logs the attention of tokens after the layout's.
 
     Args:
         log: Where attention is added.
-        behind: Place of the first token behind the layout.
-        prunable_at: Original ids `[B, P]` of the prunable tokens a layer holds.
+        behind: Index of the first token, counted from the end of the layout.
+        prunable_at: Returns the original ids `[B, P]` of a layer's prunable tokens.
         note_probe: Called with the layer and the numbers of rows and keys whenever attention is computed.
     """
 
@@ -64,15 +64,14 @@ class AttentionLogger:
         return layer in self._log.layers
 
     def after_layer(
-        self, layer: int, hidden: Tensor, tokens: TokenSelection, q: Tensor, seen: LayerKV
+        self, layer: int, hidden: Tensor, tokens: TokenSelection, q: Tensor, kv: LayerKV
     ) -> tuple[Tensor, TokenSelection]:
-        """Compute the rows' attention; everything they attend to is before them or among them."""
+        """Log the attention of all rows; no mask, since they attend to every key."""
         batch, _, n, _ = q.shape
-        self._note_probe(layer, n, seen.k.shape[2])
+        self._note_probe(layer, n, kv.k.shape[2])
         rows = CurrentIds(torch.arange(n, device=q.device).expand(batch, n))
-        weights = attention_rows(q, seen.k, rows, causal=False)
+        weights = attention_rows(q, kv.k, rows, causal=False)
         prunable = self._prunable_at(layer)
-        columns = TokenSelection(seen.ids, seen.ids.shape[1]).to_current(prunable)
-        picked = weights.gather(3, columns[:, None, None].expand(*weights.shape[:3], -1))
-        self._log.add(layer, self._behind, picked, prunable)
+        columns = TokenSelection(kv.ids, kv.ids.shape[1]).to_current(prunable)
+        self._log.add(layer, self._behind, key_columns_at(weights, columns), prunable)
         return hidden, tokens

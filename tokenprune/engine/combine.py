@@ -1,8 +1,6 @@
-"""What the proposals at one cut come to: which tokens stay, and what is merged into them."""
+"""Combines the proposals at one cut: which tokens stay, and what is merged into them."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,15 +11,15 @@ from tokenprune.stages.token_context import SelectContext
 from tokenprune.tokens.plan import Cut, Removal
 from tokenprune.tokens.proposal import Proposal, Quota, resolve
 
-Proposals = Sequence[tuple[int, Proposal]]
-"""Each with the index of the stage it comes from."""
+Proposals = list[tuple[int, Proposal]]
+"""Proposals at one cut, each with the index of its stage."""
 
 
 def checked(answer: object, prunable: Tensor, what: str) -> None:
-    """Refuse a stage's answer that is no proposal over the prunable tokens `[B, P]`.
+    """Check that a stage returned None or a proposal over the prunable tokens `[B, P]`.
 
     Raises:
-        StageError: Beginning with `what`.
+        StageError: If not; the message begins with `what`.
     """
     if answer is None:
         return
@@ -39,7 +37,7 @@ def choose(cut: Cut, proposals: Proposals, context: SelectContext, pipeline: Bou
     """Indices `[B, K]` of the prunable tokens that stay at a cut.
 
     Raises:
-        StageError: If no stage said which, or what they said cannot be resolved.
+        StageError: If no stage proposed, or the proposals cannot be resolved.
     """
     if not proposals:
         asked = ", ".join(pipeline.names[i] for i in cut.stages)
@@ -59,10 +57,10 @@ def choose(cut: Cut, proposals: Proposals, context: SelectContext, pipeline: Bou
 def merged(
     proposals: Proposals, context: SelectContext, chosen: Tensor, pipeline: BoundPipeline, where: str
 ) -> Tensor | None:
-    """What the kept tokens `[B, K]` become, `[B, K, D]`; None where nothing is merged.
+    """Hidden states `[B, K, D]` of the kept tokens `[B, K]` after merging; None if no stage merges.
 
     Raises:
-        StageError: If several stages merge, or one that did not declare it, or by weights of another shape.
+        StageError: If several stages merge, a stage merges undeclared, or its weights have the wrong shape.
     """
     merging = [(pipeline.names[index], index, p.merge) for index, p in proposals if p.merge is not None]
     if not merging:

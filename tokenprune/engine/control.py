@@ -1,4 +1,4 @@
-"""Controllers are asked before a query and after each executed action; the first with an opinion decides."""
+"""Calls controllers before a query and after each executed action; the first decision counts."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ Event = Literal["query", "executed"]
 
 
 def control_context(pipeline: BoundPipeline, slot: Slot, stage: int, event: Event) -> ControlContext:
-    """What a stage is shown on the host."""
+    """Build the context of a stage's host hooks."""
     since = slot.executed[slot.asked_at :]
     memory = slot.host.setdefault(stage, {})
     return ControlContext(event, slot.index, pipeline.config.modes, slot.queries, slot.executed, since, memory)
 
 
 def decide(pipeline: BoundPipeline, slot: Slot, event: Event) -> ControlDecision:
-    """What the first controller that does not abstain decides; the first mode where all abstain.
+    """Return the first controller's decision; the pipeline's first mode if all abstain.
 
     Raises:
-        StageError: If a controller fails or its decision cannot be used, and the pipeline does not fall back.
+        StageError: If a controller fails or its decision is invalid, and the pipeline does not fall back.
     """
     with failing_later(pipeline, slot):
         for call in pipeline.hooks["control"]:
@@ -39,7 +39,7 @@ def decide(pipeline: BoundPipeline, slot: Slot, event: Event) -> ControlDecision
 
 @contextmanager
 def failing_later(pipeline: BoundPipeline, slot: Slot) -> Iterator[None]:
-    """Where a pipeline falls back, let what fails outside a query fail the next one."""
+    """In a pipeline that falls back, keep a stage's error outside a query and raise it in the next query."""
     try:
         yield
     except StageError as error:

@@ -1,4 +1,4 @@
-"""A query captured once as a CUDA graph and replayed with other observations in the same buffers."""
+"""A query captured as a CUDA graph and replayed on other observations through fixed buffers."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from tokenprune.engine.adapter import Backbone
 
 Capture = Callable[[Callable[[], DeviceOutcome]], tuple[DeviceOutcome, Callable[[], None]]]
-"""Captures what a function does on the device; returns the tensors it leaves and what computes them anew."""
+"""Captures the device work of a function; returns its output tensors and a function that recomputes them."""
 
 
 def cuda_graph(run: Callable[[], DeviceOutcome]) -> tuple[DeviceOutcome, Callable[[], None]]:
-    """Capture a CUDA graph, whose memory other graphs share: only one of them runs at a time."""
+    """Capture a CUDA graph in a memory pool that all graphs share, because only one runs at a time."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=_shared_pool()):
         outcome = run()
@@ -44,8 +44,8 @@ def _shared_pool() -> Any:  # noqa: ANN401 - a handle of torch's own
 class QueryGraph:
     """One query of a pipeline in one mode, for observations of one structure.
 
-    Stages are asked while it is captured; a replay asks none. So whatever a stage reads on the host must be the same in
-    every replay: see `Stage.host_state`.
+    Stages are called during capture only. So a graph stands only for queries in which all stages read the same host
+    values: see `Stage.host_state`.
     """
 
     def __init__(
@@ -57,17 +57,17 @@ class QueryGraph:
         capture: Capture,
         runner: DecoderRunner,
     ) -> None:
-        """Capture a query with these inputs. One like it has run before, so that no cached constant is made here."""
+        """Capture a query; one like it must have run before, so that capture creates no cached constants."""
         self._inputs = _buffers(inputs)
         self._trace = QueryTrace(pipeline.config.name, plan)
         self._clock = GraphClock(backbone.device)
 
         def run() -> DeviceOutcome:
-            # Run on drafts of the buffers: what a query leaves must not be where it reads.
-            own = self._inputs.drafted()
-            query = Query(pipeline, plan, own, self._clock, runner)
+            # Drafts, because a query must not write to the buffers that its replay reads.
+            drafts = self._inputs.drafted()
+            query = Query(pipeline, plan, drafts, self._clock, runner)
             self._clock.enter(Phase.REPLAY)
-            actions = backbone.infer(own.model, query)
+            actions = backbone.infer(drafts.model, query)
             self._clock.enter(Phase.HISTORY)
             outcome = query.outcome(actions)
             self._clock.enter(Phase.END)
@@ -77,14 +77,14 @@ class QueryGraph:
         self._outcome, self._replay = capture(run)
 
     def replay(self, inputs: QueryInputs, clock: Clock) -> QueryOutcome:
-        """Run it on another observation of the same structure."""
+        """Run the query on inputs of the same structure."""
         clock.enter(Phase.REPLAY)
         clock.split(self._clock)
-        copy_tensors(_read(self._inputs), _read(inputs))
+        copy_tensors(_tensors(self._inputs), _tensors(inputs))
         assert isinstance(self._inputs.rng, BufferedRng)
         self._inputs.rng.refill(inputs.rng)
         self._replay()
-        # The next replay writes to the same buffers.
+        # Copied, because the next replay writes to the same tensors.
         outcome = map_tensors(torch.empty_like, self._outcome)
         copy_tensors(outcome, self._outcome)
         reasons = {after: dict(named) for after, named in outcome.reasons.items()}
@@ -92,20 +92,20 @@ class QueryGraph:
 
 
 def graph_key(pipeline: BoundPipeline, plan: Plan, inputs: QueryInputs) -> Hashable:
-    """What must be equal for a captured graph to stand for a query."""
+    """Key of the queries that one captured graph can stand for."""
     host = tuple(stage.host_state(slot) for stage in pipeline.stages for slot in inputs.slots)
-    backs = tuple((index, tuple(step is None for step in past.steps)) for index, past in inputs.past.items())
-    return id(pipeline), plan.layout, plan.mode, host, backs, structure(_read(inputs))
+    missing_frames = tuple((index, tuple(step is None for step in past.steps)) for index, past in inputs.past.items())
+    return id(pipeline), plan.layout, plan.mode, host, missing_frames, structure(_tensors(inputs))
 
 
-def _read(inputs: QueryInputs) -> tuple[object, list[object], Mapping[int, Mapping[str, Tensor]]]:
-    """Everything in it that differs from query to query, except its random numbers."""
+def _tensors(inputs: QueryInputs) -> tuple[object, list[object], Mapping[int, Mapping[str, Tensor]]]:
+    """Everything a query reads except its random numbers."""
     pixels = {index: past.pixels for index, past in inputs.past.items()}
     return inputs.model, [slot.memory for slot in inputs.slots], pixels
 
 
 def _buffers(inputs: QueryInputs) -> QueryInputs:
-    """A copy of everything a query reads."""
+    """Copy everything a query reads."""
     return QueryInputs(
         model=map_tensors(torch.clone, inputs.model),
         slots=[replace(slot, memory=map_tensors(torch.clone, slot.memory)) for slot in inputs.slots],

@@ -1,4 +1,4 @@
-"""Where tokens leave: stages are asked between layers, and only here tokens move."""
+"""Carries out cuts: calls stages between layers and removes the tokens that they do not keep."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.engine.action_attention import AttentionLog
-from tokenprune.engine.combine import checked, choose, merged
+from tokenprune.engine.combine import Proposals, checked, choose, merged
 from tokenprune.engine.inputs import QueryInputs
 from tokenprune.engine.timing import Clock
 from tokenprune.engine.trace import ProbeRecord, QueryTrace, attention_kernel
@@ -24,26 +24,23 @@ from tokenprune.tokens.plan import Cut, Plan, Removal
 from tokenprune.tokens.proposal import Proposal
 from tokenprune.tokens.selection import OriginalIds, TokenSelection, apply, others, rows_at
 
-Proposals = list[tuple[int, Proposal]]
-"""Each with the index of the stage it comes from."""
-
 
 class StagePruner:
-    """The decoder loop's `Pruner` of one query: asks the stages and carries out what they decide together.
+    """The `Pruner` of one query: calls the stages and carries out their combined decision.
 
     Attributes:
-        plan: Every cut; the counts of unions become known on the way.
-        held: What each cut left.
+        plan: The plan; counts of unions become known during the query.
+        held: Tokens after each cut.
         attention: Attention of the action tokens.
-        reused: Keys and values of this query and the last, where the pipeline reuses them; None where it does not.
-        nan: Stage and place of each score, and whether anything in it is NaN.
-        overfull: Per cut, protected tokens beyond what it keeps, the most of any row; negative where there was room.
+        reused: Keys and values of this query and the last, if the pipeline reuses them.
+        nan: Stage and place of each score, and whether it has a NaN.
+        overfull: Per cut, the most protected tokens of any row minus the tokens it keeps.
     """
 
     def __init__(
         self, pipeline: BoundPipeline, plan: Plan, inputs: QueryInputs, trace: QueryTrace, clock: Clock
     ) -> None:
-        """Prepare for a query that runs to plan."""
+        """Prepare for one query."""
         self.plan = plan
         self.held: dict[int, TokenSelection] = {}
         self.attention = AttentionLog(pipeline.action_attention)
@@ -61,7 +58,7 @@ class StagePruner:
     def begin(
         self, decoder: Decoder, embeddings: Tensor, encoder: Mapping[str, Mapping[str, Tensor]]
     ) -> tuple[Tensor, TokenSelection]:
-        """Ask before layer 0, and cut if the plan says so; returns what enters it of all tokens `[B, N, D]`."""
+        """Call the selectors and cut before layer 0; return the kept rows `[B, K, D]` of `embeddings` `[B, N, D]`."""
         inputs = self._inputs
         tokens = TokenSelection.identity(self.plan.layout.n_tokens, len(embeddings), embeddings.device)
         self._query = QueryView(
@@ -75,36 +72,36 @@ class StagePruner:
         )
         proposals: Proposals = []
         for call in self._pipeline.hooks["select_tokens"]:
-            proposals += self._ask(call, self._context(call.stage, -1, tokens, embeddings), "before layer 0")
+            proposals += self._propose(call, self._context(call.stage, -1, tokens, embeddings), "before layer 0")
         cut = self.plan.cut_after.get(-1)
         if cut is None:
             return embeddings, tokens
         return self._apply(cut, proposals, self._context(cut.stages[0], -1, tokens, embeddings))
 
     def acts_after(self, layer: int) -> bool:
-        """Whether a stage is asked or tokens leave after this layer; after layer 0 the kernel is noted."""
-        return layer == 0 or self._asked(layer)
+        """Whether a stage is called or tokens leave after this layer; after layer 0 the kernel is recorded."""
+        return layer == 0 or self._acts(layer)
 
     def after_layer(
-        self, layer: int, hidden: Tensor, tokens: TokenSelection, q: Tensor, seen: LayerKV
+        self, layer: int, hidden: Tensor, tokens: TokenSelection, q: Tensor, kv: LayerKV
     ) -> tuple[Tensor, TokenSelection]:
-        """Ask the stages that declared this layer, and cut if the plan says so."""
+        """Call the scorers of this layer, and cut if the plan has a cut here."""
         query = self._query
         assert query is not None, "`begin` comes first"
         if layer == 0:
-            self._trace.kernel = attention_kernel(q, seen.k, seen.k, query.decoder.causal)
-            if not self._asked(layer):
+            self._trace.kernel = attention_kernel(q, kv.k, kv.k, query.decoder.causal)
+            if not self._acts(layer):
                 return hidden, tokens
         with self._clock.phase(Phase.SELECTION):
             computed: dict[str, Tensor] = {}
 
             def context(stage: StageView) -> LayerContext:
                 shared = (self.plan, layer, tokens, self._prunable, hidden, query, stage)
-                return LayerContext(*shared, q, seen.k, seen.ids, computed)
+                return LayerContext(*shared, q, kv.k, kv.ids, computed)
 
             proposals: Proposals = []
             for call in self._pipeline.scorers.get(layer, ()):
-                proposals += self._ask(call, context(self._stage_view(call.stage)), f"after layer {layer}")
+                proposals += self._propose(call, context(self._stage_view(call.stage)), f"after layer {layer}")
             if self._logs_attention(layer):
                 observer = StageView(stage_memory(self._inputs, ""), None, {}, self._note_probe("observe"))
                 self.attention.add(layer, 0, context(observer).attention_rows("action"), self._prunable)
@@ -113,19 +110,19 @@ class StagePruner:
                 return hidden, tokens
             return self._apply(cut, proposals, self._context(cut.stages[0], layer, tokens, hidden))
 
-    def _asked(self, layer: int) -> bool:
+    def _acts(self, layer: int) -> bool:
         return self._logs_attention(layer) or layer in self._pipeline.scorers or layer in self.plan.cut_after
 
     def _logs_attention(self, layer: int) -> bool:
-        """Whether the action tokens' attention is logged here; those behind the layout come later."""
+        """Whether attention of action tokens in the prefill is logged here."""
         return layer in self.attention.layers and "action" in self._inputs.tables.rows
 
     def _apply(self, cut: Cut, proposals: Proposals, context: SelectContext) -> tuple[Tensor, TokenSelection]:
         where = "before layer 0" if cut.after < 0 else f"after layer {cut.after}"
-        # A stage without a cut here only looked.
+        # A stage without a cut here only reads.
         proposals = [(index, proposal) for index, proposal in proposals if index in cut.stages]
         if cut.removal is Removal.REUSE:
-            # What has no keys and values of a last query cannot leave.
+            # Tokens without keys and values of a last query cannot leave.
             fresh = ~context.reusable()[:, None].expand_as(context.prunable)
             proposals.append((cut.stages[0], Proposal(protect=fresh)))
         if cut.union:
@@ -147,7 +144,7 @@ class StagePruner:
         return hidden, tokens
 
     def _note_cut(self, cut: Cut, proposals: Proposals, chosen: Tensor, where: str) -> None:
-        """Keep on the device what the trace tells of a cut."""
+        """Record a cut on the device, to be read into the trace after the query."""
         for index, proposal in proposals:
             if proposal.score is not None:
                 self.nan.append((f"stage '{self._pipeline.names[index]}' {where}", proposal.score.isnan().any()))
@@ -169,8 +166,8 @@ class StagePruner:
         self.plan = self._pipeline.plan(self.plan.layout, self.plan.mode, (*self.plan.unions, count))
         return self.plan.cut_after[cut.after]
 
-    def _ask(self, call: HookCall, context: SelectContext, where: str) -> Proposals:
-        """What one stage proposes, with its index; nothing if it abstains."""
+    def _propose(self, call: HookCall, context: SelectContext, where: str) -> Proposals:
+        """Call one stage; return its proposal with its index, or nothing if it abstains."""
         answer = self._pipeline.call(call, context, where)
         checked(answer, context.prunable, f"stage '{self._pipeline.names[call.stage]}': {call.hook} {where} returned")
         return [] if answer is None else [(call.stage, answer)]
@@ -187,8 +184,8 @@ class StagePruner:
         return self._stages[index]
 
     def _note_probe(self, stage: str) -> Callable[[int, str, int, bool], None]:
-        # A reference to this object would make a cycle with its contexts, and keep every tensor of a query until Python
-        # looks for cycles, which can take hundreds of queries.
+        # Closing over `self` would make a reference cycle that keeps all tensors of a query until Python's garbage
+        # collector runs, which can take hundreds of queries.
         probes = self._trace.probes
 
         def note(layer: int, rows: str, count: int, ahead: bool) -> None:
@@ -198,14 +195,14 @@ class StagePruner:
 
 
 class RepeatedCuts:
-    """A `Pruner` for another pass over the same tokens: keeps what was kept before and asks nobody."""
+    """A `Pruner` for another pass over the same tokens: repeats the cuts of the first pass, without calling stages."""
 
     def __init__(self, held: Mapping[int, TokenSelection]) -> None:
-        """`held` is what each cut left, by the layer it follows."""
+        """`held` maps the layer each cut follows to the tokens after it."""
         self._held = held
 
     def begin(self, embeddings: Tensor) -> tuple[Tensor, TokenSelection]:
-        """Embeddings `[B, n, D]` that enter layer 0, of all `[B, N, D]`, and which tokens they are."""
+        """Return the rows `[B, n, D]` of `embeddings` `[B, N, D]` that enter layer 0, and which tokens they are."""
         everything = TokenSelection.identity(embeddings.shape[1], len(embeddings), embeddings.device)
         return self._cut(-1, embeddings, everything)
 
@@ -214,9 +211,9 @@ class RepeatedCuts:
         return layer in self._held
 
     def after_layer(
-        self, layer: int, hidden: Tensor, tokens: TokenSelection, q: Tensor, seen: LayerKV
+        self, layer: int, hidden: Tensor, tokens: TokenSelection, q: Tensor, kv: LayerKV
     ) -> tuple[Tensor, TokenSelection]:
-        """Keep what was kept before."""
+        """Repeat the cut after this layer, if there is one."""
         return self._cut(layer, hidden, tokens)
 
     def _cut(self, after: int, hidden: Tensor, tokens: TokenSelection) -> tuple[Tensor, TokenSelection]:
@@ -227,6 +224,6 @@ class RepeatedCuts:
 
 
 def stage_memory(inputs: QueryInputs, prefix: str) -> StageMemory:
-    """Memory of one stage in a query; the prefix is its own."""
+    """The memory of one stage in a query, under its own prefix."""
     prunable = inputs.tables.prunable
     return StageMemory(inputs.slots, prefix, len(prunable), prunable.device)

@@ -1,4 +1,4 @@
-"""How a query runs on the device: operation by operation, through compiled layers, or as one CUDA graph."""
+"""How a query runs on the device: eagerly, through compiled layers, or as one CUDA graph."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tokenprune.engine.adapter import Backbone
 
 MAX_GRAPHS = 16
-"""Graphs that are kept, the last used ones: a pipeline with two modes needs four to eight of them."""
+"""Graphs kept in an LRU cache: a pipeline with two modes needs four to eight."""
 
 
 class Execution(StrEnum):
@@ -39,22 +39,22 @@ class Execution(StrEnum):
 
     @property
     def compiled(self) -> bool:
-        """Whether layers run compiled."""
+        """Whether layers run under torch.compile."""
         return self in (Execution.COMPILE, Execution.COMPILED_CUDA_GRAPH)
 
     @property
     def graph(self) -> bool:
-        """Whether a query is one CUDA graph."""
+        """Whether a query runs as one CUDA graph."""
         return self in (Execution.CUDA_GRAPH, Execution.COMPILED_CUDA_GRAPH)
 
     @property
     def runner(self) -> DecoderRunner:
-        """What runs the decoder's layers."""
+        """The function that runs the decoder's layers."""
         return partial(run_decoder, compiled=True) if self.compiled else run_decoder
 
     @classmethod
     def of(cls, name: str) -> Execution:
-        """The execution of a name.
+        """Return the execution of this name.
 
         Raises:
             ConfigError: If there is none.
@@ -71,31 +71,31 @@ class Executor(Protocol):
     execution: Execution
 
     def check(self, pipeline: BoundPipeline, plan: Plan) -> None:
-        """Refuse a plan that cannot run this way.
+        """Check that a plan can run this way.
 
         Raises:
-            ConfigError: Saying why.
+            ConfigError: If it cannot.
         """
         ...
 
     def run(self, pipeline: BoundPipeline, plan: Plan, inputs: QueryInputs, clock: Clock) -> QueryOutcome:
-        """Run one query; the clock is in no phase of the model's before or after."""
+        """Run one query, in the clock's phases of the model."""
         ...
 
 
 class EagerExecutor:
-    """Every operation is launched by itself; layers may be compiled."""
+    """Launches every operation from Python; layers may be compiled."""
 
     def __init__(self, backbone: Backbone, execution: Execution = Execution.EAGER) -> None:
-        """Layers are compiled at their first query."""
+        """Compiled layers are compiled in their first query."""
         self.execution = execution
         self._backbone = backbone
 
     def check(self, pipeline: BoundPipeline, plan: Plan) -> None:
-        """Every plan can."""
+        """Accept every plan."""
 
     def run(self, pipeline: BoundPipeline, plan: Plan, inputs: QueryInputs, clock: Clock) -> QueryOutcome:
-        """Run the model through its hook points."""
+        """Run the model once."""
         query = Query(pipeline, plan, inputs, clock, self.execution.runner)
         actions = self._backbone.infer(inputs.model, query)
         clock.enter(Phase.HISTORY)
@@ -104,15 +104,15 @@ class EagerExecutor:
 
 
 class GraphExecutor:
-    """The first query of each kind runs eagerly and is captured; later ones are replays.
+    """Runs the first query of each kind eagerly and captures it; later queries replay the graph.
 
     Args:
-        backbone: On a CUDA device, unless something else captures.
-        capture: What captures.
-        execution: With a graph; layers may be compiled before they are captured.
+        backbone: On a CUDA device, unless `capture` is not CUDA's.
+        capture: Captures a query.
+        execution: An execution with a graph.
 
     Raises:
-        ConfigError: If graphs are to be CUDA's and the backbone is elsewhere.
+        ConfigError: If CUDA graphs are asked for and the backbone is on another device.
     """
 
     def __init__(
@@ -127,11 +127,11 @@ class GraphExecutor:
         self._graphs: OrderedDict[Hashable, QueryGraph | None] = OrderedDict()
 
     def check(self, pipeline: BoundPipeline, plan: Plan) -> None:
-        """A graph can hold only what is known before the query."""
+        """Refuse a plan whose counts are not known before the query, or whose stages work on the host."""
         check_plan(self.execution, pipeline, plan)
 
     def run(self, pipeline: BoundPipeline, plan: Plan, inputs: QueryInputs, clock: Clock) -> QueryOutcome:
-        """Replay the graph of queries like this; capture it where there is none."""
+        """Replay the graph of this kind of query, or run the query eagerly and capture it."""
         key = graph_key(pipeline, plan, inputs)
         graph = self._graphs.get(key)
         if graph is not None:
@@ -140,7 +140,7 @@ class GraphExecutor:
             clock.enter(Phase.HISTORY)
             outcome.trace.execution = self.execution
             return outcome
-        # As it was before the query writes to its drafts.
+        # A copy to capture from, because the query writes to its drafts.
         untouched = None if key in self._graphs else inputs.drafted()
         outcome = self._first.run(pipeline, plan, inputs, clock)
         if untouched is not None:
@@ -157,7 +157,7 @@ class GraphExecutor:
         try:
             return QueryGraph(self._backbone, pipeline, plan, inputs, self._capture, self.execution.runner)
         except RuntimeError as error:
-            # An allocation that fails may leave a capture that fails to end, and then that is what is raised.
+            # When memory runs out during capture, ending the capture may raise another error on top.
             if not any(isinstance(one, torch.OutOfMemoryError) for one in (error, error.__context__)):
                 raise
             trace.execution = f"{self._first.execution} (no memory for a graph)"
@@ -170,10 +170,10 @@ class GraphExecutor:
 
 
 def check_plan(execution: Execution, pipeline: BoundPipeline, plan: Plan) -> None:
-    """Refuse a plan that cannot be executed so.
+    """Check that a plan can run with this execution.
 
     Raises:
-        ConfigError: If it is to be a graph, and a count depends on data or a stage says that it works on the host.
+        ConfigError: If it needs a graph, and a count depends on data or a stage works on the host.
     """
     if not execution.graph:
         return
@@ -190,10 +190,10 @@ def check_plan(execution: Execution, pipeline: BoundPipeline, plan: Plan) -> Non
 
 
 def executor(execution: Execution, backbone: Backbone) -> Executor:
-    """What runs queries this way.
+    """Return an executor for this execution.
 
     Raises:
-        ConfigError: If the backbone's device cannot do it.
+        ConfigError: If the backbone's device does not support it.
     """
     if execution.graph:
         return GraphExecutor(backbone, execution=execution)

@@ -1,4 +1,4 @@
-"""What a query reads, on the device."""
+"""Everything a query reads."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from tokenprune.tokens.layout_tables import LayoutTables
 
 
 class ModelInputs(Protocol):
-    """Preprocessed observations; each adapter keeps more in its own type.
+    """Preprocessed observations on the device; each adapter has its own type with more fields.
 
     Attributes:
-        images: Per view, the cropped pixels the patches align to, uint8 `[B, 3, S, S]`.
+        images: Per view, the cropped pixels that patches align to, uint8 `[B, 3, S, S]`.
     """
 
     images: Mapping[str, Tensor]
@@ -30,8 +30,8 @@ class QueryInputs:
 
     Attributes:
         model: The adapter's inputs.
-        slots: Drafts of the environments, one per batch row; what the query remembers is written there.
-        past: Frames that each stage looks back at, by its index.
+        slots: Drafts of the environments, one per batch row; the query writes its memory there.
+        past: Frames that each stage looks back at, by the stage's index.
         rng: Random numbers.
         tables: The layout as tensors.
     """
@@ -43,5 +43,5 @@ class QueryInputs:
     tables: LayoutTables
 
     def drafted(self) -> QueryInputs:
-        """The same inputs with drafts of the slots, for a query that may fail and then must have changed nothing."""
+        """The same inputs with new drafts of the slots."""
         return replace(self, slots=[slot.draft() for slot in self.slots])

@@ -24,18 +24,18 @@ def look_back(
     images: Mapping[str, Tensor],
     clock: Clock,
 ) -> dict[int, PastFrames]:
-    """Frames that each stage's `look_back` asks for, by the stage's index.
+    """Return the frames that each stage's `look_back` asks for, by the stage's index.
 
     Args:
-        pipeline: Whose stages are asked.
+        pipeline: The bound pipeline.
         backbone: Crops frames.
         slots: Environment of each batch row.
         observations: The current observation of each.
         images: Their cropped frames by view, uint8 `[B, 3, S, S]`.
-        clock: Time in which the host draws frames is counted apart.
+        clock: Times rendering by the host in a phase of its own.
     """
     past = {}
-    # Stages may look at the same step, and a step that is old enough may be the newest such one for a while.
+    # Several stages, and consecutive queries, may look back at the same step.
     crops: list[dict[int, Mapping[str, Tensor]]] = [{} for _ in slots]
     for call in pipeline.hooks["look_back"]:
         steps: list[int | None] = []
@@ -49,8 +49,8 @@ def look_back(
             if step == now:
                 frame = {view: pixels[row] for view, pixels in images.items()}
             elif step is not None:
-                known = crops[row].get(step) or slot.crops.get(step)
-                frame = crops[row][step] = known or _crop(backbone, slot, step, observations[row], clock)
+                cached = crops[row].get(step) or slot.crops.get(step)
+                frame = crops[row][step] = cached or _crop(backbone, slot, step, observations[row], clock)
             for view, pixels in images.items():
                 rows[view].append(frame.get(view, torch.zeros_like(pixels[row])))
         past[call.stage] = PastFrames(tuple(steps), {view: torch.stack(frames) for view, frames in rows.items()})
@@ -63,7 +63,7 @@ def _crop(backbone: Backbone, slot: Slot, step: int, observation: Observation, c
     if step == slot.asked_at:
         return slot.memory.frames
     phase = clock.enter(Phase.DRAWING)
-    # The current state was checked before; only the images can be wrong.
-    drawn = slot.past.images(step, lambda images: backbone.check({**observation, "images": images}))
+    # Past images come with the current state, which is checked already.
+    rendered = slot.past.images(step, lambda images: backbone.check({**observation, "images": images}))
     clock.enter(phase)
-    return {view: pixels[0] for view, pixels in backbone.pixels([drawn]).items()}
+    return {view: pixels[0] for view, pixels in backbone.pixels([rendered]).items()}

@@ -1,4 +1,4 @@
-"""One query on its way through a backbone: what an adapter calls back while it runs its model."""
+"""One query: what an adapter calls while it runs its model."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from tokenprune.tokens.selection import OriginalIds, TokenSelection
 
 @dataclass(frozen=True)
 class DeviceOutcome:
-    """What a query leaves on the device.
+    """The results of a query on the device.
 
     Attributes:
         actions: Normalised actions `[B, T, D]`.
         memories: Memory of each environment after the query.
         kept: Prunable original ids kept at each cut `[B, K]`, by the layer it follows.
-        reasons: Per cut, boolean `[B, K]` over the kept ids, by the name a stage gave.
-        nan: Stage and place of each score, and whether anything in it is NaN.
-        overfull: Per cut, protected tokens beyond what it keeps, the most of any row; negative where there was room.
+        reasons: Per cut, boolean `[B, K]` over the kept ids, by the name of the reason.
+        nan: Stage and place of each score, and whether it has a NaN.
+        overfull: Per cut, the most protected tokens of any row minus the tokens it keeps.
     """
 
     actions: Tensor
@@ -49,23 +49,23 @@ class DeviceOutcome:
 
 @dataclass(frozen=True)
 class QueryOutcome:
-    """All that a query leaves: tensors on the device, and its trace on the host."""
+    """The results of a query: tensors on the device, and its trace on the host."""
 
     device: DeviceOutcome
     trace: QueryTrace
 
     def finish(self) -> None:  # cold: after the actions have left the device
-        """Read what was noted on the device into the trace.
+        """Read what was recorded on the device into the trace.
 
         Raises:
             StageError: If a stage gave a NaN score.
         """
         scores, overfull = self.device.nan, self.device.overfull
-        noted = [bad.long() for _, bad in scores] + [count.long() for count in overfull.values()]
-        if not noted:
+        flags = [bad.long() for _, bad in scores] + [count.long() for count in overfull.values()]
+        if not flags:
             return
-        # One copy instead of one for each.
-        numbers = torch.stack(noted).tolist()
+        # A single copy from the device.
+        numbers = torch.stack(flags).tolist()
         for (what, _), bad in zip(scores, numbers, strict=False):
             if bad:
                 raise StageError(f"{what} gave a NaN score")
@@ -75,12 +75,12 @@ class QueryOutcome:
 
 
 class Query:
-    """What an adapter calls back while it runs its model.
+    """What an adapter calls while it runs its model.
 
     Attributes:
-        trace: Filled as the query goes.
-        runner: Runs the decoder's layers; a backbone may put another in its place before it decodes.
-        tokens: What the last layer held, once the decoder has run.
+        trace: Filled during the query.
+        runner: Runs the decoder's layers; a backbone may replace it before `decode`.
+        tokens: Tokens of the last layer, once the decoder has run.
     """
 
     tokens: TokenSelection
@@ -93,7 +93,7 @@ class Query:
         clock: Clock,
         runner: DecoderRunner = run_decoder,
     ) -> None:
-        """Prepare a query; nothing runs yet."""
+        """Prepare a query."""
         self.trace = QueryTrace(pipeline.config.name, plan)
         self.runner = runner
         self._pipeline = pipeline
@@ -101,7 +101,7 @@ class Query:
         self._clock = clock
         self._pruner = StagePruner(pipeline, plan, inputs, self.trace, clock)
         self._features: dict[str, Tensor] = {}
-        self._added: Tensor | None = None
+        self._residual: Tensor | None = None
         self._encoder: dict[str, dict[str, Tensor]] = {}
 
     def phase(self, phase: Phase) -> AbstractContextManager[None]:
@@ -130,32 +130,32 @@ class Query:
 
     @property
     def encoder_kinds(self) -> frozenset[str]:
-        """Attention of the vision towers that stages ask for."""
+        """Kinds of the vision towers' attention that stages need."""
         return self._pipeline.encoder_attention
 
     def note_encoder(self, views: Sequence[str], maps: Mapping[str, Tensor]) -> None:
-        """Take the attention `[views * B, N]` that patches got in the towers, by kind, views one behind the other."""
+        """Take the vision towers' attention `[views * B, N]` by kind; the views follow one another."""
         self.trace.encoder = tuple(sorted(maps))
         for kind, values in maps.items():
             self._encoder[kind] = dict(zip(views, values.chunk(len(views)), strict=True))
 
     def noise(self, *shape: int) -> Tensor:
-        """Standard normal numbers `[B, *shape]`, float32: the same for every pipeline, other ones for every query."""
+        """Standard normal noise `[B, *shape]`, float32; the same in every pipeline, different in every query."""
         return self._inputs.rng.noise(*shape)
 
     def decode(self, decoder: Decoder, embeddings: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Cut before layer 0, run the decoder with its cuts, and check what was held against the plan.
+        """Prefill: cut before layer 0, run the decoder with its cuts, and check the token counts against the plan.
 
         Args:
             decoder: The backbone's decoder.
             embeddings: All tokens of the layout `[B, N, D]`.
-            cache: Filled with the keys and values of each layer, for adapters that go on with `follow`.
+            cache: Filled with the keys and values of each layer, for adapters that call `follow` afterwards.
 
         Returns:
-            Hidden states `[B, R, D]` at the layout's `readout` rows, wherever cuts have moved them.
+            Hidden states `[B, R, D]` of the layout's `readout` rows.
 
         Raises:
-            TraceError: If any layer held another number of tokens than planned.
+            TraceError: If a layer held another number of tokens than planned.
         """
         with self.phase(Phase.SELECTION):
             hidden, tokens = self._pruner.begin(decoder, embeddings, self._encoder)
@@ -180,10 +180,10 @@ class Query:
         return decoded.hidden
 
     def repeat(self, decoder: Decoder, embeddings: Tensor) -> Tensor:
-        """Run the layout's tokens again with other embeddings `[B, N, D]` through the same cuts; no stage is asked.
+        """Run the layout's tokens again with other embeddings `[B, N, D]` through the same cuts; calls no stage.
 
         Returns:
-            Hidden states `[B, R, D]` at the layout's `readout` rows.
+            Hidden states `[B, R, D]` of the layout's `readout` rows.
         """
         with self.phase(Phase.DECODER):
             cuts = RepeatedCuts(self._pruner.held)
@@ -208,28 +208,28 @@ class Query:
         *,
         actions: bool = True,
     ) -> Tensor:
-        """Run tokens that come after the layout's and attend to what its cuts left in each layer.
+        """Run tokens after the prefill, which attend to the keys and values left in each layer.
 
         Args:
-            decoder: The layers they run through, as many as those that filled the memory.
+            decoder: Decoder to run; has as many layers as the one that filled the memory.
             embeddings: The tokens `[B, n, D]`.
-            behind: Place of the first of them behind the end of the layout, unpruned; positions go on from there.
-            memory: Keys and values of everything before them.
-            condition: What adaptive norms depend on `[B, C]`.
-            actions: Whether they are action tokens, whose attention stages may observe.
+            behind: Index of the first token, counted from the end of the unpruned layout; sets the positions.
+            memory: Keys and values of all tokens before.
+            condition: Input of adaptive norms `[B, C]`.
+            actions: Whether these are action tokens, whose attention stages may observe.
 
         Returns:
             Normalised hidden states `[B, n, D]`.
 
         Raises:
-            TraceError: If the memory does not hold what the plan left.
+            TraceError: If the memory holds other numbers of keys than planned.
         """
         if actions:
-            spare = (self.trace.ran + self.trace.spared) % self._plan.flow_interval > 0
-            self.trace.ran, self.trace.spared = self.trace.ran + (not spare), self.trace.spared + spare
-            if spare:
-                assert self._added is not None, "the first flow step runs"
-                return decoder.finish(embeddings + self._added, condition)
+            skip_layers = (self.trace.ran + self.trace.spared) % self._plan.flow_interval > 0
+            self.trace.ran, self.trace.spared = self.trace.ran + (not skip_layers), self.trace.spared + skip_layers
+            if skip_layers:
+                assert self._residual is not None, "the first flow step runs"
+                return decoder.finish(embeddings + self._residual, condition)
         if not self.trace.cached:
             self.trace.cached = memory.lengths
             if memory.lengths != self._plan.keys:
@@ -251,11 +251,11 @@ class Query:
             skip=self._plan.skipped,
         )
         if actions and self._plan.flow_interval > 1:
-            self._added = run.stream - embeddings
+            self._residual = run.stream - embeddings
         return run.hidden
 
     def outcome(self, actions: Tensor) -> QueryOutcome:
-        """Let observers see the finished query, and leave what the next one may need."""
+        """Call the observers, store the memory for the next query, and return the results."""
         self._observe(actions)
         slots, reused = self._inputs.slots, self._pruner.reused
         for row, slot in enumerate(slots):
@@ -265,8 +265,8 @@ class Query:
             slots[0].memory.kv = LastKV(self._plan.layout.prunable, tuple(reused.now.layers))
         memories = tuple(slot.memory for slot in slots)
         trace, pruner = self.trace, self._pruner
-        left = DeviceOutcome(actions, memories, trace.kept, trace.reasons, pruner.nan, pruner.overfull)
-        return QueryOutcome(left, trace)
+        device = DeviceOutcome(actions, memories, trace.kept, trace.reasons, pruner.nan, pruner.overfull)
+        return QueryOutcome(device, trace)
 
     def _observe(self, actions: Tensor) -> None:
         calls = self._pipeline.hooks["observe"]

@@ -1,4 +1,4 @@
-"""Random numbers of a query: drawn on the host, so the same on every device, and uploaded like the observation."""
+"""Random numbers of a query: drawn on the host, so that they are the same on every device, then uploaded."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from tokenprune.stages.memory import Slot
 
 
 class QueryRng:
-    """Random numbers of one query, a row for each environment.
+    """Random numbers of one query, one batch row per environment.
 
     Attributes:
-        seeds: One number per row that differs from query to query and repeats with the pipeline's seed, int64 `[B]`.
-        drawn: Every noise that was asked for, in order.
+        seeds: One seed per batch row, int64 `[B]`; differs from query to query, repeats with the pipeline's seed.
+        drawn: All noise drawn so far, in order.
     """
 
     def __init__(self, slots: Sequence[Slot], seed: int, device: torch.device) -> None:  # cold: before the model runs
-        """Numbers of the slots' next query."""
+        """Seed the slots' next query."""
         self.seeds = upload(torch.tensor([mix(seed, *_place(slot)) for slot in slots], dtype=torch.int64), device)
         self.drawn: list[Tensor] = []
         self._places = [_place(slot) for slot in slots]
         self._device = device
 
     def noise(self, *shape: int) -> Tensor:  # cold: drawn on the host
-        """Standard normal numbers `[B, *shape]`, float32: the same for every pipeline, other ones for every query."""
+        """Standard normal noise `[B, *shape]`, float32; the same in every pipeline, different in every query."""
         seeds = (mix(0, *place) for place in self._places)
         rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         self.drawn.append(upload(torch.stack(rows), self._device))
@@ -35,27 +35,27 @@ class QueryRng:
 
 
 class BufferedRng(QueryRng):
-    """Buffers that each query's random numbers are copied into."""
+    """Fixed buffers for the random numbers of queries that replay a CUDA graph."""
 
     def __init__(self, first: QueryRng) -> None:
-        """Hold the numbers of a query that has run; another asks for as many, in the same order."""
+        """Allocate buffers for the same draws as in `first`, a query that has run."""
         self.seeds = first.seeds.clone()
         self.drawn = [noise.clone() for noise in first.drawn]
-        self._asked = iter(self.drawn)
+        self._next = iter(self.drawn)
 
     def noise(self, *shape: int) -> Tensor:
-        """The buffer of the next drawing."""
-        return next(self._asked)
+        """The buffer of the next draw."""
+        return next(self._next)
 
     def refill(self, rng: QueryRng) -> None:
-        """Take the numbers of another query."""
+        """Copy the random numbers of another query into the buffers."""
         self.seeds.copy_(rng.seeds, non_blocking=True)
         for buffer in self.drawn:
             buffer.copy_(rng.noise(*buffer.shape[1:]), non_blocking=True)
 
 
 def mix(*numbers: int) -> int:
-    """Combine small integers into one 63-bit number, the same on every machine."""
+    """Hash small integers into one 63-bit seed, the same on every machine."""
     mixed = 0x9E3779B97F4A7C15
     for number in numbers:
         mixed = (mixed ^ number) * 0xBF58476D1CE4E5B9 % 2**64

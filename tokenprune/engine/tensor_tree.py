@@ -1,4 +1,4 @@
-"""Tensors inside mappings, sequences and dataclasses, wherever they are."""
+"""Functions over all tensors in nested mappings, sequences and dataclasses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def map_tensors(change: Callable[[Tensor], Tensor], value: T) -> T:
-    """The same value with every tensor in it changed."""
+    """Return a copy of the value with `change` applied to every tensor in it."""
     return _mapped(change, value)  # type: ignore[no-any-return]
 
 
@@ -30,7 +30,7 @@ def _mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:  # noqa: ANN
 
 
 def tensors_in(value: object) -> list[Tensor]:
-    """Every tensor in it, always in the same order."""
+    """All tensors in a value, always in the same order."""
     found: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:
@@ -42,18 +42,18 @@ def tensors_in(value: object) -> list[Tensor]:
 
 
 def copy_tensors(places: object, values: object) -> None:
-    """Copy every tensor of one value over its counterpart in another: a launch for each dtype, not for each tensor."""
+    """Copy every tensor of `values` into its counterpart in `places`, with one kernel launch per dtype."""
     by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
     for place, tensor in zip(tensors_in(places), tensors_in(values), strict=True):
-        into, whence = by_dtype.setdefault(place.dtype, ([], []))
+        into, source = by_dtype.setdefault(place.dtype, ([], []))
         into.append(place)
-        whence.append(tensor)
-    for into, whence in by_dtype.values():
-        torch._foreach_copy_(into, whence, non_blocking=True)
+        source.append(tensor)
+    for into, source in by_dtype.values():
+        torch._foreach_copy_(into, source, non_blocking=True)
 
 
 def structure(value: object) -> Hashable:
-    """What must be alike for tensors of one value to be copied into those of another: names, shapes and types."""
+    """Names, shapes, dtypes and devices of a value; `copy_tensors` needs them to be equal."""
     if isinstance(value, Tensor):
         return tuple(value.shape), value.dtype, value.device
     if isinstance(value, Mapping):

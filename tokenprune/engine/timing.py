@@ -1,4 +1,4 @@
-"""Time by phase, without waiting for the device."""
+"""Clocks that time the phases of a query without waiting for the device."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from tokenprune.model.phase import Phase
 
 
 class Clock:
-    """Time by phase without waiting for the device: each phase lasts until the next one is entered.
+    """Times phases; each lasts until the next one is entered.
 
-    On a GPU the marks are events in the stream, read after the query; elsewhere they are readings of the host clock.
+    On a GPU the marks are CUDA events, read after the query; elsewhere they are readings of the host's clock.
     """
 
     _in_graph = False
 
     def __init__(self, device: torch.device) -> None:
-        """Nothing is timed until the first `enter`."""
+        """Timing begins at the first `enter`."""
         self._cuda = device.type == "cuda"
         self._marks: list[tuple[Phase | None, Any]] = []
         self._inside: list[tuple[Phase, Clock]] = []
 
     def enter(self, phase: Phase | None) -> Phase | None:
-        """Begin a phase and return the name of the one that ended (None at the first)."""
+        """Begin a phase and return the one that ended, None at the first."""
         before = self._marks[-1][0] if self._marks else None
         self._marks.append((phase, self._mark()))
         return before
@@ -49,13 +49,13 @@ class Clock:
             self.enter(before)
 
     def split(self, clock: Clock) -> None:
-        """Let another clock say which phases made up the phase at hand; what it does not account for is left to it."""
+        """Split the current phase by the phases of another clock; the remainder stays in the current phase."""
         phase = self._marks[-1][0]
         assert phase is not None, "a clock splits a phase that has begun"
         self._inside.append((phase, clock))
 
     def milliseconds(self) -> dict[Phase, float]:
-        """Total per phase up to the last mark; call when the device has finished."""
+        """Milliseconds per phase up to the last mark; call it when the device has finished."""
         spent: dict[Phase, float] = {}
         for (phase, start), (_, stop) in zip(self._marks, self._marks[1:], strict=False):
             if phase is None:
@@ -70,12 +70,12 @@ class Clock:
 
 
 class GraphClock(Clock):
-    """Time by phase inside a CUDA graph, whose marks are recorded with it and set anew by every replay.
+    """Times phases inside a CUDA graph, with events that are captured and recorded again in every replay.
 
-    Elsewhere it times nothing, for nothing of a replay asks for the time.
+    Without CUDA it times nothing.
     """
 
-    # An event that is not external is a dependency between a graph's streams, and has no time.
+    # In a graph, only external events have times; others are dependencies between streams.
     _in_graph = True
 
     def enter(self, phase: Phase | None) -> Phase | None:

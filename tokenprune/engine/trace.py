@@ -1,4 +1,4 @@
-"""Proof of pruning: what one query really did, checked against its plan."""
+"""The trace: what one query did, checked against its plan."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _KERNELS = {0: "math", 1: "flash", 2: "efficient", 3: "cudnn", 4: "overrideable"
 
 @dataclass(frozen=True, slots=True)
 class ProbeRecord:
-    """Attention rows one stage asked for at one layer; `ahead` of it where the layer was still to run.
+    """Attention rows computed for one stage at one layer.
 
-    `behind` counts keys besides those of the layout's tokens.
+    `ahead` if the layer had not run yet; `behind` counts keys of tokens after the layout's.
     """
 
     stage: str
@@ -38,24 +38,23 @@ class QueryTrace:
 
     Attributes:
         pipeline: Name of the pipeline.
-        plan: What was meant to happen.
-        held: Tokens each layer really held.
+        plan: The plan.
+        held: Tokens that each layer held.
         kept: Prunable original ids kept at each cut `[B, K]`, by the layer it follows (-1 before layer 0).
-        reasons: Per cut, why: boolean `[B, K]` over the ids kept, by the name a stage gave.
-        looked_back: Per stage, control steps between the frames it compared, one per batch row; None without a frame.
+        reasons: Per cut, boolean `[B, K]` over the kept ids, by the name of the reason.
+        looked_back: Per stage, the age of its past frame in control steps, one per batch row; None without a frame.
         milliseconds: The whole query on the host's clock, from observation to actions.
-        phases: Milliseconds per phase: preprocess, vision, selection, decoder, decode or flow, head, history; `replay`
-            is what surrounds the phases of a recorded graph.
-        encoder: Attention of the vision towers that stages were told.
-        ran: Passes of action tokens behind the layout that ran through every layer.
-        spared: Those in which what the layers added before was added again.
-        cached: Keys each layer held for the passes that followed (`decode`, `flow`); empty where none did.
-        kernel: Attention kernel torch chose for the first layer's shapes.
+        phases: Milliseconds per `Phase`.
+        encoder: Kinds of the vision towers' attention that stages used.
+        ran: Passes of action tokens after the prefill that ran the layers.
+        spared: Passes of action tokens that reused the residual of an earlier one instead.
+        cached: Keys of each layer for the passes after the prefill; empty without such passes.
+        kernel: Attention kernel that torch chose for the first layer.
         probes: Attention rows that were computed.
-        overfull: Per cut, the most protected tokens any row had beyond what the cut keeps (0: all protected were kept).
-        fallback: Why the query ran without pruning although a pipeline was given, or an empty string.
-        answered: Whether a controller answered and the model did not run.
-        execution: How it ran: `eager`, `compile`, or as a replayed graph, which the first query of its kind is not.
+        overfull: Per cut, the most protected tokens of any row that did not fit; 0 if all were kept.
+        fallback: The error for which the query fell back to no pruning, or an empty string.
+        answered: Whether a controller answered, so that the model did not run.
+        execution: How it ran; with graphs, the first query of each kind runs eagerly or compiled.
     """
 
     pipeline: str
@@ -79,14 +78,14 @@ class QueryTrace:
 
     @property
     def mode(self) -> str:
-        """Mode the query ran in; `replayed` where a controller answered."""
+        """Mode of the query; `replayed` if a controller answered it."""
         return "replayed" if self.answered else self.plan.mode
 
     def check(self) -> None:
-        """Compare what was held with the plan.
+        """Compare the tokens held with the plan.
 
         Raises:
-            TraceError: If any layer held another number of tokens than planned.
+            TraceError: If a layer held another number of tokens than planned.
         """
         if self.held != self.plan.tokens:
             pairs = enumerate(zip_longest(self.held, self.plan.tokens))
@@ -97,7 +96,7 @@ class QueryTrace:
             )
 
     def view_counts(self) -> dict[str, dict[str, list[int]]]:
-        """Tokens of each view kept at each cut, one number per batch row; reads the device."""
+        """Tokens of each view kept at each cut, one number per batch row; waits for the device."""
         counts: dict[str, dict[str, list[int]]] = {}
         for after, ids in self.kept.items():
             spans = {name: segment.span for name, segment in self.plan.layout.views.items()}
@@ -107,7 +106,7 @@ class QueryTrace:
         return counts
 
     def to_json(self, with_ids: bool = False) -> dict[str, Any]:
-        """Plain data; `with_ids` adds the original ids kept at each cut, and those kept for each reason."""
+        """The trace as plain data; `with_ids` adds the original ids kept at each cut and for each reason."""
         plain: dict[str, Any] = {
             "pipeline": self.pipeline,
             "mode": self.mode,

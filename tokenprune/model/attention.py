@@ -1,4 +1,4 @@
-"""Attention of a few chosen queries, exact, while the layer itself stays on its fast kernel."""
+"""Exact attention probabilities of a few queries, computed beside the layer's fused kernel."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tokenprune.tokens.selection import CurrentIds
+from tokenprune.tokens.selection import CurrentIds, head_rows_at
 
 
 def attention_rows(q: Tensor, k: Tensor, rows: CurrentIds, causal: bool) -> Tensor:
@@ -17,23 +17,22 @@ def attention_rows(q: Tensor, k: Tensor, rows: CurrentIds, causal: bool) -> Tens
         q: Queries after rotary embedding `[B, H, n, d]`.
         k: Keys after rotary embedding `[B, G, m, d]`; `G` divides `H` (grouped-query attention).
         rows: Current indices of the queries `[B, R]`.
-        causal: Whether a query sees only keys up to itself; then there are as many keys as queries.
+        causal: Whether a query attends only to keys up to itself; there must then be as many keys as queries.
 
     Returns:
         `[B, H, R, m]`, each row summing to 1.
     """
-    index = rows[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
-    return probabilities(q.gather(2, index), k, rows if causal else None)
+    return probabilities(head_rows_at(q, rows), k, rows if causal else None)
 
 
 def received(q: Tensor, k: Tensor, rows: CurrentIds | None, block: int = 64) -> Tensor:
-    """Attention that each key gets `[B, m]`, mean over heads and all queries, in at least float32.
+    """Attention that each key receives `[B, m]`, mean over heads and all queries, in at least float32.
 
     Args:
         q: Queries `[B, H, n, d]`.
         k: Keys `[B, G, m, d]`.
-        rows: As in `probabilities`.
-        block: Queries at a time, so that the whole map is never held.
+        rows: Index of each query among the keys `[B, n]` if attention is causal, else None.
+        block: Queries per step, so that the whole attention map is never in memory.
     """
     total: Tensor = torch.zeros((), device=q.device)
     for weights in _blocks(q, k, rows, block):
@@ -43,7 +42,7 @@ def received(q: Tensor, k: Tensor, rows: CurrentIds | None, block: int = 64) -> 
 
 
 def row_entropy(q: Tensor, k: Tensor, rows: CurrentIds | None, block: int = 64) -> Tensor:
-    """Entropy in nats of the head-averaged attention of a query, mean over all queries `[B]`; arguments as above."""
+    """Entropy in nats of the head-averaged attention, mean over all queries `[B]`; arguments as in `received`."""
     total: Tensor = torch.zeros((), device=q.device)
     for weights in _blocks(q, k, rows, block):
         shared = weights.mean(1)
@@ -60,7 +59,7 @@ def _blocks(q: Tensor, k: Tensor, rows: CurrentIds | None, block: int) -> Iterat
 def probabilities(q: Tensor, k: Tensor, rows: CurrentIds | None) -> Tensor:
     """Attention probabilities `[B, H, R, m]` of queries `[B, H, R, d]` over keys `[B, G, m, d]`.
 
-    Where `rows` `[B, R]` are given, each query's own place among the keys, it sees only keys up to that.
+    `rows` `[B, R]` are the indices of the queries among the keys; with them, attention is causal.
     """
     logits = similarity(q, k)
     if rows is not None:

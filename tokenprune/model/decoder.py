@@ -1,7 +1,7 @@
-"""The one decoder loop: transformers' weight-bearing leaf modules, torch SDPA, and cuts between layers.
+"""The decoder loop: transformers' linear layers and norms, torch SDPA, and cuts between layers.
 
-It never calls transformers' own `forward`, cache or mask code, so tokens can leave between any two layers while
-every kept token keeps its rotary position, and the attention kernel stays the fast one throughout.
+It calls no `forward`, cache or mask code of transformers' models. So tokens can leave between any two layers, every
+kept token can keep its rotary position, and attention stays on a fused kernel.
 """
 
 from __future__ import annotations
@@ -17,32 +17,40 @@ from torch import Tensor, nn
 
 from tokenprune.model.kv_cache import LayerKV, Memory
 from tokenprune.tokens.positions import Positions
-from tokenprune.tokens.selection import CurrentIds, OriginalIds, TokenSelection, rows_at
+from tokenprune.tokens.selection import CurrentIds, OriginalIds, TokenSelection, head_rows_at, rows_at
 
 
 class Pruner(Protocol):
-    """What the loop asks between layers."""
+    """What the decoder loop calls between layers."""
 
     def acts_after(self, layer: int) -> bool:
-        """Whether anything happens after this layer; host only."""
+        """Whether `after_layer` is to be called after this layer; host only."""
         ...
 
     def after_layer(
-        self, layer: int, hidden: Tensor, tokens: TokenSelection, q: Tensor, seen: LayerKV
+        self, layer: int, hidden: Tensor, tokens: TokenSelection, q: Tensor, kv: LayerKV
     ) -> tuple[Tensor, TokenSelection]:
-        """Look at a layer, its queries and all it attended to, and perhaps cut after it; returns what goes on."""
+        """Return the hidden states `[B, K, D]` and tokens that enter the next layer.
+
+        Args:
+            layer: Index of the layer that ran.
+            hidden: Its output `[B, n, D]`.
+            tokens: The tokens it held.
+            q: Its queries `[B, H, n, d]`.
+            kv: Everything it attended to.
+        """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """What a pass through the decoder leaves.
+    """The result of a pass through the decoder.
 
     Attributes:
-        hidden: Normalised hidden states `[B, K, D]` of the tokens that reached the end, or of those to be read.
-        stream: The same before the last norm.
-        tokens: Which tokens reached the end.
-        held: Tokens each layer really held.
+        hidden: Normalised hidden states `[B, K, D]` of the last layer's tokens, or of the tokens to read.
+        stream: The residual stream: the same before the final norm.
+        tokens: The tokens of the last layer.
+        held: Number of tokens in each layer.
     """
 
     hidden: Tensor
@@ -77,18 +85,18 @@ class Decoder:
 
     Args:
         layers: transformers decoder layers with `input_layernorm`, `self_attn.{q,k,v,o}_proj`,
-            `post_attention_layernorm` and `mlp`. Where a pass is conditioned, the norms take the condition as second
-            argument and return the normalised tokens and a gate for the branch they feed (adaptive norms).
+            `post_attention_layernorm` and `mlp`. In a conditioned pass the norms are adaptive: they take the condition
+            as second argument and return the normalised tokens and a gate for the branch.
         norm: The final norm.
         head_dim: Width of one attention head.
         rope_theta: Base of the rotary frequencies.
-        causal: Whether a token sees only tokens up to itself; otherwise every token sees every token.
+        causal: Whether attention is causal; otherwise every token attends to every token.
     """
 
     def __init__(
         self, layers: Sequence[nn.Module], norm: nn.Module, *, head_dim: int, rope_theta: float, causal: bool
     ) -> None:
-        """Keep references; no weight is copied."""
+        """Hold references to the modules; no weight is copied."""
         self.layers = layers
         self.norm = norm
         self.head_dim = head_dim
@@ -110,62 +118,62 @@ class Decoder:
     ) -> Decoded:
         """Run every layer over `hidden` `[B, n, D]`, whose rows are the tokens `tokens`.
 
-        With a cache, each layer also attends to what the cache holds for it; the ids of new tokens must lie above the
-        cached ones. Where positions are compact, tokens behind a cache are numbered on from what each layer holds.
+        With a cache, each layer also attends to its cached keys and values; the ids of new tokens must lie above the
+        cached ones. With compact positions, each layer numbers new tokens from the length of its cache.
 
         Args:
             hidden: Embeddings.
             tokens: Which tokens they are.
-            pruner: Asked between layers. After the last one it sees that layer's input, for its output is only made
-                where it is read.
+            pruner: Called between layers. After the last layer it is given that layer's input if `read` is set, since
+                the output is computed only for the rows to read.
             cache: Keys and values of earlier tokens.
             positions: Whether kept tokens keep their original positions.
-            read: Tokens `[B, R]` whose hidden states are wanted, all when left out. In a causal decoder, the last one.
-            condition: What adaptive norms depend on `[B, C]`.
-            skip: Layers to leave out, never the last; tokens go past them as they are.
-            compiled: Whether what a layer does before and after its attention runs compiled.
+            read: Tokens `[B, R]` to return hidden states of; all by default. In a causal decoder, only the last one.
+            condition: Input of adaptive norms `[B, C]`.
+            skip: Layers not to run, never the last; hidden states pass them unchanged.
+            compiled: Whether the parts of a layer before and after its attention run under torch.compile.
 
         Raises:
-            ValueError: If a causal decoder is to continue a filled cache, or to be read, with several tokens, which
-                would need a mask.
+            ValueError: If a causal decoder has several new tokens behind a filled cache, or several to read; both would
+                need a mask.
         """
-        before, after = compiled_parts() if compiled else (project, finish)
-        behind = cache.lengths if cache is not None else ()
-        if behind and self.causal and hidden.shape[1] > 1:
+        before_attention, after_attention = compiled_parts() if compiled else (project, finish)
+        cached = cache.lengths if cache is not None else ()
+        if cached and self.causal and hidden.shape[1] > 1:
             raise ValueError(f"a causal decoder continues its cache one token at a time, not {hidden.shape[1]}")
         if self.causal and read is not None and read.shape[1] > 1:
             raise ValueError(f"a causal decoder is read at its last token, not at {read.shape[1]}")
-        cos, sin = rotary(tokens, positions, self.head_dim, self.rope_theta, hidden.dtype, *behind[:1])
+        cos, sin = rotary(tokens, positions, self.head_dim, self.rope_theta, hidden.dtype, *cached[:1])
         held = []
         for index, layer in enumerate(self.layers):
             if index in skip:
                 held.append(0)
-                if cache is not None and not behind:
+                if cache is not None and not cached:
                     cache.extend(index, LayerKV.empty(hidden))
                 continue
             held.append(hidden.shape[1])
-            if behind and positions is Positions.COMPACT and behind[index] != behind[index - 1]:
-                cos, sin = rotary(tokens, positions, self.head_dim, self.rope_theta, hidden.dtype, behind[index])
-            q, k, v, gate = before(layer, hidden, cos, sin, self.head_dim, condition)
-            seen = LayerKV(k, v, tokens.ids)
-            seen = seen if cache is None else cache.extend(index, seen)
-            asked = pruner is not None and pruner.acts_after(index)
+            if cached and positions is Positions.COMPACT and cached[index] != cached[index - 1]:
+                cos, sin = rotary(tokens, positions, self.head_dim, self.rope_theta, hidden.dtype, cached[index])
+            q, k, v, gate = before_attention(layer, hidden, cos, sin, self.head_dim, condition)
+            kv = LayerKV(k, v, tokens.ids)
+            kv = kv if cache is None else cache.extend(index, kv)
+            observed = pruner is not None and pruner.acts_after(index)
             if read is not None and index + 1 == len(self.layers):
-                if pruner is not None and asked:
-                    pruner.after_layer(index, hidden, tokens, q, seen)
-                # Whatever else this layer would still make of the other rows, nobody reads.
-                hidden = self._finish_read(layer, hidden, q, tokens.to_current(read), seen, gate, condition)
+                if pruner is not None and observed:
+                    pruner.after_layer(index, hidden, tokens, q, kv)
+                # Nobody reads the other rows of the last layer.
+                hidden = self._finish_read(layer, hidden, q, tokens.to_current(read), kv, gate, condition)
                 break
-            # Kept ids ascend, so the plain causal pattern stays right after any cut and no mask tensor is needed.
-            mixed = attend(q, seen, tokens.ids if self.causal and not behind else None)
-            hidden = after(layer, hidden, mixed, gate, condition)
-            if pruner is not None and asked:
-                hidden, tokens = pruner.after_layer(index, hidden, tokens, q, seen)
+            # Kept ids ascend, so SDPA's causal flag is correct after any cut; no mask tensor is needed.
+            attended = attend(q, kv, tokens.ids if self.causal and not cached else None)
+            hidden = after_attention(layer, hidden, attended, gate, condition)
+            if pruner is not None and observed:
+                hidden, tokens = pruner.after_layer(index, hidden, tokens, q, kv)
                 cos, sin = rotary(tokens, positions, self.head_dim, self.rope_theta, hidden.dtype)
         return Decoded(self.finish(hidden, condition), hidden, tokens, tuple(held))
 
     def finish(self, stream: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Normalised hidden states of what the last layer leaves `[B, n, D]`."""
+        """Apply the final norm to the residual stream `[B, n, D]`."""
         return normalise(self.norm, stream, condition)[0]
 
     def _finish_read(
@@ -174,15 +182,14 @@ class Decoder:
         hidden: Tensor,
         q: Tensor,
         rows: CurrentIds,
-        seen: LayerKV,
+        kv: LayerKV,
         gate: Tensor | None,
         condition: Tensor | None,
     ) -> Tensor:
         hidden = rows_at(hidden, rows)
         if not rows.shape[1]:
             return hidden
-        q = q.gather(2, rows[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
-        return finish(layer, hidden, attend(q, seen), gate, condition)
+        return finish(layer, hidden, attend(head_rows_at(q, rows), kv), gate, condition)
 
 
 def run_decoder(
@@ -199,7 +206,7 @@ def run_decoder(
     skip: Container[int] = (),
     compiled: bool = False,
 ) -> Decoded:
-    """Run a decoder as it runs itself; the default `DecoderRunner`."""
+    """Call `Decoder.run`, looked up on the decoder, so that subclasses count; the default `DecoderRunner`."""
     return decoder.run(
         hidden,
         tokens,
@@ -236,22 +243,22 @@ def project_rows(
     hidden: Tensor,
     rows: CurrentIds,
     head_dim: int,
-    turn: tuple[Tensor, Tensor] | None,
+    rotation: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
-    """Queries `[B, H, R, d]` of some rows and keys `[B, G, n, d]` of all, as a layer would make them of `hidden`.
+    """Queries `[B, H, R, d]` of some rows and keys `[B, G, n, d]` of all rows, projected from `hidden` `[B, n, D]`.
 
-    `turn` are the cosines and sines `[B, 1, n, d]` of all rows; where there are none, nothing is rotated.
+    `rotation` holds the cosines and sines `[B, 1, n, d]` of all rows; with None, nothing is rotated.
     """
     attention, normed = layer.self_attn, layer.input_layernorm(hidden)
     q, k = (
         part.unflatten(2, (-1, head_dim)).transpose(1, 2)
         for part in (attention.q_proj(rows_at(normed, rows)), attention.k_proj(normed))
     )
-    if turn is None:
+    if rotation is None:
         return q, k
-    own = tuple(part[:, 0].expand(len(hidden), -1, -1) for part in turn)
+    own = tuple(part[:, 0].expand(len(hidden), -1, -1) for part in rotation)
     cos, sin = (rows_at(part, rows)[:, None] for part in own)
-    return rotate(q, cos, sin), rotate(k, *turn)
+    return rotate(q, cos, sin), rotate(k, *rotation)
 
 
 @cache
@@ -260,28 +267,28 @@ def compiled_parts() -> tuple[Callable[..., Any], Callable[..., Any]]:
     return torch.compile(project, dynamic=True), torch.compile(finish, dynamic=True)
 
 
-def attend(q: Tensor, seen: LayerKV, ids: OriginalIds | None = None) -> Tensor:
+def attend(q: Tensor, kv: LayerKV, ids: OriginalIds | None = None) -> Tensor:
     """Attention output `[B, H, n, d]` of queries over keys of as many or fewer heads.
 
-    Where the queries' original ids `[B, n]` are given, each sees only keys up to its own.
+    `ids` `[B, n]` are the queries' original ids; with them, attention is causal.
     """
-    shared = q.shape[1] != seen.k.shape[1]
-    if ids is None or seen.k.shape[2] == q.shape[2]:
-        return F.scaled_dot_product_attention(q, seen.k, seen.v, is_causal=ids is not None, enable_gqa=shared)
-    # Among the keys are tokens that have left, so the plain causal pattern does not fit.
-    mask = seen.ids[:, None, None] <= ids[:, None, :, None]
-    return F.scaled_dot_product_attention(q, seen.k, seen.v, attn_mask=mask, enable_gqa=shared)
+    shared = q.shape[1] != kv.k.shape[1]
+    if ids is None or kv.k.shape[2] == q.shape[2]:
+        return F.scaled_dot_product_attention(q, kv.k, kv.v, is_causal=ids is not None, enable_gqa=shared)
+    # The keys include tokens that have left, so SDPA's causal flag does not fit.
+    mask = kv.ids[:, None, None] <= ids[:, None, :, None]
+    return F.scaled_dot_product_attention(q, kv.k, kv.v, attn_mask=mask, enable_gqa=shared)
 
 
 def finish(
     layer: Any,  # noqa: ANN401
     hidden: Tensor,
-    mixed: Tensor,
+    attended: Tensor,
     gate: Tensor | None = None,
     condition: Tensor | None = None,
 ) -> Tensor:
     """The layer's output from its input `[B, n, D]` and its attention output `[B, H, n, d]`."""
-    hidden = branch(hidden, layer.self_attn.o_proj(mixed.transpose(1, 2).flatten(2)), gate)
+    hidden = branch(hidden, layer.self_attn.o_proj(attended.transpose(1, 2).flatten(2)), gate)
     normed, gate = normalise(layer.post_attention_layernorm, hidden, condition)
     return branch(hidden, layer.mlp(normed), gate)
 
@@ -299,7 +306,7 @@ def branch(hidden: Tensor, output: Tensor, gate: Tensor | None) -> Tensor:
 def rotary(
     tokens: TokenSelection, positions: Positions, head_dim: int, theta: float, dtype: torch.dtype, first: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines `[B, 1, n, d]` at the tokens' original ids, or counted from `first` where they are compact.
+    """Cosines and sines `[B, 1, n, d]` at the tokens' original ids; with compact positions, counted from `first`.
 
     Computed in float32 whatever the dtype, as transformers does.
     """

@@ -1,4 +1,4 @@
-"""The device and its dtypes: uploads that do not wait, and the dtype it computes natively."""
+"""Devices and dtypes: uploads that do not block, and the dtype a device computes natively."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def native_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device has instructions for it; emulating it would be slower than float32."""
+    """bfloat16 if the device has instructions for it, else float32, which is faster than emulation."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -19,7 +19,7 @@ def native_dtype(device: torch.device) -> torch.dtype:
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on the device; to a GPU through pinned memory, so that the host does not wait for the copy."""
+    """Copy a host tensor to the device; to a GPU through pinned memory, so that the host does not wait."""
     if device.type != "cuda":
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""FLOPs of a query in closed form, 2 per multiply-add; matrix products only, as is usual."""
+"""FLOPs of a query in closed form: matrix products only, 2 FLOPs per multiply-add."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class QueryFlops:
 
     Attributes:
         other: Outside the decoder, by part.
-        layers: Each decoder layer, all its passes over the layout's tokens.
-        probe: Attention computed for stages, tokens merged by them, and what they multiply themselves.
-        follow_up: Passes behind the layout.
+        layers: Each decoder layer, over all its passes with the layout's tokens.
+        probe: Attention computed for stages, merging, and the stages' own matrix products.
+        follow_up: Passes after the prefill.
     """
 
     other: dict[str, int]
@@ -39,13 +39,13 @@ class QueryFlops:
 
 
 class Probed(NamedTuple):
-    """Attention that was computed for a stage.
+    """Attention rows computed for a stage.
 
     Attributes:
-        layer: Of which layer.
-        rows: How many rows.
-        ahead: Whether that layer was still to run.
-        behind: Keys besides those of the layout's tokens: what came after them.
+        layer: Index of the layer.
+        rows: Number of rows.
+        ahead: Whether the layer had not run yet.
+        behind: Keys of tokens after the layout's.
     """
 
     layer: int
@@ -57,13 +57,13 @@ class Probed(NamedTuple):
 def layer_flops(shape: DecoderShape, tokens: int, keys: int | None = None, read: int | None = None) -> int:
     """FLOPs of one decoder layer.
 
-    A causal layer counts its full square, which is what kernels are usually credited with.
+    Causal attention counts the full square, by the usual convention.
 
     Args:
         shape: The decoder.
         tokens: Rows that enter.
-        keys: Entries they attend to, as many as rows when left out.
-        read: Rows whose output is made, all when left out.
+        keys: Keys they attend to; `tokens` by default.
+        read: Rows whose output is computed; all by default.
     """
     keys, read = (tokens if keys is None else keys), (tokens if read is None else read)
     q_width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
@@ -75,7 +75,7 @@ def layer_flops(shape: DecoderShape, tokens: int, keys: int | None = None, read:
 def probe_flops(shape: DecoderShape, rows: int, keys: int, ahead: bool = False) -> int:
     """FLOPs of the attention probabilities of `rows` queries over `keys` keys.
 
-    A layer that is still to run has made neither: where it is looked `ahead` to, both are projected.
+    With `ahead`, the layer has not run yet, and projecting queries and keys is counted too.
     """
     q_width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     projected = 2 * shape.hidden * (rows * q_width + keys * kv_width) if ahead else 0
@@ -88,13 +88,13 @@ def query_flops(
     probes: Sequence[Probed] = (),
     encoder: Iterable[str] = (),
 ) -> QueryFlops:
-    """FLOPs of a query that runs to plan.
+    """FLOPs of a query that runs as planned.
 
     Args:
         info: The backbone.
         plan: Token counts per layer.
-        probes: Every attention probe.
-        encoder: Attention of the vision towers that stages were told.
+        probes: Attention rows computed for stages.
+        encoder: Kinds of the vision towers' attention that stages use.
     """
     shape, held, keys = info.decoder, plan.tokens, plan.keys
     layers = [layer_flops(shape, n, m) for n, m in zip(held[:-1], keys[:-1], strict=True)]
@@ -123,22 +123,22 @@ def query_flops(
 
 
 def keys_probed(plan: Plan, layer: int, ahead: bool) -> int:
-    """Keys where a layer is probed: those it attends to, or the tokens that the cut before it finds."""
+    """Keys of a probe at a layer: those the layer attends to; with `ahead`, the tokens before the preceding cut."""
     if not ahead:
         return plan.keys[layer]
     return plan.entering[layer - 1] + len(plan.layout.fixed) if layer else plan.layout.n_tokens
 
 
 def layer_weights(shape: DecoderShape) -> int:
-    """Numbers in the matrices of one decoder layer."""
+    """Matrix parameters of one decoder layer."""
     attention = 2 * shape.heads + 2 * shape.kv_heads
     return shape.hidden * (attention * shape.head_dim + 3 * shape.mlp)
 
 
 def ceiling(info: BackboneInfo, layout: TokenLayout, after: int) -> float:
-    """Dense FLOPs over those of a query from which every prunable token is gone after a layer (-1: before layer 0).
+    """Upper bound of the FLOP ratio of pruning after a layer (-1: before layer 0).
 
-    No pruning of tokens after that layer can save more.
+    Dense FLOPs over those of a query that drops every prunable token there.
     """
     dense = Plan.dense(layout, info.decoder.depth)
     bare = Plan(layout, dense.mode, dense.depth, (Cut(after, (), len(layout.prunable), 0),))

@@ -1,4 +1,4 @@
-"""What is known about a backbone before any weight exists: dimensions, cameras, actions."""
+"""What is known about a backbone without its weights: dimensions, cameras, actions."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class ActionSpec:
     Attributes:
         horizon: Actions per chunk.
         groups: Dimensions of each action by what they move, such as `translation: (0, 1, 2)`.
-        gripper: Dimension of the gripper command, and the value at which it changes sign of meaning; None without one.
+        gripper: Dimension of the gripper command, and the threshold between open and closed; None without a gripper.
         metric: What 1.0 in a group commands per control step, in metres (`translation`) or radians (`rotation`); empty
-            where that is not known.
+            if unknown.
     """
 
     horizon: int
@@ -47,13 +47,13 @@ class ActionSpec:
 
 @dataclass(frozen=True, slots=True)
 class FollowUp:
-    """Passes over tokens behind the layout, which attend to the keys and values that pruning left in each layer.
+    """Passes after the prefill, over tokens that attend to the keys and values left in each layer.
 
     Attributes:
-        phase: What they are timed as: `DECODE` for autoregressive steps, `FLOW` for those of an action expert.
+        phase: `DECODE` for autoregressive steps, `FLOW` for flow steps of an action expert.
         decoder: Dimensions of the layers they run through, as many as the main decoder's.
-        passes: Tokens of each pass, and how many tokens behind the layout were there before it.
-        steps: How many of the last passes are flow steps, which a head cache may spare.
+        passes: Per pass, its tokens, and the tokens already cached after the layout's.
+        steps: Number of flow steps, which come last; a head cache may skip some.
         norms: FLOPs of a layer's adaptive norms in each flow step.
     """
 
@@ -64,14 +64,14 @@ class FollowUp:
     norms: int = 0
 
     def ran(self, interval: int) -> tuple[tuple[int, int, int], ...]:
-        """The passes that run if only the first of each `interval` flow steps does, each with its `norms`."""
+        """Passes that run, as (tokens, cached tokens, FLOPs of norms), if one of every `interval` flow steps does."""
         once = len(self.passes) - self.steps
         kept = (*((*size, 0) for size in self.passes[:once]), *((*size, self.norms) for size in self.passes[once:]))
         return kept[:once] + kept[once::interval]
 
 
 class EncoderAnswer(NamedTuple):
-    """What stages may learn of the vision towers' attention: FLOPs per query, and numbers it tells of each patch."""
+    """One kind of the vision towers' attention: its FLOPs per query, and its values per patch."""
 
     flops: int
     width: int
@@ -79,25 +79,25 @@ class EncoderAnswer(NamedTuple):
 
 @dataclass(frozen=True)
 class BackboneInfo:
-    """Everything known about a backbone before any weight exists.
+    """What is known about a backbone without its weights.
 
     Attributes:
         name: Registered name.
         source: Preset name or checkpoint path.
-        untrained: True where the weights are random; shown wherever results are.
+        untrained: Whether the weights are random; shown with every result.
         decoder: Its dimensions.
         views: Cameras in sequence order.
-        action: What it returns.
-        state_size: Numbers of robot state it reads, None where it reads none.
-        state_in_prompt: Whether the prompt spells the robot state, so that it is tokenised anew in every query.
+        action: Its actions.
+        state_size: Size of the robot state it reads; None if it reads none.
+        state_in_prompt: Whether the prompt contains the robot state, and so is tokenised in every query.
         capabilities: Names from `specs.CAPABILITIES` it offers.
-        encoder_attention: What stages may ask of the vision towers' attention, such as `cls`.
+        encoder_attention: Kinds of the vision towers' attention it offers to stages, such as `cls`.
         other_flops: FLOPs per query outside the decoder, by part (2 per multiply-add).
-        other_weights: Numbers in the matrices that each of these parts reads, as often as it reads them in one query.
-        unread_logits: Rows of the output layer to which upstream's code multiplies every token of the layout, although
-            no query reads those scores; 0 where it does not.
-        repeats: Times the layout's tokens go through the decoder in one query.
-        follow_up: What comes after them, if anything does.
+        other_weights: Matrix parameters that each of these parts reads in one query, counted once per read.
+        unread_logits: Vocabulary rows of the logits that upstream computes for every token and no query reads; 0 if
+            upstream does not.
+        repeats: Passes of the layout's tokens through the decoder in one query.
+        follow_up: Passes after the prefill, if any.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Keys and values per layer, of different lengths after pruning, addressed by original id."""
+"""The KV cache: keys and values per layer, of different lengths after pruning, addressed by original id."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tokenprune.tokens.selection import OriginalIds
+from tokenprune.tokens.selection import OriginalIds, head_rows_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,14 +22,15 @@ class LayerKV:
 
     @classmethod
     def empty(cls, hidden: Tensor) -> LayerKV:
-        """What a layer holds that is left out, for hidden states `[B, n, D]`."""
+        """The entries of a skipped layer: none, for hidden states `[B, n, D]`."""
         nothing = hidden.new_zeros(len(hidden), 1, 0, 1)
         return cls(nothing, nothing, OriginalIds(torch.zeros(len(hidden), 0, dtype=torch.int64, device=hidden.device)))
 
     def at(self, places: Tensor) -> LayerKV:
-        """Entries at some places `[B, R]`."""
-        index = places[:, None, :, None].expand(-1, self.k.shape[1], -1, self.k.shape[3])
-        return LayerKV(self.k.gather(2, index), self.v.gather(2, index), OriginalIds(self.ids.gather(1, places)))
+        """Entries at the indices `places` `[B, R]`."""
+        return LayerKV(
+            head_rows_at(self.k, places), head_rows_at(self.v, places), OriginalIds(self.ids.gather(1, places))
+        )
 
     def sorted(self) -> LayerKV:
         """The same entries in original order."""
@@ -53,13 +54,13 @@ class Memory(Protocol):
         ...
 
     def extend(self, layer: int, new: LayerKV) -> LayerKV:
-        """Everything a layer's queries attend to, the new tokens' own entries last."""
+        """Everything a layer's queries attend to, the new tokens' entries last."""
         ...
 
 
 @dataclass(slots=True)
 class KVCache:
-    """One `LayerKV` per layer that has run; what new tokens bring stays."""
+    """One `LayerKV` per layer that has run; new entries are kept."""
 
     layers: list[LayerKV] = field(default_factory=list)
 
@@ -77,7 +78,7 @@ class KVCache:
         return tuple(entry.ids.shape[1] for entry in self.layers)
 
     def frozen(self) -> FrozenKV:
-        """What is held now, for passes that leave nothing behind."""
+        """The cache as it is, for passes that must not extend it."""
         return FrozenKV(tuple(self.layers))
 
 
@@ -88,7 +89,7 @@ class FrozenKV:
     layers: Sequence[LayerKV]
 
     def extend(self, layer: int, new: LayerKV) -> LayerKV:
-        """The entries of a layer, followed by new ones that are forgotten afterwards."""
+        """The entries of a layer followed by the new ones, which are not kept."""
         return self.layers[layer].then(new)
 
     @property
@@ -99,11 +100,11 @@ class FrozenKV:
 
 @dataclass(frozen=True, slots=True)
 class LastKV:
-    """What the last query of one environment attended to: every token of its layout, layer by layer.
+    """Keys and values of one environment's last query, for every token of its layout in every layer.
 
     Attributes:
         prunable: Original ids of its prunable tokens.
-        layers: Batches of one row.
+        layers: One `LayerKV` per layer, each a batch of one.
     """
 
     prunable: tuple[int, ...]
@@ -111,17 +112,17 @@ class LastKV:
 
 
 class ReusedKV:
-    """Keys and values of one environment's query that takes those of tokens that have left from its last one.
+    """Keys and values of one environment's query; tokens that have left use those of the last query.
 
-    So each layer attends to every token of the layout, in original order.
+    Each layer thus attends to every token of the layout, in original order.
 
     Args:
-        last: What the last query attended to; None where there is none, and then no token may leave.
-        inner: Filled as well, for passes that follow.
+        last: Keys and values of the last query; with None, no token may leave.
+        inner: A cache to fill as well, for passes after the prefill.
     """
 
     def __init__(self, last: LastKV | None, inner: KVCache | None) -> None:
-        """Nothing has left yet."""
+        """Start with no token gone."""
         self.now = KVCache()
         self._last = last
         self._inner = inner

@@ -6,14 +6,14 @@ from enum import StrEnum
 
 
 class Phase(StrEnum):
-    """Part of a query; every moment of it belongs to one."""
+    """Part of a query; every moment of a query belongs to exactly one."""
 
     PREPROCESS = "preprocess"
     """Observations are checked, cropped and uploaded."""
     VISION = "vision"
     """Vision towers and projector."""
     SELECTION = "selection"
-    """Stages are asked, tokens are cut."""
+    """Stages run, tokens are cut."""
     DECODER = "decoder"
     """The layout's tokens go through the decoder: the prefill."""
     DECODE = "decode"
@@ -23,12 +23,12 @@ class Phase(StrEnum):
     HEAD = "head"
     """Action head, and the copy of its actions to the host."""
     HISTORY = "history"
-    """Observers, and what the next query is to find."""
+    """Observers run, and memory for the next query is stored."""
     REPLAY = "replay"
-    """What surrounds the phases of a CUDA graph that is replayed."""
+    """The replay of a CUDA graph, outside the phases within it."""
     CAPTURE = "recording"
     """A CUDA graph is captured, once."""
     DRAWING = "drawing"
-    """The host draws past frames; no part of the query's time."""
+    """The host renders past frames; not part of the query's time."""
     END = "end"
     """The query is over."""

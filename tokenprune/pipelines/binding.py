@@ -1,4 +1,4 @@
-"""A pipeline bound to a backbone: which hook is called where, what stages need, and one plan per layout and mode."""
+"""Binds a pipeline to a backbone: which hook is called where, what stages need, and one plan per layout and mode."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tokenprune.tokens.positions import Positions
 
 @dataclass(frozen=True, slots=True)
 class HookCall:
-    """One stage's implementation of a hook that a query, a reset or an executed action calls.
+    """One stage's implementation of a hook.
 
     Attributes:
         hook: Name of the hook.
@@ -45,15 +45,15 @@ class HookCall:
 
 @dataclass
 class BoundPipeline:
-    """A pipeline on one backbone; made by `bind`, shared by nothing else.
+    """A pipeline bound to one backbone by `bind`; never shared between policies.
 
     Attributes:
-        config: The pipeline file, resolved.
-        info: The backbone it was bound to.
+        config: The resolved pipeline.
+        info: The backbone.
         names: `use` of each stage.
         stages: The stage objects in pipeline order.
-        needs: What each stage needs of a query.
-        hooks: Per hook point, what is called, in order; what is never called on this backbone is left out.
+        needs: What each stage needs from a query.
+        hooks: The calls of each hook, in order, without those never made on this backbone.
     """
 
     config: PipelineConfig
@@ -66,7 +66,7 @@ class BoundPipeline:
     _tables: dict[tuple[TokenLayout, torch.device], LayoutTables] = field(default_factory=dict)
 
     def plan(self, layout: TokenLayout, mode: str | None = None, unions: tuple[int, ...] = ()) -> Plan:
-        """The plan of a layout in a mode (the default one when left out), made once and kept."""
+        """Return the cached plan of a layout in a mode, by default the pipeline's first."""
         key = (layout, mode or self.config.modes[0], unions)
         if key not in self._plans:
             plan = make_plan(self.stages, self.needs, self.names, layout, key[1], self.info.decoder.depth, unions)
@@ -74,17 +74,17 @@ class BoundPipeline:
         return self._plans[key]
 
     def tables(self, layout: TokenLayout, device: torch.device) -> LayoutTables:
-        """The layout as tensors on a device, made once and kept."""
+        """Return the cached layout tables on a device."""
         key = (layout, device)
         if key not in self._tables:
             self._tables[key] = LayoutTables(layout, device)
         return self._tables[key]
 
     def call(self, call: HookCall, argument: object, where: str = "") -> Any:  # noqa: ANN401 - what the hook returns
-        """Call one implementation.
+        """Call one implementation of a hook.
 
         Raises:
-            StageError: If it raises, naming the stage, the hook and where in the query it was called.
+            StageError: If it raises; names the stage, the hook and where in the query it was called.
         """
         try:
             return call.function(argument)
@@ -111,7 +111,7 @@ class BoundPipeline:
 
     @cached_property
     def look_back_frames(self) -> int:
-        """Control steps before the current one whose frames some stage may look back at."""
+        """Past control steps whose frames some stage may look back at."""
         return max((needs.look_back_frames for needs in self.needs), default=0)
 
     def weights(self, stages: Sequence[int]) -> list[float]:
@@ -120,12 +120,12 @@ class BoundPipeline:
 
 
 def bind(config: PipelineConfig, info: BackboneInfo, registry: Registry) -> BoundPipeline:
-    """Make fresh stage objects, check them against the backbone, and fix which hooks are called where.
+    """Make new stage objects, check them against the backbone, and decide which hooks are called where.
 
     Raises:
         CapabilityError: If a stage requires something the backbone does not offer.
         ConfigError: If a cut does not fit the decoder's depth, or stages contradict each other.
-        MissingError: If a stage lacks what only the user can give.
+        MissingError: If a stage needs something that only the user can provide.
         PluginError: If a stage cannot be made.
     """
     names = tuple(stage.use for stage in config.stages)
@@ -156,7 +156,7 @@ def bind(config: PipelineConfig, info: BackboneInfo, registry: Registry) -> Boun
 
 
 def _check_needs(stage: Stage[Any], needs: StageNeeds, info: BackboneInfo) -> None:
-    """Refuse what the backbone cannot give, and cuts at which the stage could never be asked."""
+    """Refuse needs that the backbone cannot meet, and cuts where the stage would never be called."""
     for kind in needs.encoder_attention:
         if kind not in info.encoder_attention:
             raise ValueError(
@@ -170,10 +170,10 @@ def _check_needs(stage: Stage[Any], needs: StageNeeds, info: BackboneInfo) -> No
 
 
 def _check_skips(pipeline: str, needs: Sequence[StageNeeds], names: Sequence[str], depth: int) -> None:
-    """Refuse to leave out the last layer, or one at which a stage acts; and two owners of the head's steps.
+    """Refuse to skip the last layer or a layer that a stage uses, and two stages that set the flow interval.
 
     Raises:
-        ConfigError: Naming the stages.
+        ConfigError: If a stage does; names the stages.
     """
     skipped = {layer: name for own, name in zip(needs, names, strict=True) for layer in own.skipped_layers}
     if depth - 1 in skipped:
@@ -191,10 +191,10 @@ def _check_skips(pipeline: str, needs: Sequence[StageNeeds], names: Sequence[str
 def _check_reuse(
     config: PipelineConfig, stages: Sequence[Stage[Any]], needs: Sequence[StageNeeds], names: Sequence[str]
 ) -> None:
-    """Refuse what would let a token leave whose keys and values of the last query nobody has, or has elsewhere.
+    """Refuse settings under which a token could leave without valid keys and values of the last query.
 
     Raises:
-        ConfigError: Naming the stage.
+        ConfigError: If there is one; names the stage.
     """
     owners = [name for own, name in zip(needs, names, strict=True) if own.removal is Removal.REUSE]
     if not owners:
@@ -217,7 +217,7 @@ def _check_reuse(
 def _hooks(
     stages: Sequence[Stage[Any]], needs: Sequence[StageNeeds], names: Sequence[str]
 ) -> dict[str, tuple[HookCall, ...]]:
-    """Every call that will be made, by hook; the only place that decides it."""
+    """Every call that will be made, by hook; the only place that decides this."""
     hooks: dict[str, tuple[HookCall, ...]] = {}
     for name, found in freeze(stages, names).items():
         calls = [HookCall(name, index, function) for index, function in found]
@@ -233,8 +233,8 @@ def _hooks(
 def freeze(stages: Sequence[Stage[Any]], names: Sequence[str]) -> dict[str, list[tuple[int, Callable[..., Any]]]]:
     """Implementations of each hook with the index of their stage, in the order of the calls.
 
-    pluggy's order is read once. Stages are registered in reverse, because pluggy calls the last one registered first
-    and the file's order is the contract; `tryfirst` and `trylast` keep their meaning.
+    Read from pluggy once. Stages are registered in reverse, because pluggy calls the last one registered first;
+    `tryfirst` and `trylast` keep their meaning.
 
     Raises:
         PluginError: If an implementation does not fit its specification or wraps a hot hook.

@@ -1,4 +1,4 @@
-"""What a pipeline file says, as types. `loader.py` reads files into these; `binding.py` binds them to a backbone."""
+"""The configuration of a pipeline. `loader.py` reads it from a file; `binding.py` binds it to a backbone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NAME = r"^[a-z0-9][a-z0-9_.\-]*$"
 
 
 def _version(value: object) -> object:
-    # To Python, True equals 1.
+    # In Python, True equals 1.
     if isinstance(value, bool):
         raise ValueError(f"must be 1, got {value}")
     return value
@@ -36,7 +36,7 @@ def _one_each(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 class PipelineConfig(Strict):
-    """A pipeline file, resolved: no `extends` left, stages checked by their own classes."""
+    """A resolved pipeline: `extends` is applied, and each stage is checked by its own class."""
 
     version: Annotated[Literal[1], BeforeValidator(_version)] = Field(description="Format of the file.")
     name: str = Field(pattern=_NAME, description="Lower-case name shown in tables and results.")

@@ -1,4 +1,4 @@
-"""What choosing costs each pipeline, counted without weights."""
+"""Tokens and FLOPs of pipelines, and the FLOPs of choosing tokens, counted without weights."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from tokenprune.tokens.plan import Plan
 
 @dataclass(frozen=True)
 class Cost:
-    """One pipeline in one mode.
+    """Tokens and FLOPs of one pipeline in one mode.
 
     Attributes:
-        pipeline: Its label.
+        pipeline: Label of the pipeline.
         mode: The mode.
-        tokens_mean: Visual tokens held, mean over layers.
-        tokens_last: Visual tokens the last layer holds.
-        at_most: Whether counts depend on what is seen, so that tokens and FLOPs are upper bounds.
-        flop_ratio: FLOPs of the dense query over its own.
-        choosing: FLOPs of choosing: attention computed for stages, merging, and what they multiply themselves.
-        share: These over the FLOPs of the dense query.
+        tokens_mean: Visual tokens per layer, mean over layers.
+        tokens_last: Visual tokens in the last layer.
+        at_most: Whether counts depend on data, so that tokens and FLOPs are upper bounds.
+        flop_ratio: FLOPs of the dense query divided by those of this one.
+        choosing: FLOPs of choosing tokens: attention for stages, merging, and the stages' own matrix products.
+        share: `choosing` divided by the FLOPs of the dense query.
     """
 
     pipeline: str
@@ -43,7 +43,7 @@ class Cost:
 
 
 def planned_flops(bound: BoundPipeline, layout: TokenLayout, mode: str) -> QueryFlops:
-    """FLOPs of a query as planned, attention that stages declare included."""
+    """FLOPs of a query as planned, with the attention that stages declare in `probes`."""
     plan = bound.plan(layout, mode)
     asked = {probe for stage in bound.stages for probe in stage.probes(bound.info, layout, mode)}
     probes = [Probed(probe.layer, rows_probed(probe, layout, plan.tokens), probe.ahead) for probe in asked]
@@ -51,7 +51,7 @@ def planned_flops(bound: BoundPipeline, layout: TokenLayout, mode: str) -> Query
 
 
 def rows_probed(probe: Probe, layout: TokenLayout, held: Sequence[int]) -> int:
-    """Rows of a probe, where layers hold so many tokens."""
+    """Number of rows of a probe; `held` are the tokens of each layer."""
     if probe.rows == "all":
         return held[probe.layer]
     return len(layout.span(probe.rows) if isinstance(probe.rows, str) else probe.rows)
@@ -60,7 +60,7 @@ def rows_probed(probe: Probe, layout: TokenLayout, held: Sequence[int]) -> int:
 def costs(
     pipelines: Sequence[LoadedPipeline], info: BackboneInfo, layout: TokenLayout, registry: Registry
 ) -> tuple[list[Cost], dict[str, str]]:
-    """Every pipeline in every mode; and why the others cannot run on this backbone, by label."""
+    """Return the costs of every pipeline in every mode, and by label why others cannot run on this backbone."""
     dense = query_flops(info, Plan.dense(layout, info.decoder.depth)).total
     rows, refused = [], {}
     for loaded in pipelines:

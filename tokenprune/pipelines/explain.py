@@ -260,7 +260,7 @@ def _probes(bound: BoundPipeline, plan: Plan) -> tuple[ExplainedProbe, ...]:
 
 def _parts(flops: QueryFlops, info: BackboneInfo) -> dict[str, int]:
     """FLOPs by part, in the order in which a query computes them, then the total."""
-    follow_up = {} if info.follow_up is None else {info.follow_up.phase: flops.follow_up}
+    follow_up = {} if info.follow_up is None else {str(info.follow_up.phase): flops.follow_up}
     return {**flops.other, "decoder": flops.decoder, **follow_up, "probes": flops.probe, "total": flops.total}
 
 

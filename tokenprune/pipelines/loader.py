@@ -1,4 +1,4 @@
-"""Loads a pipeline: shipped, `dense` or a file, with what it extends and what the user overrides."""
+"""Loads a pipeline by name or from a file, and applies `extends` and overrides."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class LoadedPipeline:
     """A pipeline ready to be bound.
 
     Attributes:
-        config: What it says, checked.
-        resolved: The same as plain data: everything `extends` and overrides made of it. JSON can hold it, and as a
-            pipeline file it loads to the same configuration.
+        config: The checked configuration.
+        resolved: The same as JSON data with `extends` and overrides applied; as a pipeline file, it loads to the same
+            configuration.
         origin: Path of the file, or `built in` for `dense`.
-        label: What the user wrote where that holds overrides, otherwise the pipeline's name.
+        label: The pipeline's name; with inline overrides, the source as the user wrote it.
     """
 
     config: PipelineConfig
@@ -41,14 +41,14 @@ def load_pipeline(source: str | Path, registry: Registry, overrides: Sequence[st
     """Load a pipeline and check it against the installed stages.
 
     Args:
-        source: Name of a shipped pipeline, `dense`, or path of a file that ends in `.yaml` or `.yml`. It may go on with
-            `@key=value,key=value`: a key with dots is a path as in `overrides`; one without is a field of every stage
-            that has it, or else of the pipeline.
+        source: Name of a shipped pipeline, `dense`, or path of a file that ends in `.yaml` or `.yml`. It may end in
+            `@key=value,key=value`: a key with dots is a path as in `overrides`; one without is set in every stage that
+            has this field, else in the pipeline.
         registry: Installed plugins.
         overrides: `path=value` with a dotted path, such as `stages.1.keep=0.5`; values are YAML. Applied last.
 
     Raises:
-        ConfigError: If anything in it is wrong; a line for each problem, beginning with `file:line:col` or the option.
+        ConfigError: If the pipeline is wrong; one line per problem, which begins with `file:line:col` or the option.
         PluginError: If no pipeline has the name.
     """
     name, inline = _split(source)
@@ -68,7 +68,7 @@ def load_pipeline(source: str | Path, registry: Registry, overrides: Sequence[st
 def load_pipelines(
     sources: Iterable[str | Path], registry: Registry, overrides: Sequence[str] = ()
 ) -> list[LoadedPipeline]:
-    """Load pipelines in this order, a repeated one once; overrides are for all but `dense`, which has no stages.
+    """Load pipelines in order, without duplicates; overrides apply to all but `dense`, which has no stages.
 
     Args:
         sources: As in `load_pipeline`.
@@ -76,7 +76,7 @@ def load_pipelines(
         overrides: As in `load_pipeline`.
 
     Raises:
-        ConfigError: If anything in one of them is wrong.
+        ConfigError: If one of them is wrong.
         PluginError: If no pipeline has a name.
     """
     distinct = dict.fromkeys(sources)
@@ -87,12 +87,12 @@ def parse_pipeline(data: Mapping[str, Any], registry: Registry, origin: str) -> 
     """Check a pipeline that is plain data, such as `LoadedPipeline.resolved` in a result.
 
     Args:
-        data: What a file without `extends` would say.
+        data: Content of a file without `extends`.
         registry: Installed plugins.
-        origin: Where the data comes from; problems begin with it.
+        origin: Where the data comes from; error messages begin with it.
 
     Raises:
-        ConfigError: If anything in it is wrong; one line for each problem, with its dotted path.
+        ConfigError: If the pipeline is wrong; one line per problem, with its dotted path.
     """
     draft = Draft.of(data, origin)
     config = _check(draft, registry)
@@ -100,7 +100,7 @@ def parse_pipeline(data: Mapping[str, Any], registry: Registry, origin: str) -> 
 
 
 def _split(source: str | Path) -> tuple[str, list[str]]:
-    """Split `NAME@key=value,key=value`; a comma within a value is one that no `key=` follows."""
+    """Split `NAME@key=value,key=value`; a comma that no `key=` follows belongs to the value."""
     text = str(source)
     name, at, assignments = text.rpartition("@")
     if (
@@ -135,7 +135,7 @@ def _assign_inline(draft: Draft, name: str, text: str, registry: Registry) -> No
 
 
 def _fields(stage: object, registry: Registry) -> Mapping[str, object]:
-    """Fields of a stage; none for one that is wrong, which `_check` reports."""
+    """Fields of a stage; empty if the stage is wrong, which `_check` reports."""
     try:
         return registry.stage_class(stage["use"]).Config.model_fields if isinstance(stage, dict) else {}
     except (KeyError, TypeError, PluginError):
@@ -174,8 +174,8 @@ def _stage(draft: Draft, entry: object, location: Location, registry: Registry) 
         draft.report(location, f"a stage is a mapping such as 'use: fastv', got {reprlib.repr(entry)}")
         return None
     if not isinstance(entry.get("use"), str):
-        wrong = f"use: must be the name of a stage, got {entry['use']!r}" if "use" in entry else "missing key 'use'"
-        draft.report((*location, "use") if "use" in entry else location, wrong)
+        problem = f"use: must be the name of a stage, got {entry['use']!r}" if "use" in entry else "missing key 'use'"
+        draft.report((*location, "use") if "use" in entry else location, problem)
         return None
     try:
         model = registry.stage_class(entry["use"]).Config
@@ -197,12 +197,12 @@ def _check_modes(draft: Draft, stage: StageConfig, modes: Sequence[str], locatio
             if mode not in named:
                 draft.report(place, f"{name} says nothing about mode '{mode}'")
     for mode in sorted(stage.chooses() - set(modes)):
-        said = f"chooses mode '{mode}', which the pipeline does not declare{nearest(mode, modes)}"
-        draft.report(location, said, field=".".join(map(str, location)))
+        message = f"chooses mode '{mode}', which the pipeline does not declare{nearest(mode, modes)}"
+        draft.report(location, message, field=".".join(map(str, location)))
 
 
 def _place_of(key: str, data: object) -> Location:
-    """The part of the data a dotted key means, or as much of the way to it as there is; names may hold dots."""
+    """Longest path in the data that a dotted key names; names in the path may contain dots."""
     steps = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
     ways: list[Location] = [
         (step, *_place_of(key[len(str(step)) + 1 :], below))

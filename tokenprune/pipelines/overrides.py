@@ -1,4 +1,4 @@
-"""A pipeline before it is checked: files and options merged into one mapping that knows who said what."""
+"""Merges pipeline files and options into one mapping that knows the source of each part."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ SUFFIXES = (".yaml", ".yml")
 
 @dataclass
 class Draft:
-    """A pipeline that is being put together.
+    """A pipeline before it is checked.
 
     Attributes:
-        data: What `extends` and options made of it so far.
+        data: The pipeline with `extends` and options applied so far.
         origin: Path of the file, or `built in` for `dense`.
-        problems: Everything found wrong so far.
+        problems: Errors found so far.
     """
 
     data: dict[str, Any] = field(default_factory=dict)
     origin: str = ""
     problems: list[Problem] = field(default_factory=list)
     _files: list[Document] = field(default_factory=list)
-    _said_by: dict[str, Document] = field(default_factory=dict)
+    _sources: dict[str, Document] = field(default_factory=dict)
     _options: list[tuple[Location, str]] = field(default_factory=list)
 
     @classmethod
@@ -38,7 +38,7 @@ class Draft:
         """Read a file, or a shipped pipeline by name, and everything it extends.
 
         Raises:
-            ConfigError: If a file cannot be read at all, or what it extends cannot be found.
+            ConfigError: If a file, or one that it extends, cannot be read.
             PluginError: If no pipeline has the name.
         """
         draft = cls()
@@ -49,10 +49,10 @@ class Draft:
 
     @classmethod
     def of(cls, data: object, origin: str) -> Draft:
-        """Take plain data, such as a result holds of the pipeline it was made with.
+        """Take plain data, such as the pipeline stored in a result file.
 
         Raises:
-            ConfigError: If it is no mapping, or JSON cannot hold it.
+            ConfigError: If it is not a mapping of JSON values.
         """
         document = Document.plain(data, origin)
         draft = cls(origin=origin, _files=[document])
@@ -62,22 +62,22 @@ class Draft:
         return draft
 
     def stop_on_problems(self) -> None:
-        """Report everything found wrong, in the order of the files.
+        """Raise the problems found so far, in the order of the files.
 
         Raises:
-            ConfigError: One line for each problem, if there is any.
+            ConfigError: If there is a problem; one line for each.
         """
         if self.problems:
             raise ConfigError("\n".join(dict.fromkeys(str(problem) for problem in sorted(self.problems))))
 
     def report(self, location: Location, text: str, key: bool = False, field: str = "") -> None:
-        """Add a problem with a part of the pipeline, unless that part could not be read in the first place.
+        """Add a problem with a part of the pipeline, unless reading that part failed already.
 
         Args:
             location: The part.
             text: What is wrong.
-            key: Whether it is the key that is wrong, not its value.
-            field: Goes before the text, unless the option that said it ends with it already.
+            key: Whether the key is wrong, not its value.
+            field: Prefix of the text, unless the option's name ends with it.
         """
         place = self._place(location, key)
         if field and (place[1] or not place[0].endswith(field)):
@@ -86,12 +86,12 @@ class Draft:
             self.problems.append(Problem(*place, text))
 
     def assign(self, key: str, value: str, option: str) -> None:
-        """Set a part to a YAML value; what is wrong with either is added to the problems.
+        """Set a part to a YAML value; errors are added to `problems`.
 
         Args:
             key: Dotted path, such as `stages.1.keep`.
             value: YAML.
-            option: What problems call it.
+            option: Name in error messages.
         """
         parsed = Document.parse(value, option)
         try:
@@ -122,7 +122,7 @@ class Draft:
                 self._fail(document, ("extends",), f"extends: files cannot extend each other in a circle: {circle}")
             self._include(parent_document, parent_path, registry, chain)
         self.data |= document.data
-        self._said_by |= dict.fromkeys(document.data, document)
+        self._sources |= dict.fromkeys(document.data, document)
 
     def _fail(self, document: Document, location: Location, text: str) -> NoReturn:
         if not document.problems:
@@ -131,7 +131,7 @@ class Draft:
         raise AssertionError("there is a problem")
 
     def _place(self, location: Location, key: bool) -> tuple[str, int, int]:
-        document = self._said_by.get(str(location[0]), self._files[0]) if location else self._files[0]
+        document = self._sources.get(str(location[0]), self._files[0]) if location else self._files[0]
         for put, option in reversed(self._options):
             above = put[: len(location)] == location and not document.has(location)
             if location[: len(put)] == put or above:
@@ -161,7 +161,7 @@ def _shipped(name: str, registry: Registry) -> Path:
         module = importlib.import_module(spec.package)
     except (Exception, SystemExit) as error:
         raise PluginError(f"{where}: '{spec.package}' cannot be imported: {type(error).__name__}: {error}") from error
-    # A package has a path; a plugin that is a single file has the folder it lies in.
+    # A package has a path; for a plugin file, use its folder.
     folder = Path(module.__path__[0]) if hasattr(module, "__path__") else Path(str(module.__file__)).parent
     if not (folder / spec.resource).is_file():
         raise PluginError(f"{where}: '{spec.package}' holds no file '{spec.resource}'")
@@ -169,10 +169,10 @@ def _shipped(name: str, registry: Registry) -> Path:
 
 
 def _put(data: dict[str, Any], steps: list[str], value: object) -> Location:
-    """Set a part, making mappings on the way where there is nothing.
+    """Set a part, creating missing mappings on the way.
 
     Raises:
-        ValueError: If there is no such place.
+        ValueError: If the path does not exist and cannot be created.
     """
     node: Any = data
     location: Location = ()

@@ -1,4 +1,4 @@
-"""From the stages of a pipeline to its plan for one layout and one mode."""
+"""Plans the cuts of a pipeline for one layout and one mode."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def make_plan(
     depth: int,
     unions: tuple[int, ...] = (),
 ) -> Plan:
-    """Work out every cut of a pipeline.
+    """Compute the plan of a pipeline.
 
     Args:
         stages: The pipeline's stages in order.
@@ -32,15 +32,15 @@ def make_plan(
         layout: The query's tokens.
         mode: Mode to plan for.
         depth: Decoder layers.
-        unions: Counts of the first `keep: union` cuts, where they are known already.
+        unions: Counts of the first `keep: union` cuts, as far as known.
 
     Raises:
-        ConfigError: If a budget names a view the layout lacks, or a share of a view whose size is not known at the cut.
+        ConfigError: If a budget names an unknown view, or is a ratio of a view whose size at the cut is unknown.
     """
     at_cut: dict[int, dict[int, int]] = {}
     for index, own in enumerate(needs):
         for entry, after in enumerate(own.cuts):
-            # Entries of one stage that come to the same layer are one cut; the last holds.
+            # Entries of one stage at the same layer are one cut; the last one counts.
             at_cut.setdefault(after, {})[index] = entry
     view_sizes: dict[str, int] | None = {name: s.length for name, s in layout.views.items() if s.prunable}
     held, fixed, cuts, pending = len(layout.prunable), len(layout.fixed), [], list(unions)

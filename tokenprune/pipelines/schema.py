@@ -1,4 +1,4 @@
-"""The JSON schema of pipeline files, made from the installed stages, for editors."""
+"""The JSON schema of pipeline files, for editors, built from the installed stages."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 def pipeline_schema(registry: Registry) -> dict[str, Any]:
     """Make the JSON schema of a pipeline file.
 
-    A stage that cannot be imported, such as one whose optional dependency is missing, may say anything; its description
-    says why.
+    A stage that cannot be imported, such as one with a missing dependency, accepts any keys; its description has the
+    error.
 
     Args:
-        registry: Installed plugins; every stage is one alternative of `stages`, told apart by `use`.
+        registry: Installed plugins; every stage is one alternative of `stages`, discriminated by `use`.
 
     Returns:
         A schema of draft 2020-12.
@@ -46,7 +46,7 @@ def pipeline_schema(registry: Registry) -> dict[str, Any]:
 
 
 def _stage(name: str, registry: Registry) -> dict[str, Any]:
-    """Definitions of one stage: its own under its name, those it refers to under names that begin with it."""
+    """Definitions of one stage, under its name; nested ones under `name:…`."""
     use = {"const": name, "description": registry.stage(name).spec.summary}
     try:
         model = registry.stage_class(name).Config

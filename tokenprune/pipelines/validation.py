@@ -1,4 +1,4 @@
-"""Checks plain data against a configuration class, and words what is wrong for whoever wrote the file."""
+"""Checks plain data against a configuration class, with error messages for the author of the file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _KINDS = {"model_type": "a mapping", "dict_type": "a mapping", "tuple_type": "a 
 
 
 class Complaint(NamedTuple):
-    """One thing wrong with the data: where, what, whether the key is meant and not its value, and which field's."""
+    """An error in the data: where, what, whether the key is wrong instead of its value, and the field's name."""
 
     location: Location
     text: str
@@ -33,18 +33,18 @@ class Complaint(NamedTuple):
 def parse(
     model: type[ModelT], data: Mapping[str, Any], extra: tuple[str, ...] = ()
 ) -> tuple[ModelT | None, list[Complaint]]:
-    """Make a configuration of plain data, without turning text into numbers and the like.
+    """Make a configuration from plain data, without type coercion.
 
     Args:
         model: Configuration class.
-        data: What a file says.
-        extra: Keys the file may have besides, for suggestions.
+        data: Content of a file.
+        extra: Further keys that the file may have, for suggestions.
 
     Returns:
         The configuration and no complaints, or None and at least one.
     """
     try:
-        # Strict JSON takes lists for tuples and whole numbers for floats, and nothing else for what it is not.
+        # Strict JSON mode accepts lists for tuples and integers for floats, and coerces nothing else.
         return model.model_validate_json(json.dumps(data), strict=True), []
     except ValidationError as error:
         return None, _complaints(error.errors(include_url=False), model, data, extra)
@@ -68,14 +68,14 @@ def _complaints(
         else:
             values.setdefault(location, []).append(_wording(error))
     for location, wordings in values.items():
-        # Several at one place are the branches of a union, any of which would do.
-        wanted = " or ".join(dict.fromkeys(wanted for wanted, _ in wordings))
-        found.append(Complaint(location, wanted + wordings[-1][1], field=".".join(map(str, location))))
+        # Several errors at one place come from the branches of a union, any of which would be valid.
+        expected = " or ".join(dict.fromkeys(expected for expected, _ in wordings))
+        found.append(Complaint(location, expected + wordings[-1][1], field=".".join(map(str, location))))
     return found
 
 
 def _within(location: tuple[Any, ...], data: Any) -> Location:  # noqa: ANN401
-    """The part of pydantic's location that is a place in the data; it also names union branches and missing keys."""
+    """Reduce pydantic's location, which also names union branches and missing keys, to a path in the data."""
     found: Location = ()
     for step in location:
         if (isinstance(data, dict) and step in data) or (isinstance(data, list) and step in range(len(data))):
@@ -85,7 +85,7 @@ def _within(location: tuple[Any, ...], data: Any) -> Location:  # noqa: ANN401
 
 
 def _wording(error: ErrorDetails) -> tuple[str, str]:
-    """What is wanted, and what was found instead."""
+    """What would be valid, and what was found instead."""
     kind, context, found = error["type"], error.get("ctx", {}), error["input"]
     got = f", got {reprlib.repr(found)}"
     if kind in ("value_error", "assertion_error"):
@@ -103,7 +103,7 @@ def _wording(error: ErrorDetails) -> tuple[str, str]:
 
 
 def _keys_at(annotation: Any, location: Location) -> list[str]:  # noqa: ANN401
-    """Keys a mapping at a place below a type may have."""
+    """Valid keys of the mapping at a location below a type."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         if not location:
             return list(annotation.model_fields)

@@ -1,4 +1,4 @@
-"""A YAML file as plain data that knows where each part of it stands."""
+"""A YAML file as plain data, with the line and column of every part."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ruamel.yaml.reader import ReaderError
 from tokenprune.errors import ConfigError, nearest
 
 Location = tuple[str | int, ...]
-"""Keys and list positions from the top of a file down to a part of it."""
+"""Path to a part of a file: keys and list indices from the top."""
 
 
 _TAG = "tag:yaml.org,2002:"
@@ -25,13 +25,13 @@ _TAG = "tag:yaml.org,2002:"
 
 @dataclass(frozen=True, order=True)
 class Problem:
-    """One thing that is wrong.
+    """An error in a pipeline.
 
     Attributes:
-        source: File, or the option that said it.
+        source: File or command-line option.
         line: 1-based; 0 for an option.
         column: 1-based; 0 for an option.
-        text: What is wrong and what would be right.
+        text: What is wrong and what would be valid.
     """
 
     source: str
@@ -40,9 +40,9 @@ class Problem:
     text: str
 
     def __str__(self) -> str:
-        """One line of an error message, whatever characters the file holds."""
-        said = f"{self.source}:{self.line}:{self.column} {self.text}" if self.line else f"{self.source}: {self.text}"
-        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in said)
+        """One line; characters that cannot be printed are escaped."""
+        message = f"{self.source}:{self.line}:{self.column} {self.text}" if self.line else f"{self.source}: {self.text}"
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
 
 
 @dataclass
@@ -50,9 +50,9 @@ class Document:
     """A parsed file.
 
     Attributes:
-        source: What problems call it.
+        source: Name in error messages.
         data: Mappings, lists, text, finite numbers, booleans and None.
-        problems: What could not be read; `data` then lacks it.
+        problems: Parts that could not be read; they are missing in `data`.
     """
 
     source: str
@@ -83,7 +83,7 @@ class Document:
 
     @classmethod
     def plain(cls, data: object, source: str) -> Document:
-        """Take data that stands in no file; it has no lines.
+        """Wrap data that comes from no file, and so has no lines.
 
         Raises:
             ConfigError: If JSON cannot hold it.
@@ -95,15 +95,15 @@ class Document:
 
     @classmethod
     def parse(cls, text: str, source: str) -> Document:
-        """Parse text; what is wrong with it is left in `problems`."""
+        """Parse text; errors are added to `problems`."""
         document = cls(source)
         try:
             node = YAML(typ="rt").compose(text)
             document.data = None if node is None else document._plain(node, (), ())
         except MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
-            said = ", ".join(part for part in (error.context, error.problem) if part)
-            document._add((mark.line + 1, mark.column + 1) if mark else (1, 1), f"not YAML: {said}")
+            message = ", ".join(part for part in (error.context, error.problem) if part)
+            document._add((mark.line + 1, mark.column + 1) if mark else (1, 1), f"not YAML: {message}")
         except ReaderError as error:
             at = _line_column(text[: error.position])
             document._add(at, f"not YAML: character U+{error.character:04X}: {error.reason}")
@@ -114,11 +114,11 @@ class Document:
         return document
 
     def has(self, location: Location) -> bool:
-        """Whether the file itself says something there."""
+        """Whether the file has a value there."""
         return location in self._values
 
     def at(self, location: Location, key: bool = False) -> tuple[int, int]:
-        """1-based line and column of a value, or of the key before it; of what holds it where it is not in the file."""
+        """1-based line and column of a value, or of its key; of the nearest parent if the file lacks it."""
         while location and location not in self._values:
             location = location[:-1]
         return (self._keys if key and location in self._keys else self._values).get(location, (1, 1))
@@ -160,7 +160,7 @@ class Document:
                 self._keys[place] = _mark(key_node)
                 data[key] = self._plain(value_node, place, (*above, node))
                 if isinstance(value_node, ScalarNode) and not value_node.value:
-                    # Where nothing is written, YAML places the value before whatever comes next.
+                    # YAML places an empty value at the next token; report the key instead.
                     self._values[place] = self._keys[place]
         return data
 
@@ -174,7 +174,7 @@ def _line_column(before: str) -> tuple[int, int]:
 
 
 def _text(value: str) -> str:
-    # JSON writes characters beyond 16 bits as two escapes, which YAML reads as two halves.
+    # JSON escapes characters beyond 16 bits as surrogate pairs, which YAML does not join.
     return value.encode("utf-16", "surrogatepass").decode("utf-16")
 
 
@@ -192,7 +192,7 @@ def _boolean(value: str) -> bool:
 
 
 def _integer(value: str) -> int:
-    # A leading zero means octal to some readers and nothing to others: base 0 refuses it.
+    # A leading zero means octal in YAML 1.1 but not in YAML 1.2; base 0 refuses it.
     return int(value, 0)
 
 

@@ -1,7 +1,7 @@
-"""What is installed: plugins found through entry points or given as files, whose they are, and which are broken.
+"""The registry: plugins found through entry points or named as files, with their owners.
 
-Plugins that ship with tokenprune come through the same door as everyone's. A broken one is quarantined as a whole and
-the others go on. Imports no torch; a class is imported only when it is asked for.
+Plugins that ship with tokenprune are found in the same way as all others. A broken plugin is quarantined as a whole;
+the others still work. Imports no torch; a class is imported when it is first used.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ _DOTTED = r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*"
 _TARGET = re.compile(f"(?P<module>{_DOTTED})?:{_DOTTED}")
 
 
-# A plugin that calls sys.exit while it is imported must not end the program either.
+# A plugin that calls sys.exit at import must not end the program.
 _FAILURES = (Exception, SystemExit)
 
 
@@ -74,7 +74,7 @@ SpecT = TypeVar("SpecT", bound=Spec)
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """Whose a plugin is; for a plugin given as a file, `distribution` is its path and `version` is `(file)`."""
+    """The distribution a plugin belongs to; for a plugin file, its path and the version `(file)`."""
 
     distribution: str
     version: str
@@ -86,7 +86,7 @@ class Owner:
 
 @dataclass(frozen=True, slots=True)
 class Registered(Generic[SpecT]):
-    """A spec and whose it is."""
+    """A spec and its owner."""
 
     spec: SpecT
     owner: Owner
@@ -98,9 +98,9 @@ class Quarantined:
 
     Attributes:
         name: Entry-point name.
-        owner: Whose it is.
+        owner: Distribution it belongs to.
         error: What is wrong, one line.
-        traceback: All of it.
+        traceback: The full traceback.
     """
 
     name: str
@@ -114,12 +114,12 @@ class Registry:
 
     Attributes:
         quarantined: Broken plugins.
-        disabled: Entry points that were left out before import.
-        unknown_disabled: Names that were to be left out and match nothing.
+        disabled: Entry points that were not imported on request.
+        unknown_disabled: Names to disable that match no entry point.
     """
 
     def __init__(self) -> None:
-        """Nothing is registered."""
+        """Make an empty registry."""
         self.quarantined: tuple[Quarantined, ...] = ()
         self.disabled: tuple[str, ...] = ()
         self.unknown_disabled: tuple[str, ...] = ()
@@ -128,15 +128,15 @@ class Registry:
 
     @classmethod
     def discover(cls, *, plugin_files: Sequence[Path] = (), disable: Iterable[str] | None = None) -> Registry:
-        """Find the installed plugins, and read the given files.
+        """Find the installed plugins and read plugin files.
 
         Args:
-            plugin_files: Single python files that implement `tokenprune_register`; a target there may be `:Class`.
-            disable: Entry points or distributions to leave out before anything of them is imported; when left out,
-                the comma-separated names in the environment variable `TOKENPRUNE_DISABLE`.
+            plugin_files: Python files that implement `tokenprune_register`; their targets may be `:Class`.
+            disable: Entry points or distributions not to import; by default the comma-separated names in the
+                environment variable `TOKENPRUNE_DISABLE`.
 
         Raises:
-            PluginError: If one of the files is broken. An installed plugin that is broken is quarantined instead.
+            PluginError: If a plugin file is broken. A broken installed plugin is quarantined instead.
         """
         found = cls()
         wanted = os.environ.get(DISABLE, "").split(",") if disable is None else disable
@@ -165,7 +165,7 @@ class Registry:
         return found
 
     def with_specs(self, *specs: Spec, owner: Owner) -> Registry:
-        """A registry that holds these specs besides; this one stays as it is.
+        """Return a copy of this registry with these specs added.
 
         Raises:
             PluginError: If a spec is wrong or its name is taken.
@@ -268,8 +268,8 @@ class Registry:
     def _import(self, kind: type[SpecT], name: str, check: Callable[[Any, str], Any]) -> Any:  # noqa: ANN401
         registered: Registered[Any] = self._get(kind, name)
         if (kind, name) not in self._imported:
-            owned = f"{_kind_name(kind)} '{name}' of {registered.owner}, {registered.spec.target}"
-            self._imported[kind, name] = check(_import_target(registered, owned), owned)
+            label = f"{_kind_name(kind)} '{name}' of {registered.owner}, {registered.spec.target}"
+            self._imported[kind, name] = check(_import_target(registered, label), label)
         return self._imported[kind, name]
 
     def _add(self, owner: Owner, specs: Iterable[Spec]) -> None:
@@ -290,7 +290,7 @@ def _kind_name(kind: type) -> str:
 
 
 def _specs_of(plugin: object) -> Iterable[Spec]:
-    """What a plugin module registers."""
+    """Call `tokenprune_register` of a plugin module."""
     implementation = _implementations(plugin, PluginHooks).get("tokenprune_register")
     if implementation is None:
         raise PluginError("it has no hook 'tokenprune_register' decorated with @hookimpl")
@@ -336,7 +336,7 @@ def _import_file(path: Path, name: str) -> ModuleType:
 
 
 def _check(spec: Spec, owner: Owner) -> None:
-    """Check what a plugin says about itself, without importing more of it."""
+    """Check a spec without importing its target."""
     if type(spec) not in get_args(Spec):
         valid = ", ".join(kind.__name__ for kind in get_args(Spec))
         raise PluginError(f"'tokenprune_register' returned {spec!r:.80}, which is none of {valid}")
@@ -363,40 +363,40 @@ def _check(spec: Spec, owner: Owner) -> None:
             )
 
 
-def _import_target(registered: Registered[Any], owned: str) -> Any:  # noqa: ANN401 - whatever the plugin names
+def _import_target(registered: Registered[Any], label: str) -> Any:  # noqa: ANN401 - whatever the plugin names
     module_name, _, attribute = registered.spec.target.partition(":")
     try:
         module = importlib.import_module(module_name or registered.owner.module)
     except _FAILURES as error:
-        raise PluginError(f"{owned}: cannot be imported: {_one_line(error)}") from error
+        raise PluginError(f"{label}: cannot be imported: {_one_line(error)}") from error
     found: Any = module
     for part in attribute.split("."):
         if not hasattr(found, part):
             public = [name for name in vars(found) if not name.startswith("_")]
-            raise PluginError(f"{owned}: there is no '{part}'{nearest(part, public)}")
+            raise PluginError(f"{label}: there is no '{part}'{nearest(part, public)}")
         found = getattr(found, part)
     return found
 
 
-def _checked_factory(factory: Any, owned: str) -> Any:  # noqa: ANN401 - whatever the plugin names
+def _checked_factory(factory: Any, label: str) -> Any:  # noqa: ANN401 - whatever the plugin names
     for method in ("describe", "build"):
         if not callable(getattr(factory, method, None)):
-            raise PluginError(f"{owned}: a factory has a method '{method}'")
+            raise PluginError(f"{label}: a factory has a method '{method}'")
     return factory
 
 
-def _checked_stage(stage: Any, owned: str) -> type[Stage[Any]]:  # noqa: ANN401 - whatever the plugin names
+def _checked_stage(stage: Any, label: str) -> type[Stage[Any]]:  # noqa: ANN401 - whatever the plugin names
     from tokenprune.stages.config import StageConfig
     from tokenprune.stages.stage import Stage
 
     if not isinstance(stage, type) or not issubclass(stage, Stage):
-        raise PluginError(f"{owned}: it must be a subclass of tokenprune.Stage")
+        raise PluginError(f"{label}: it must be a subclass of tokenprune.Stage")
     if not isinstance(stage.Config, type) or not issubclass(stage.Config, StageConfig):
-        raise PluginError(f"{owned}: its Config must be a subclass of tokenprune.StageConfig")
+        raise PluginError(f"{label}: its Config must be a subclass of tokenprune.StageConfig")
     try:
         _implementations(stage, StageHooks)
     except PluginError as error:
-        raise PluginError(f"{owned}: {error}") from error
+        raise PluginError(f"{label}: {error}") from error
     return stage
 
 
@@ -404,7 +404,7 @@ def _implementations(plugin: object, hooks: type) -> dict[str, pluggy.HookImpl]:
     """Hook implementations of a module or class, by hook.
 
     Raises:
-        PluginError: If one has no specification or other arguments, or has a hook's name and no decorator.
+        PluginError: If a hook is unknown, has wrong arguments, or lacks its decorator.
     """
     manager = pluggy.PluginManager(PROJECT)
     manager.register(plugin, name="plugin")
@@ -416,8 +416,8 @@ def _implementations(plugin: object, hooks: type) -> dict[str, pluggy.HookImpl]:
         if name not in specified:
             raise PluginError(f"unknown hook '{name}'{nearest(name, specified)}")
         if implementation.argnames != specified[name]:
-            given, valid = ", ".join(implementation.argnames), ", ".join(specified[name])
-            raise PluginError(f"hook '{name}' takes the arguments ({valid}), not ({given})")
+            actual, valid = ", ".join(implementation.argnames), ", ".join(specified[name])
+            raise PluginError(f"hook '{name}' takes the arguments ({valid}), not ({actual})")
     for name in specified:
         if name not in found and inspect.isroutine(inspect.getattr_static(plugin, name, None)):
             raise PluginError(f"'{name}' has the name of a hook and is not one; decorate it with @hookimpl")
@@ -434,7 +434,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _place(path: Path, error: BaseException) -> str:
-    """The file, and the line in it that raised, where there is one."""
+    """The file, and its line that raised, if known."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     line = error.lineno if isinstance(error, SyntaxError) else (lines[-1] if lines else None)
     return f"{path}:{line}" if line else str(path)

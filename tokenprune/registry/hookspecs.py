@@ -1,8 +1,8 @@
-"""Every hook point in one place: when it is called, how often, what it returns, what None means, what it may cost.
+"""Every hook: when it is called, what it returns, what None means, and what it may cost.
 
-Plugins implement the first class in the module their entry point names; stages implement any part of the second.
-The hot hooks (`control` to `observe`) are frozen into plain calls when a pipeline is bound: they accept no hook
-wrappers, and none of them is called where no stage implements it. Imports no torch.
+A plugin module implements `PluginHooks`; a stage implements the hooks of `StageHooks` that it uses, each decorated with
+`@hookimpl`. The hot hooks (`control` to `observe`) become plain function calls when a pipeline is bound, so hook
+wrappers are refused. Imports no torch.
 """
 
 from __future__ import annotations
@@ -34,82 +34,101 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 
 class PluginHooks:
-    """What a plugin module implements."""
+    """Hooks of a plugin module, the module that its entry point names."""
 
     @hookspec
     def tokenprune_register(self) -> Iterable[Spec]:  # type: ignore[empty-body]
-        """Name the stages, pipelines, backbones and environments of this plugin.
+        """Return the specs of this plugin's stages, pipelines, backbones and environments.
 
-        Called once per process, when the registry is built (cold). The module must not import torch: specs name
-        their classes as `"module:Class"` strings.
-
-        Returns:
-            Specs; a name that is taken is refused, naming both owners.
+        Called once, when plugins are discovered. The module must not import torch: specs name classes as strings,
+        `"module:Class"`. A name that is already taken is an error that names both owners.
         """
 
 
 class StageHooks:
-    """What a stage implements, each with `@hookimpl`."""
+    """Hooks of a stage; every hook is optional.
+
+    Hooks of several stages are called in pipeline order, unless `@hookimpl(tryfirst=True)` or `trylast=True` says
+    otherwise.
+    """
 
     @hookspec
     def reset(self, episode: EpisodeStart) -> None:
-        """Forget the last episode.
+        """Prepare for a new episode in one slot.
 
-        Called at each `Policy.reset`, for one slot (cold). State that belongs to an episode is better kept through
-        `ctx.remember`, which the runtime clears by itself. All implementations are called.
+        Called: at each `Policy.reset`.
+        Cost: not limited.
+
+        Most stages do not need it: values kept with `ctx.remember` are cleared by `Policy.reset`.
         """
 
     @hookspec(firstresult=True)
     def control(self, ctx: ControlContext) -> ControlDecision | None:
-        """Choose the mode of the next query from what was executed.
+        """Choose the mode of the next query.
 
-        Called before each query and after each executed action, per slot, on host data only (cost: per control step,
-        microseconds). None means no opinion; the first stage with one wins, and the pipeline's first mode is the
-        default. `replan` counts after an executed action: `Policy.executed` hands it to the host.
+        Called: once per slot before each query, and after each executed action (`ctx.event`).
+        Cost: microseconds, on host data only.
+
+        Returns:
+            A decision, or None to abstain. The first decision counts; if all stages abstain, the pipeline's first mode
+            is used. After an executed action, `Policy.executed` returns `replan` to the host.
         """
 
     @hookspec
     def look_back(self, ctx: ControlContext) -> int | None:
-        """Say how many control steps ago the frame was taken that the stage compares with the current one.
+        """Return the age, in control steps, of the past frame that the stage compares with the current one.
 
-        Called once per query and slot before images are uploaded, on host data only (cost: per query, and one frame
-        to crop and upload). The stage then sees, through `ctx.past_images`, the newest frame at least that old, or
-        the oldest past one; 0 is the current frame. `StageNeeds.look_back_frames` says how many past frames are kept.
-        None: no frame.
+        Called: once per query and slot, before the model runs.
+        Cost: microseconds, on host data only; the framework then crops and uploads one frame.
+
+        Returns:
+            The age, 0 for the current frame, or None for no frame. `ctx.past_images` is the newest frame at least that
+            old, else the oldest past frame. `StageNeeds.look_back_frames` is the largest age to keep.
         """
 
     @hookspec
     def transform_features(self, ctx: FeatureContext) -> Tensor | None:
-        """Replace the features of one view after the vision towers.
+        """Change the features of one view between the vision towers and the projector.
 
-        Called once per view and query, on the device (cost: per query). Returns `[B, N, D]` as given, or None to
-        leave them; implementations are chained in pipeline order.
+        Called: once per view and query.
+        Cost: part of every query; must not wait for the device.
+
+        Returns:
+            Features of the same shape `[B, N, D]`, or None to leave them unchanged. The next stage gets the result.
         """
 
     @hookspec
     def select_tokens(self, ctx: SelectContext) -> Proposal | None:
-        """Say which tokens should enter the decoder.
+        """Propose which tokens enter the decoder.
 
-        Called once per query before layer 0, on the device, for stages whose cut is at `embedding` and for those that
-        declared layer -1 (cost: per query). None abstains; the other stages at the cut then decide, and if all abstain
-        the query fails. Without a cut there the call is for looking, and returns None.
+        Called: once per query before layer 0, if the stage cuts at `embedding` or `StageNeeds.layers` has -1.
+        Cost: part of every query; must not wait for the device.
+
+        Returns:
+            A proposal, or None to abstain. The proposals of all stages at a cut are resolved together; if all abstain,
+            the query fails. Without a cut here, the stage only reads and returns None.
         """
 
     @hookspec
     def score_layer(self, ctx: LayerContext) -> Proposal | None:
-        """Say which tokens should go on to the next layer.
+        """Propose which tokens enter the next layer.
 
-        Called once per query after each layer in `StageNeeds.layers`, on the device (cost: per layer). A proposal
-        counts where the stage has a cut; elsewhere the call is for looking, and returns None.
+        Called: once per query after each layer in `StageNeeds.layers`.
+        Cost: part of every query, once per layer; must not wait for the device.
+
+        Returns:
+            As `select_tokens`. At layers without a cut of the stage, it only reads and returns None.
         """
 
     @hookspec
     def observe(self, record: QueryRecord | ExecutedAction) -> None:
-        """Look at a finished query, or at an action the robot executed.
+        """Read a finished query, or an action that the robot executed.
 
-        Called after each query, and for each `Policy.executed` (cost: per query, per control step). All are called.
-        The record of a query holds the action tokens' attention at the layers in `StageNeeds.action_attention`; what it
-        remembers, the stage recalls in the next query.
+        Called: after each query with a `QueryRecord`, and at each `Policy.executed` with an `ExecutedAction`.
+        Cost: part of every query and control step; must not wait for the device.
+
+        A `QueryRecord` has the action tokens' attention at the layers in `StageNeeds.action_attention`. Values kept
+        with `record.remember` are read with `ctx.recall` in the next query.
         """
 
 

@@ -1,4 +1,4 @@
-"""What a plugin says about itself before any of its code is imported. Imports no torch."""
+"""Specs: how a plugin declares what it offers, before any class of it is imported. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ HOOK_API_VERSION = 1
 
 
 StageKind = Literal["controller", "selector", "scorer", "shortcut", "baseline"]
-"""`shortcut` saves work other than tokens; `baseline` is a control that every comparison needs (none, random, grid)."""
+"""`shortcut` saves other work than tokens; `baseline` is for comparison (none, random, grid)."""
 
 
 CAPABILITIES: Mapping[str, str] = {
@@ -29,12 +29,12 @@ class StageSpec:
     """A stage a plugin offers.
 
     Attributes:
-        name: What `use:` in a pipeline file says, lower case with dots and underscores.
-        kind: What the stage does.
+        name: Name in `use:` of a pipeline file; lower case with dots and underscores.
+        kind: Kind of stage.
         summary: One line.
-        target: `"module:Class"`, imported only when used.
-        paper: Where the method comes from, or an empty string.
-        requires: Names from `CAPABILITIES` a backbone must offer.
+        target: `"module:Class"`, imported when first used.
+        paper: Paper of the method, or an empty string.
+        requires: Names from `CAPABILITIES` that the backbone must offer.
     """
 
     name: str
@@ -70,8 +70,8 @@ class BackboneSpec:
         name: What `--backbone` accepts.
         summary: One line.
         target: `"module:Class"` of its `BackboneFactory`, imported only when used.
-        presets: What there is without a checkpoint, name to one line each, which says whether the weights are trained;
-            the first is taken where neither is named.
+        presets: Models available without a checkpoint: name to one line, which says whether weights are trained. The
+            first is the default.
         episode: `"package:resource"` of a recorded episode that fits its presets, or an empty string.
     """
 
@@ -83,7 +83,7 @@ class BackboneSpec:
 
     @property
     def default_preset(self) -> str | None:
-        """The first preset, None where there is none."""
+        """The first preset, or None without presets."""
         return next(iter(self.presets), None)
 
 

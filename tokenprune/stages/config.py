@@ -1,4 +1,4 @@
-"""What a stage says in a pipeline file: its base configuration, where it cuts and how much it keeps."""
+"""The configuration of a stage in a pipeline file: base classes, where it cuts, and how much it keeps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tokenprune.tokens.budget import UNION, Amount, Budget
 EMBEDDING = "embedding"
 _SHARE = re.compile(r"^(\d+(?:\.\d+)?)%$")
 
-# What a file may say where a validator below accepts shorthand.
+# JSON schemas of the fields whose validators below accept shorthand.
 _RATIO = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
 _COUNT = {"type": "integer", "minimum": 0}
 _AMOUNT = {
@@ -47,7 +47,7 @@ _CUT = {"anyOf": [{"const": EMBEDDING}, *_LAYER["anyOf"]]}
 
 
 class Strict(BaseModel):
-    """Frozen, and any key it does not know is an error."""
+    """A frozen model that rejects unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -76,7 +76,7 @@ KeepAmount = Annotated[Amount, BeforeValidator(_amount), WithJsonSchema(_AMOUNT)
 
 
 def _amounts(value: object) -> str:
-    """Which form this is: a list with an amount for each cut, or one amount for all of them."""
+    """Discriminate a list with one amount per cut from one amount for all cuts."""
     return "per cut" if isinstance(value, list | tuple) else "one amount"
 
 
@@ -88,7 +88,7 @@ Amounts = Annotated[
 
 
 def _keep(value: object) -> str:
-    """Which form this is: a mapping of modes, or the same in every mode."""
+    """Discriminate a mapping of modes from an amount for every mode."""
     return "per mode" if isinstance(value, dict) and not set(value) & {"ratio", "count"} else "every mode"
 
 
@@ -186,35 +186,34 @@ def cut_layer(cut: int | str, depth: int) -> int:
 
 
 class StageConfig(Strict):
-    """What every stage has in a pipeline file."""
+    """Base class of a stage's configuration."""
 
     use: str = Field(description="Name of the stage, as `tokenprune list` shows it.")
 
     def modes(self) -> dict[str, set[str]]:
-        """Modes each per-mode field names, by the dotted key that holds it.
+        """Modes named in each per-mode field, by the field's dotted key.
 
-        Each field must name the pipeline's modes exactly; one that holds in every mode is left out.
+        Each must name exactly the pipeline's modes; fields with one value for every mode are left out.
         """
         return {}
 
     def chooses(self) -> set[str]:
-        """Modes this stage may choose as a controller; the pipeline must declare each."""
+        """Modes this stage may choose as a controller; the pipeline must declare all of them."""
         return set()
 
 
 class ViewBudget(Strict):
-    """A budget of one view's own."""
+    """The budget of one view."""
 
     keep: Keep = Field(description="Tokens of this view to keep.")
 
 
 class CutConfig(StageConfig):
-    """What every stage has that drops tokens.
+    """Base class of the configuration of a stage that drops tokens.
 
-    `keep` is a share of, or a count among, the tokens each cut finds: one amount for every cut, or a list of amounts in
-    the order of `after`, one for each entry. Where entries of `after` come to the same layer of a decoder they are one
-    cut, and the amount of the last of them holds. A view named under `views` has its own budget and no longer counts in
-    `keep`.
+    `keep` is a ratio or a count of the tokens before each cut: one amount for every cut, or a list with one amount for
+    each entry of `after`. Entries of `after` that mean the same layer are one cut, with the amount of the last of them.
+    A view named under `views` has its own budget and does not count in `keep`.
     """
 
     after: Cuts = (EMBEDDING,)
@@ -232,23 +231,25 @@ class CutConfig(StageConfig):
             places = {(*key, mode): keep[mode] for mode in keep} if isinstance(keep, dict) else {key: keep}
             for place, amounts in places.items():
                 if isinstance(amounts, tuple) and len(amounts) != len(self.after):
-                    said = f"must have as many amounts as 'after' has entries ({len(self.after)}), got {len(amounts)}"
-                    kind = PydanticCustomError("value_error", "{error}", {"error": said})
+                    message = (
+                        f"must have as many amounts as 'after' has entries ({len(self.after)}), got {len(amounts)}"
+                    )
+                    kind = PydanticCustomError("value_error", "{error}", {"error": message})
                     errors.append(InitErrorDetails(type=kind, loc=place, input=amounts))
         if errors:
-            # An error of pydantic's own carries the place; a ValueError would blame the whole stage.
+            # A pydantic error carries the key; a ValueError would blame the whole stage.
             raise ValidationError.from_exception_data(type(self).__name__, errors)
         return self
 
     def budget(self, mode: str, cut: int, view: str | None = None) -> Budget:
-        """The budget in one mode at one entry of `after`, of one view or of all views without one of their own."""
+        """The budget in a mode at entry `cut` of `after`: of one view, or of all views without their own."""
         keep = self.views[view].keep if view is not None else self.keep
         amounts = keep[mode] if isinstance(keep, dict) else keep
         amount = amounts[cut] if isinstance(amounts, tuple) else amounts
         return Budget(amount, self.of, self.floor if view is None else 0, self.bucket)
 
     def modes(self) -> dict[str, set[str]]:
-        """Modes each `keep` names, by the key that holds it; empty for a keep that holds in every mode."""
+        """Modes named in each per-mode `keep`, by its dotted key."""
         return {".".join(key): set(keep) for key, keep in self._keeps().items() if isinstance(keep, dict)}
 
     def _keeps(self) -> dict[tuple[str, ...], Keep]:

@@ -1,4 +1,4 @@
-"""What controllers see and answer: host data only."""
+"""What controllers read and return: host data only."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class ControlDecision:
     Attributes:
         mode: One of the modes the pipeline declares.
         replan: Ask the host, after an executed action, for a new query before the chunk is used up.
-        actions: A chunk `[T, D]` in the environment's units that answers the query in place of the model, which then
-            does not run; as many actions as the policy's own chunks have. The mode counts for nothing.
+        actions: A chunk `[T, D]` in the environment's units that answers the query, as long as the policy's chunks. The
+            model then does not run, and the mode is ignored.
     """
 
     mode: str
@@ -30,16 +30,16 @@ class ControlDecision:
 
 @dataclass(frozen=True, slots=True)
 class ControlContext:
-    """What is known on the host before a query, or after an executed action.
+    """Host data of one environment, before a query or after an executed action.
 
     Attributes:
-        event: `query` before a query, `executed` after an action.
-        slot: Environment it is about.
-        modes: What may be chosen; the first is the default.
-        queries: Queries since the last reset, those not counted that a controller answered.
-        executed: Actions executed since the last reset, oldest first; as many as control steps have passed.
-        since_query: Those of them that follow the last query.
-        memory: The stage's own, per slot; emptied by `reset`.
+        event: `query` before a query, `executed` after an executed action.
+        slot: The environment.
+        modes: Modes to choose from; the first is the default.
+        queries: Queries since the last reset, without those that a controller answered.
+        executed: Actions executed since the last reset, oldest first; one per control step.
+        since_query: Actions executed since the last query.
+        memory: The stage's own state for this slot; emptied by `reset`.
     """
 
     event: Literal["query", "executed"]

@@ -1,4 +1,4 @@
-"""What a stage sees of a view's features on their way from the vision towers to the projector."""
+"""What `transform_features` reads: one view's features between the vision towers and the projector."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tokenprune.tokens.layout_tables import LayoutTables
 
 @dataclass(frozen=True, slots=True)
 class FeatureContext:
-    """Features of one view on their way to the projector.
+    """Features of one view, before the projector.
 
     Attributes:
         view: Camera name.
@@ -33,14 +33,14 @@ class FeatureContext:
     _memory: StageMemory
 
     def previous_images(self) -> tuple[Tensor, Tensor]:
-        """Pixels `[B, 3, S, S]` of the last query since the reset, and which rows `[B]` had one (zeros where none)."""
+        """Pixels `[B, 3, S, S]` of the last query since the reset (zeros if none), and which rows `[B]` have any."""
         return last_of([slot.memory.frames.get(self.view) for slot in self.slots], self.images)
 
     def previous_features(self) -> tuple[Tensor, Tensor]:
-        """Features `[B, N, D]` that the last query passed on to the projector, and which rows `[B]` had any."""
+        """Features `[B, N, D]` that the last query passed to the projector, and which rows `[B]` have any."""
         return last_of([slot.memory.features.get(self.view) for slot in self.slots], self.features)
 
     def recall(self, name: str) -> tuple[Tensor, Tensor]:
-        """Values the stage remembered for the view's patches `[B, N]`, and whether each was seen then `[B, N]`."""
+        """Values `[B, N]` the stage remembered for the view's patches, and the mask `[B, N]` of known ones."""
         span = self.layout.views[self.view].span
         return self._memory.recall(name, self._tables.place[span.start : span.stop].expand(len(self.slots), -1))

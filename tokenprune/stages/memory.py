@@ -1,4 +1,4 @@
-"""What is remembered within an episode, one slot per environment, and cleared by `reset`."""
+"""The memory of an episode: one slot per environment, cleared by `reset`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class EpisodeStart:
-    """An episode begins in one slot: `number` counts the episodes of that slot from 0."""
+    """The start of an episode in one slot; `number` counts the episodes of that slot from 0."""
 
     slot: int
     instruction: str
@@ -30,12 +30,12 @@ class EpisodeStart:
 
 @dataclass(frozen=True, slots=True)
 class ExecutedAction:
-    """One control step the robot executed.
+    """One action that the robot executed.
 
     Attributes:
-        slot: Environment it happened in.
+        slot: The environment.
         action: Commanded action `[D]` in the environment's units.
-        pose: Achieved end-effector pose, or None where the host does not know it.
+        pose: Achieved end-effector pose, or None if the host does not know it.
         time: Seconds since the start of the episode, or None.
     """
 
@@ -47,9 +47,9 @@ class ExecutedAction:
 
 @dataclass(frozen=True, slots=True)
 class TokenMap:
-    """Values by a token's place among the prunable ones: `values` `[P]`, `seen` `[P]`; "was pruned" is not "scored 0".
+    """Values `[P]` of a layout's prunable tokens, and the mask `seen` `[P]` of known values (unknown is not 0).
 
-    Places stay the same where a prompt of another length moves the original ids of what follows it.
+    Indexed by the token's place among the prunable ones, which does not change with the length of the prompt.
     """
 
     values: Tensor
@@ -58,14 +58,14 @@ class TokenMap:
 
 @dataclass(slots=True)
 class SlotMemory:
-    """What the queries of one environment leave on the device for the next.
+    """What one environment's queries leave on the device for its next query.
 
     Attributes:
         frames: The last query's cropped pixels by view.
-        features: The last query's features by view, where some stage changes features.
-        maps: Values by prunable token, by name.
-        numbers: Single values by name.
-        kv: Keys and values of the last query, where the pipeline reuses them.
+        features: The last query's features by view, if a stage transforms features.
+        maps: Values of prunable tokens, by name.
+        numbers: Scalars by name.
+        kv: Keys and values of the last query, if the pipeline reuses them.
     """
 
     frames: Mapping[str, Tensor] = field(default_factory=dict)
@@ -75,27 +75,27 @@ class SlotMemory:
     kv: LastKV | None = None
 
     def copy(self) -> SlotMemory:
-        """The same tensors in containers of its own."""
+        """A copy that shares the tensors."""
         return SlotMemory(self.frames, self.features, dict(self.maps), dict(self.numbers), self.kv)
 
 
 @dataclass(slots=True)
 class Slot:
-    """One environment, made anew by `reset`.
+    """The state of one environment; `reset` makes a new one.
 
     Attributes:
         index: Number of the slot.
-        instruction: What the episode is about.
-        prompt: The instruction, tokenised.
+        instruction: Instruction of the episode.
+        prompt: The tokenised instruction.
         past: Frames of past control steps, on the host.
         number: Episodes of this slot before this one.
         queries: Queries since the reset.
         asked_at: Control step of the last query.
-        memory: What is on the device.
-        host: What controllers keep, by stage.
+        memory: Memory on the device.
+        host: Controllers' memory on the host, by stage index.
         executed: Actions since the reset.
-        failed: What failed since the last query, in a pipeline that then falls back.
-        crops: Frames of the control steps that the last query looked back at, cropped and on the device.
+        failed: A stage's error since the last query, which makes the next query fall back.
+        crops: Cropped frames, on the device, of the control steps that the last query looked back at.
     """
 
     index: int
@@ -112,17 +112,17 @@ class Slot:
     crops: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
 
     def draft(self) -> Slot:
-        """The same environment for one query, which may fail and then must have changed nothing."""
+        """A copy for one query to write to, so that a query that fails changes nothing."""
         return replace(self, memory=self.memory.copy())
 
 
 def flags(values: Sequence[bool], device: torch.device) -> Tensor:
-    """Host truths as a tensor `[B]`, without a copy that would wait."""
+    """Host booleans as a tensor `[B]`, filled on the device, because a copy would wait."""
     return torch.stack([torch.full((), value, device=device) for value in values])
 
 
 def last_of(kept: Sequence[Tensor | None], current: Tensor) -> tuple[Tensor, Tensor]:
-    """What was kept of each last query `[B, …]`, zeros where nothing was, and which rows `[B]` have it."""
+    """Stack the rows of `kept` `[B, …]`, with zeros for None, and return which rows `[B]` were present."""
     blank = torch.zeros_like(current[0])
     had = flags([one is not None for one in kept], current.device)
     return torch.stack([blank if one is None else one for one in kept]), had
@@ -130,13 +130,13 @@ def last_of(kept: Sequence[Tensor | None], current: Tensor) -> tuple[Tensor, Ten
 
 @dataclass(frozen=True, slots=True)
 class StageMemory:
-    """What one stage remembers within the episodes of a batch; `Policy.reset` empties it.
+    """One stage's memory in a batch of environments; `Policy.reset` empties it.
 
     Attributes:
         slots: Environment of each batch row.
-        prefix: Begins the name of everything the stage remembers, so that stages do not meet.
+        prefix: Prefix of the stage's names, so that two stages never share one.
         size: Prunable tokens of the layout.
-        device: Where tensors lie.
+        device: Device of the tensors.
     """
 
     slots: Sequence[Slot]
@@ -145,7 +145,7 @@ class StageMemory:
     device: torch.device
 
     def remember(self, name: str, places: Tensor, values: Tensor) -> None:
-        """Keep values `[B, M]` of the prunable tokens at places `[B, M]`; all others count as unseen."""
+        """Keep values `[B, M]` of the prunable tokens at places `[B, M]`; all others become unknown."""
         for row, slot in enumerate(self.slots):
             blank = torch.zeros(self.size, dtype=values.dtype, device=values.device)
             seen = torch.zeros(self.size, dtype=torch.bool, device=values.device)
@@ -154,7 +154,7 @@ class StageMemory:
             )
 
     def push(self, name: str, places: Tensor, values: Tensor, depth: int) -> None:
-        """Keep values as `name.0`; what was kept so before becomes `name.1` and so on, up to `depth` of them."""
+        """Keep values as `name.0`; earlier ones move to `name.1` and so on, up to `depth` in all."""
         for slot in self.slots:
             maps = slot.memory.maps
             for age in reversed(range(depth - 1)):
@@ -163,7 +163,7 @@ class StageMemory:
         self.remember(f"{name}.0", places, values)
 
     def recall(self, name: str, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Values `[B, M]` at some places `[B, M]`, and whether each was seen; nothing is, before anything was kept."""
+        """Values remembered at places `[B, M]`, and the mask of known values; both `[B, M]`."""
         blank = TokenMap(
             torch.zeros(self.size, device=self.device), torch.zeros(self.size, dtype=torch.bool, device=self.device)
         )
@@ -172,7 +172,7 @@ class StageMemory:
         return values.gather(1, places), seen.gather(1, places)
 
     def once(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
-        """Numbers `[B]`, of which each slot keeps the first since its reset; computed only where one lacks."""
+        """Scalars `[B]` that each slot keeps from its first query; `compute` runs only if a slot has none."""
         name = self.prefix + name
         if any(name not in slot.memory.numbers for slot in self.slots):
             for slot, value in zip(self.slots, compute(), strict=True):

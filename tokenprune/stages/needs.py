@@ -1,4 +1,4 @@
-"""What a stage needs of a query: one object that bind, plan, `check` and `explain` read."""
+"""What a stage needs from a query, declared once for binding, planning, `check` and `explain`."""
 
 from __future__ import annotations
 
@@ -10,23 +10,25 @@ from tokenprune.tokens.plan import Removal
 
 @dataclass(frozen=True, slots=True)
 class StageNeeds:
-    """Where a stage is called on one backbone, what it is shown, and what its cuts do.
+    """Where a stage is called on one backbone, what it reads there, and what its cuts do.
+
+    Layers are indices from 0; -1 means before layer 0. A named capability goes into the stage's `StageSpec.requires`.
 
     Attributes:
-        cuts: Layers after which it cuts, one for each entry of `after`; -1 is before layer 0.
-        layers: Layers after which `score_layer` is called, with a cut there or without one. With -1 among them,
-            `select_tokens` is called before layer 0, also without a cut there.
-        action_attention: Layers at which `observe` is given the action tokens' attention.
-        encoder_attention: Kinds of the vision towers' attention that `ctx.encoder_attention` gives; the capability
-            `encoder_attention`.
-        skipped_layers: Decoder layers to leave out, never the last; the capability `layer_skip`.
-        removal: What becomes of tokens that leave at its cuts. `MERGE` is the capability `merge`. `REUSE` is the
-            capability `kv_reuse`; it goes with `keep: union`, and no other stage of the pipeline may cut.
-        look_back_frames: Control steps before the current one whose camera frames are kept for `look_back`.
-        flow_interval: Of every `flow_interval` flow steps of the action head, the first runs through its layers; at the
-            others, what the layers added at that step is added again. The capability `head_cache`.
-        graph_safe: Whether the hooks that are called in a query do all their work on the device, so that a CUDA graph
-            can hold it.
+        cuts: Layers after which the stage cuts, one for each entry of `after`.
+        layers: Layers after which `score_layer` is called, whether the stage cuts there or not. -1 calls
+            `select_tokens`, which is always called if the stage cuts before layer 0.
+        action_attention: Layers whose attention of action tokens `observe` reads.
+        encoder_attention: Kinds of the vision towers' attention that `ctx.encoder_attention` is called with.
+            Capability: `encoder_attention`.
+        skipped_layers: Decoder layers that do not run; never the last. Capability: `layer_skip`.
+        removal: What happens to tokens that leave at the stage's cuts. `REUSE` needs `keep: union`, and no other stage
+            of the pipeline may cut. Capabilities: `merge` for `MERGE`, `kv_reuse` for `REUSE`.
+        look_back_frames: Past control steps whose camera frames are kept for `look_back`.
+        flow_interval: One of every `flow_interval` flow steps runs the action head's layers; the other steps reuse its
+            residual. Capability: `head_cache`.
+        graph_safe: Whether all hooks called within a query work on the device only, so that a CUDA graph can capture
+            them.
     """
 
     cuts: tuple[int, ...] = ()
@@ -40,5 +42,5 @@ class StageNeeds:
     graph_safe: bool = True
 
     def also_called_after(self, layers: Iterable[int]) -> StageNeeds:
-        """The same needs, with calls after more layers (-1: before layer 0)."""
+        """A copy with these layers added to `layers`."""
         return replace(self, layers=tuple(sorted({*self.layers, *layers})))

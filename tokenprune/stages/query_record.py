@@ -1,4 +1,4 @@
-"""What observers are given after a query."""
+"""What `observe` reads after a query."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from tokenprune.tokens.selection import OriginalIds, TokenSelection
 class ActionAttention:
     """Attention of a query's action tokens at one layer.
 
-    Action tokens are the rows named `action` where the layout has them; otherwise those behind it: an autoregressive
-    decoder's generated tokens, or an action expert's rows, averaged over its flow steps.
+    Action tokens are the rows named `action` if the layout has them. Otherwise they are the tokens after the prefill:
+    an autoregressive decoder's generated tokens, or an action expert's rows, averaged over its flow steps.
 
     Attributes:
-        weights: `[B, H, R, P]` in at least float32; the softmax is over everything the tokens attend to.
-        prunable: Original ids of the columns `[B, P]`, the prunable tokens the layer held.
+        weights: `[B, H, R, P]` in at least float32; the softmax is over all keys.
+        prunable: Original ids of the columns `[B, P]`: the prunable tokens of the layer.
     """
 
     weights: Tensor
@@ -35,11 +35,11 @@ class QueryRecord:
 
     Attributes:
         slots: Environments of the batch rows.
-        mode: Mode it ran in.
-        layout: Its tokens.
-        tokens: What the last layer held.
+        mode: Mode of the query.
+        layout: All tokens of the query.
+        tokens: Tokens of the last layer.
         actions: Normalised actions `[B, T, D]`.
-        attention: By layer, for the layers in some stage's `StageNeeds.action_attention`.
+        attention: Attention of action tokens, by layer; see `StageNeeds.action_attention`.
     """
 
     slots: tuple[int, ...]
@@ -52,9 +52,9 @@ class QueryRecord:
     _memory: StageMemory
 
     def remember(self, name: str, prunable: OriginalIds, values: Tensor) -> None:
-        """Keep values `[B, M]` of prunable tokens `[B, M]`, which the stage's `ctx.recall` finds in later queries."""
+        """Keep values `[B, M]` of prunable tokens (original ids `[B, M]`) for `ctx.recall` in later queries."""
         self._memory.remember(name, self._tables.place[prunable], values)
 
     def push(self, name: str, prunable: OriginalIds, values: Tensor, depth: int) -> None:
-        """Keep values for the last `depth` queries: `ctx.recall` finds the newest as `name.0`, older ones behind."""
+        """Keep values of the last `depth` queries; `ctx.recall` reads the newest as `name.0`, the next as `name.1`."""
         self._memory.push(name, self._tables.place[prunable], values, depth)

@@ -19,7 +19,7 @@ ConfigT = TypeVar("ConfigT", bound=StageConfig)
 
 
 class Probe(NamedTuple):
-    """Attention rows of a layer that has run, or `ahead` of one that is still to run; `all` are the tokens it holds."""
+    """Attention rows a stage computes at a layer; `ahead` if the layer has not run yet, `all` for all its tokens."""
 
     layer: int
     rows: str | range
@@ -31,28 +31,28 @@ class Stage(Generic[ConfigT]):
 
     A subclass names its configuration class in `Config` and implements hooks of
     `tokenprune.registry.hookspecs.StageHooks` with `@hookimpl`. It keeps no state of an episode in attributes:
-    `ctx.remember` and `ctx.recall` do that per environment, and the runtime clears them.
+    `ctx.remember` and `ctx.recall` keep it per environment, and `Policy.reset` clears it.
 
     Attributes:
-        Config: Pydantic class of the stage's part of a pipeline file.
+        Config: Pydantic class of the stage's entry in a pipeline file.
         config: The validated configuration.
     """
 
     Config: ClassVar[type[StageConfig]] = StageConfig
 
     def __init__(self, config: ConfigT) -> None:
-        """Keep the configuration."""
+        """Store the configuration."""
         self.config = config
         self._drops: dict[tuple[int, str], tuple[int, ...]] = {}
 
     def cuts(self, depth: int) -> tuple[int, ...]:
-        """Layers after which this stage has a cut, -1 for before layer 0."""
+        """Layers after which this stage cuts, -1 for before layer 0; one for each entry of `after`."""
         if not isinstance(self.config, CutConfig):
             return ()
         return tuple(cut_layer(cut, depth) for cut in self.config.after)
 
     def drops(self, depth: int, mode: str) -> tuple[int, ...]:
-        """Those of the cuts that drop anything in a mode."""
+        """Layers of the cuts that may drop tokens in a mode."""
         if not isinstance(self.config, CutConfig):
             return ()
         # Stages ask in every query; a configuration never changes.
@@ -64,26 +64,26 @@ class Stage(Generic[ConfigT]):
         return self._drops[depth, mode]
 
     def requirements(self, info: BackboneInfo) -> StageNeeds:
-        """What this stage needs of every query; read once, after `bind`.
+        """What this stage needs from every query; read once, after `bind`.
 
-        By default its cuts and nothing else. Override it as `replace(super().requirements(info), ...)`.
+        By default only its cuts. Override it with `replace(super().requirements(info), ...)`.
         """
         cuts = self.cuts(info.decoder.depth)
         return StageNeeds(cuts).also_called_after(layer for layer in cuts if layer >= 0)
 
     def host_state(self, slot: Slot) -> Hashable:
-        """What a query of this stage depends on besides its mode and tensors: values it reads on the host.
+        """Host values that this stage's hooks depend on besides the mode; None by default.
 
-        A query recorded as a CUDA graph is replayed only where they are the same again. Nothing unless overridden.
+        A CUDA graph is replayed only in queries with equal values.
         """
         return None
 
     def bind(self, info: BackboneInfo) -> None:
-        """Learn the backbone; called once, before any hook.
+        """Prepare for a backbone; called once, before any hook.
 
         Raises:
             ValueError: If the stage cannot work on it.
-            MissingError: If the stage lacks what only the user can give, such as weights of its own.
+            MissingError: If the stage needs something that only the user can provide, such as weights.
         """
 
     def caveats(self, info: BackboneInfo) -> str:
@@ -91,30 +91,30 @@ class Stage(Generic[ConfigT]):
         return ""
 
     def own_flops(self, info: BackboneInfo, plan: Plan) -> int:
-        """FLOPs of its own in a query that runs to plan: matrix products of tokens, models beside the policy.
+        """FLOPs of the stage's own matrix products and models in a query that runs as planned; 0 by default.
 
-        Attention that it asks the context for, and merging, are counted by the framework. None unless overridden.
+        The framework counts merging and attention computed by the context.
         """
         return 0
 
     def own_cuts(self, plan: Plan) -> list[Cut]:
-        """Those of the plan's cuts that are this stage's."""
+        """Cuts of the plan at which this stage cuts."""
         return [cut for cut in plan.cuts if cut.after in self.cuts(plan.depth)]
 
     def findings(self) -> Mapping[str, object]:
-        """What a stage that measures has found over all queries so far, plain data for `run`; may be empty."""
+        """What a measuring stage found over all queries so far, as plain data for `run`; may be empty."""
         return {}
 
     def probes(self, info: BackboneInfo, layout: TokenLayout, mode: str) -> tuple[Probe, ...]:
-        """Attention rows this stage computes in a mode; what `explain` counts."""
+        """Attention rows this stage computes in a mode, whose FLOPs `explain` counts; none by default."""
         return ()
 
 
 def require_rows(rows: str, info: BackboneInfo) -> None:
-    """Refuse to read the attention of action tokens where the decoder has none beside the image.
+    """Refuse `rows: action` on a backbone without action tokens in the prefill.
 
     Raises:
-        ValueError: Saying what to read instead.
+        ValueError: If the backbone has none; names the rows to read instead.
     """
     if rows == "action" and "action_rows" not in info.capabilities:
         raise ValueError(

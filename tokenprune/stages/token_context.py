@@ -1,4 +1,4 @@
-"""What selectors and scorers see: read-only views of a query; every list of tokens is in original coordinates."""
+"""What `select_tokens` and `score_layer` read: views of a query, with tokens named by original id."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tokenprune.tokens.layout import TokenLayout
 from tokenprune.tokens.layout_tables import LayoutTables
 from tokenprune.tokens.plan import Plan
 from tokenprune.tokens.positions import Positions
-from tokenprune.tokens.selection import CurrentIds, OriginalIds, TokenSelection, rows_at
+from tokenprune.tokens.selection import CurrentIds, OriginalIds, TokenSelection, head_rows_at, key_columns_at, rows_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +23,8 @@ class PastFrames:
     """The frames one stage's `look_back` asked for.
 
     Attributes:
-        steps: Control steps between them and the current frames, one per batch row; None where there is no past frame.
-        pixels: Per view, cropped pixels, uint8 `[B, 3, S, S]`; zeros where there is none.
+        steps: Age of each batch row's frames in control steps; None without a past frame.
+        pixels: Per view, cropped pixels, uint8 `[B, 3, S, S]`; zeros without a past frame.
     """
 
     steps: tuple[int | None, ...]
@@ -33,16 +33,16 @@ class PastFrames:
 
 @dataclass(frozen=True, slots=True)
 class QueryView:
-    """What every stage sees of one query; made once for it.
+    """What all stages share in one query.
 
     Attributes:
-        decoder: The decoder that runs.
-        positions: Whether kept tokens keep their original positions.
+        decoder: The backbone's decoder.
+        positions: Rotary positions of kept tokens.
         images: Per view, cropped pixels, uint8 `[B, 3, S, S]`.
-        seeds: One number per batch row, int64 `[B]`.
+        seeds: One seed per batch row, int64 `[B]`.
         tables: The layout as tensors.
         slots: Environment of each batch row.
-        encoder: By kind and view, what the vision towers' attention says of its patches `[B, N]` or `[B, N, d]`.
+        encoder: Attention of the vision towers by kind and view, `[B, N]` or `[B, N, d]`.
     """
 
     decoder: Decoder
@@ -56,14 +56,14 @@ class QueryView:
 
 @dataclass(frozen=True, slots=True)
 class StageView:
-    """What only one stage sees of a query; made once for both.
+    """What one stage has for itself in one query.
 
     Attributes:
-        memory: What it remembers.
-        past: What its `look_back` asked for.
+        memory: Its memory.
+        past: Frames its `look_back` asked for.
         scratch: Its own tensors within the query.
-        note_probe: Called whenever attention is computed for it, with the layer, the rows' name, their number and
-            whether the layer is still to run.
+        note_probe: Called whenever attention is computed for it, with the layer, the rows' name, their number, and
+            whether the layer has not run yet.
     """
 
     memory: StageMemory
@@ -74,12 +74,12 @@ class StageView:
 
 @dataclass(frozen=True, slots=True)
 class SelectContext:
-    """What a selector sees before layer 0.
+    """What a selector reads before layer 0.
 
     Attributes:
-        plan: Every cut of the query, and how many tokens it finds and keeps.
+        plan: Every cut of the query, with the tokens before and after it.
         layer: Index of the layer that has just run, -1 before layer 0.
-        tokens: What is held now.
+        tokens: The tokens held now.
         prunable: Original ids of the prunable tokens held now `[B, P]`; proposals are over these, in this order.
         hidden: Embeddings or hidden states of all tokens held now `[B, n, D]`.
     """
@@ -99,7 +99,7 @@ class SelectContext:
 
     @property
     def decoder(self) -> Decoder:
-        """The decoder whose layers are still to run."""
+        """The backbone's decoder."""
         return self._query.decoder
 
     @property
@@ -109,7 +109,7 @@ class SelectContext:
 
     @property
     def seeds(self) -> Tensor:
-        """One number per batch row, int64 `[B]`; other ones in each query, the same for the same pipeline seed."""
+        """One seed per batch row, int64 `[B]`; differs from query to query, repeats with the pipeline's seed."""
         return self._query.seeds
 
     @property
@@ -119,7 +119,7 @@ class SelectContext:
 
     @property
     def scratch(self) -> dict[str, Tensor]:
-        """The stage's own, for later layers of this query; tensors of any shape."""
+        """The stage's own tensors, of any shape, kept until the end of this query."""
         return self._stage.scratch
 
     @property
@@ -134,30 +134,30 @@ class SelectContext:
 
     @property
     def instructions(self) -> tuple[str, ...]:
-        """What each batch row's episode is about."""
+        """Instruction of each batch row."""
         return tuple(slot.instruction for slot in self.slots)
 
     @property
     def patches(self) -> Tensor:
-        """Rows of `hidden` that belong to the prunable tokens `[B, P, D]`."""
+        """Hidden states of the prunable tokens `[B, P, D]`."""
         return rows_at(self.hidden, self.tokens.to_current(self.prunable))
 
     def rows(self, name: str) -> Tensor:
-        """Rows of `hidden` of a named span, such as `instruction` `[B, R, D]`."""
+        """Hidden states `[B, R, D]` of a named span, such as `instruction`."""
         return rows_at(self.hidden, self.tokens.to_current(self.row_ids(name)))
 
     @property
     def places(self) -> Tensor:
-        """Place of each prunable token held now among all prunable ones of the layout `[B, P]`."""
+        """Index of each prunable token held now among all prunable ones of the layout `[B, P]`."""
         return self._query.tables.place[self.prunable]
 
     @property
     def views_of(self) -> Tensor:
-        """Number of the view, in sequence order, that each prunable token held now belongs to `[B, P]`."""
+        """View of each prunable token held now, as its number in sequence order `[B, P]`."""
         return self._query.tables.view_of[self.prunable]
 
     def in_view(self, view: str) -> Tensor:
-        """Which of the prunable tokens held now belong to a view, boolean `[B, P]`."""
+        """Whether each prunable token held now belongs to a view, boolean `[B, P]`."""
         return self.views_of == self._query.tables.view_number[view]
 
     def row_ids(self, name: str) -> OriginalIds:
@@ -171,26 +171,26 @@ class SelectContext:
         return OriginalIds(self._query.tables.rows[name].expand(self.prunable.shape[0], -1))
 
     def attention_ahead(self, rows: str) -> Tensor:
-        """Attention that the next layer would pay from a named span to the prunable tokens `[B, H, R, P]`.
+        """Attention `[B, H, R, P]` of a named span to the prunable tokens in the next layer, which has not run yet.
 
-        Exact, as `LayerContext.attention_rows` is, from the next layer's norm and projections of what is held now.
+        Exact: the next layer's norm and projections are applied to the tokens held now.
         """
         ids = self.row_ids(rows)
         at = self.tokens.to_current(ids)
-        turn = rotary(
+        rotation = rotary(
             self.tokens,
             self._query.positions,
             self.decoder.head_dim,
             self.decoder.rope_theta,
             self.hidden.dtype,
         )
-        q, k = project_rows(self._next_layer(rows, ids), self.hidden, at, self.decoder.head_dim, turn)
+        q, k = project_rows(self._next_layer(rows, ids), self.hidden, at, self.decoder.head_dim, rotation)
         return self._prunable_columns(probabilities(q, k, at if self.causal else None))
 
     def similarity_ahead(self, rows: str) -> Tensor:
         """Scaled products `[B, H, R, P]` of the next layer's queries of a named span and its keys of prunable tokens.
 
-        Without rotary embedding, mask and softmax, so tokens are compared by what they are, wherever they stand.
+        Without rotary embedding, mask and softmax, so it does not depend on positions.
         """
         ids = self.row_ids(rows)
         at = self.tokens.to_current(ids)
@@ -203,11 +203,12 @@ class SelectContext:
         return next(self.decoder.layers[at] for at in range(self.layer + 1, self.plan.depth) if at not in skipped)
 
     def encoder_attention(self, kind: str) -> Tensor:
-        """What the vision towers' attention says of the prunable tokens held now, at the block whose output is read.
+        """Attention of the vision towers for the prunable tokens held now, at the block whose output is read.
 
-        Mean over heads: what they got from the class token (`cls`) or from every token (`received`), `[B, P]`; or
-        their keys (`keys`), `[B, P, d]`. As if there were one head of the full width: what they got from the class
-        token (`cls_whole`), `[B, P]`; or their keys (`keys_whole`), `[B, P, D]`.
+        - `cls`: attention received from the class token, mean over heads, `[B, P]`
+        - `received`: attention received from all tokens, mean over heads, `[B, P]`
+        - `keys`: keys, mean over heads, `[B, P, d]`
+        - `cls_whole`, `keys_whole`: the same as if there were one head of the full width, `[B, P]` and `[B, P, D]`
         """
         by_view = self._query.encoder[kind]
         like = next(iter(by_view.values()))
@@ -217,20 +218,19 @@ class SelectContext:
         return everywhere.gather(1, self.prunable) if like.dim() == 2 else rows_at(everywhere, self.prunable)
 
     def reusable(self) -> Tensor:
-        """Which rows `[B]` have keys and values of a last query with the same prunable tokens."""
+        """Which batch rows `[B]` have keys and values of a last query with the same prunable tokens."""
         known = [slot.memory.kv is not None and slot.memory.kv.prunable == self.layout.prunable for slot in self.slots]
         return flags(known, self.prunable.device)
 
     def _prunable_columns(self, weights: Tensor) -> Tensor:
-        columns = self.tokens.to_current(self.prunable)
-        return weights.gather(3, columns[:, None, None].expand(*weights.shape[:3], -1))
+        return key_columns_at(weights, self.tokens.to_current(self.prunable))
 
     def previous_images(self, view: str) -> tuple[Tensor, Tensor]:
-        """Pixels `[B, 3, S, S]` of the last query since the reset, and which rows `[B]` had one (zeros where none)."""
+        """Pixels `[B, 3, S, S]` of the last query since the reset (zeros if none), and which rows `[B]` have any."""
         return last_of([slot.memory.frames.get(view) for slot in self.slots], self.images[view])
 
     def past_images(self, view: str) -> tuple[Tensor, Tensor]:
-        """Pixels `[B, 3, S, S]` of the frames the stage's `look_back` asked for, and which rows `[B]` have one."""
+        """Pixels `[B, 3, S, S]` of the frames `look_back` asked for (zeros if none), and which rows `[B]` have any."""
         current = self.images[view]
         past = self._stage.past
         if past is None:
@@ -240,7 +240,7 @@ class SelectContext:
     def remember(self, name: str, values: Tensor, of_all: bool = False) -> None:
         """Keep values `[B, P]` of the prunable tokens, for later layers and for later queries of the episode.
 
-        They are of the tokens held now, or `of_all` prunable ones of the layout.
+        By default of the tokens held now; with `of_all`, of all prunable tokens of the layout.
         """
         places = self.places
         if of_all:
@@ -248,22 +248,22 @@ class SelectContext:
         self._stage.memory.remember(name, places, values)
 
     def recall(self, name: str) -> tuple[Tensor, Tensor]:
-        """Values remembered for the prunable tokens held now `[B, P]`, and whether each was seen then `[B, P]`."""
+        """Values remembered for the prunable tokens held now, and the mask of known values; both `[B, P]`."""
         return self._stage.memory.recall(name, self.places)
 
     def once(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
-        """Numbers `[B]` computed in the first query of each environment's episode, and kept until its reset."""
+        """Scalars `[B]` computed in the first query of each environment's episode, and kept until its reset."""
         return self._stage.memory.once(name, compute)
 
 
 @dataclass(frozen=True, slots=True)
 class LayerContext(SelectContext):
-    """What a scorer sees after a layer; `hidden` is the layer's output, after the last layer its input.
+    """What a scorer reads after a layer; `hidden` is the layer's output, at the last layer its input.
 
     Attributes:
         q: The layer's queries after rotary embedding `[B, H, n, d]`.
         k: Its keys after rotary embedding `[B, G, m, d]`.
-        keys: Original ids of the keys `[B, m]`: what it holds, and what it reuses from the last query.
+        keys: Original ids of the keys `[B, m]`: tokens it holds, and tokens reused from the last query.
     """
 
     q: Tensor
@@ -272,14 +272,14 @@ class LayerContext(SelectContext):
     _computed: dict[str, Tensor]
 
     def attention_rows(self, rows: str | range | OriginalIds) -> Tensor:
-        """Attention of some queries to the prunable tokens, exact, computed only when asked for and once a layer.
+        """Exact attention of some rows to the prunable tokens `[B, H, R, P]`, computed at most once per layer.
 
         Args:
             rows: A named span (`text`, `instruction`, `last`, `action`, …), a range of original ids, or original
                 ids `[B, R]`; all of them held now.
 
         Returns:
-            `[B, H, R, P]`; the softmax is over all keys, in at least float32.
+            Probabilities in at least float32; the softmax is over all keys.
         """
         name = rows_name(rows)
         if name in self._computed:
@@ -298,39 +298,38 @@ class LayerContext(SelectContext):
         return attention
 
     def attention_to_all(self, rows: str) -> Tensor:
-        """Attention of a named span to every prunable token of the layout `[B, H, R, P]`, reused ones included.
+        """Attention `[B, H, R, P]` of a named span to every prunable token of the layout, reused ones included.
 
-        Only where none was dropped.
+        Valid only if no token was dropped.
         """
         ids = self.row_ids(rows)
         self._stage.note_probe(self.layer, rows, ids.shape[1], False)
         return self._at(self._weights(ids), OriginalIds(self._query.tables.prunable.expand(len(ids), -1)))
 
     def received_attention(self) -> Tensor:
-        """Attention that the prunable tokens get `[B, P]`, mean over heads and over every token held; not shared."""
+        """Attention that each prunable token receives `[B, P]`, mean over heads and all tokens held; not cached."""
         self._stage.note_probe(self.layer, "all", self.tokens.n_kept, False)
-        given = received(self.q, self.k, self._places(self.tokens.ids) if self.causal else None)
-        return given.gather(1, self._places(self.prunable))
+        attention = received(self.q, self.k, self._places(self.tokens.ids) if self.causal else None)
+        return attention.gather(1, self._places(self.prunable))
 
     def row_entropy(self) -> Tensor:
-        """Entropy of the head-averaged attention, mean over every token held `[B]`; not shared."""
+        """Entropy in nats of the head-averaged attention, mean over all tokens held `[B]`; not cached."""
         self._stage.note_probe(self.layer, "all", self.tokens.n_kept, False)
         return row_entropy(self.q, self.k, self._places(self.tokens.ids) if self.causal else None)
 
     def _weights(self, ids: OriginalIds) -> Tensor:
-        at = self.tokens.to_current(ids)[:, None, :, None]
-        q = self.q.gather(2, at.expand(-1, self.q.shape[1], -1, self.q.shape[3]))
+        q = head_rows_at(self.q, self.tokens.to_current(ids))
         return probabilities(q, self.k, self._places(ids) if self.causal else None)
 
     def _at(self, weights: Tensor, columns: OriginalIds) -> Tensor:
-        return weights.gather(3, self._places(columns)[:, None, None].expand(*weights.shape[:3], -1))
+        return key_columns_at(weights, self._places(columns))
 
     def _places(self, ids: OriginalIds) -> CurrentIds:
         return TokenSelection(self.keys, self.layout.n_tokens).to_current(ids)
 
 
 def rows_name(rows: str | range | OriginalIds) -> str:
-    """How traces call attention rows."""
+    """Name of attention rows in traces."""
     if isinstance(rows, range):
         return f"{rows.start}-{rows.stop - 1}"
     return rows if isinstance(rows, str) else "ids"

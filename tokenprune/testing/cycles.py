@@ -1,4 +1,4 @@
-"""What reference counts alone do not free."""
+"""Finds tensors in reference cycles, which only the garbage collector frees."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 def caught_in_cycles(work: Callable[[], object]) -> int:
-    """How many tensors some work leaves that nobody can reach, and that only the garbage collector would free.
+    """Number of unreachable tensors that `work` leaves in reference cycles.
 
-    Python looks for cycles after so many objects, whatever they hold, so by then there may be gigabytes of them.
+    The garbage collector runs by number of objects, not by bytes, so gigabytes may pile up before it does.
     """
     gc.collect()
-    # What was there before is not looked through again.
+    # Exclude objects that existed before.
     gc.freeze()
     before = gc.get_debug()
     gc.set_debug(gc.DEBUG_SAVEALL)

@@ -1,4 +1,4 @@
-"""Which stages and pipelines run on which backbones, found out by running them."""
+"""Which stages and pipelines run on which backbones, determined by running them."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ SIDE = 96
 
 @dataclass(frozen=True)
 class Cell:
-    """One stage or pipeline on one backbone.
+    """The result of one stage or pipeline on one backbone.
 
     Attributes:
         kind: `stage` or `pipeline`.
-        name: Its name.
-        backbone: The backbone's.
-        verdict: `runs`; `refused` before a query, because the backbone lacks something; or `fails`.
-        why: The message, where it does not run.
-        notes: What it does differently on this backbone.
+        name: Name of the stage or pipeline.
+        backbone: Name of the backbone.
+        verdict: `runs`; `refused` before the first query, because the backbone lacks something; or `fails`.
+        why: The error message, if it does not run.
+        notes: The stages' caveats on this backbone.
     """
 
     kind: str
@@ -52,7 +52,7 @@ class Cell:
 def matrix(registry: Registry) -> list[Cell]:
     """Run every stage, in a pipeline of its own, and every shipped pipeline on every backbone.
 
-    Each gets a few queries of random pictures on the backbone's preset `tiny`, whose weights are untrained.
+    Each runs a few queries on random images with the backbone's untrained preset `tiny`.
     """
     shipped = {name: load_pipeline(name, registry).config for name in sorted(registry.pipelines)}
     subjects = [
@@ -78,23 +78,23 @@ def alone(
     """A pipeline of one stage, configured as in the first shipped pipeline that has it, else by its defaults.
 
     Args:
-        stage: Its name.
-        shipped: Pipelines to look for it in.
+        stage: Name of the stage.
+        shipped: Pipelines to search for it.
         registry: Installed plugins.
-        settings: Keys of its configuration that are to be otherwise.
+        settings: Keys of its configuration to change.
 
     Raises:
-        ConfigError: If the stage cannot be configured so.
+        ConfigError: If the stage rejects this configuration.
     """
     modes: tuple[str, ...] = DENSE.modes
-    said: dict[str, Any] = {"keep": 0.5} if "keep" in registry.stage_class(stage).Config.model_fields else {}
+    base: dict[str, Any] = {"keep": 0.5} if "keep" in registry.stage_class(stage).Config.model_fields else {}
     found = ((pipeline, config) for pipeline in shipped for config in pipeline.stages if config.use == stage)
     for pipeline, config in found:
         if not settings:
             return PipelineConfig(version=1, name="alone", modes=pipeline.modes, stages=(config,))
-        modes, said = pipeline.modes, config.model_dump(mode="json", exclude_unset=True)
+        modes, base = pipeline.modes, config.model_dump(mode="json", exclude_unset=True)
         break
-    entry = {**said, **(settings or {}), "use": stage}
+    entry = {**base, **(settings or {}), "use": stage}
     data = {"version": 1, "name": "alone", "modes": list(modes), "stages": [entry]}
     return parse_pipeline(data, registry, stage).config
 
@@ -120,7 +120,7 @@ def _cell(
 
 
 def random_observation(backbone: Backbone, rng: np.random.Generator) -> dict[str, Any]:
-    """Noise in every view, and a state near the middle of what the policy knows."""
+    """An observation of noise in every view, and a robot state near the middle of its range."""
     images = {view: rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8) for view in backbone.info.views}
     size = backbone.info.state_size
     return {"images": images} if size is None else {"images": images, "state": 0.1 * rng.normal(size=size)}

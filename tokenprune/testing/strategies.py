@@ -1,6 +1,6 @@
-"""Hypothesis strategies for what stages are given: layouts of every shape, selections, and contexts.
+"""Hypothesis strategies for token layouts, selections and stage contexts.
 
-Needs hypothesis, which comes with the extra `dev` and with the packages that `tokenprune new plugin` writes.
+Needs hypothesis, which the extra `dev` and the packages of `tokenprune new plugin` install.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ batches = st.integers(1, 3)
 
 
 def random(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Normal numbers that depend on the seed alone."""
+    """Standard normal numbers of the given shape that depend only on the seed."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 @st.composite
 def layouts(draw: st.DrawFn, max_views: int = 3, max_side: int = 4) -> TokenLayout:
-    """Token layouts of every shape the backbones have, with fixed tokens between views in some of them."""
+    """Token layouts like those of the backbones, some with fixed tokens between views."""
     parts = [Segment(Role.BOS, 0, draw(st.integers(0, 1)))]
     sides = st.integers(1, max_side)
     for view in VIEWS[: draw(st.integers(1, max_views))]:
@@ -69,7 +69,7 @@ def layouts(draw: st.DrawFn, max_views: int = 3, max_side: int = 4) -> TokenLayo
 
 @st.composite
 def selections(draw: st.DrawFn, layout: TokenLayout, batch: int = 1) -> TokenSelection:
-    """What a cut may leave of a layout: every fixed token, and as many prunable ones in each row, one at least."""
+    """Selections after a cut: all fixed tokens, and in each row the same number of prunable ones, at least 1."""
     keep = draw(st.integers(1, len(layout.prunable)))
     rows = [sorted([*layout.fixed, *draw(st.permutations(layout.prunable))[:keep]]) for _ in range(batch)]
     return TokenSelection(OriginalIds(torch.tensor(rows)), layout.n_tokens)
@@ -77,14 +77,14 @@ def selections(draw: st.DrawFn, layout: TokenLayout, batch: int = 1) -> TokenSel
 
 @st.composite
 def contexts(draw: st.DrawFn, stage: Stage[Any] | None = None, width: int = 8, side: int = 16) -> SelectContext:
-    """What a stage is given: a random layout, embeddings and pixels of noise.
+    """Contexts of `select_tokens` with a random layout, and noise as embeddings and pixels.
 
     Args:
-        draw: Hypothesis's own.
-        stage: Planned for, so that `ctx.plan` holds its cuts, and asked before layer 0, where every token is held;
-            without one there are no cuts, and some tokens are gone already.
-        width: Of the embeddings.
-        side: Pixels along each side of an image, for each patch of a view.
+        draw: Passed by hypothesis.
+        stage: Stage whose cuts are in `ctx.plan`; every token is then held. Without a stage there are no cuts, and some
+            tokens have left already.
+        width: Width of the embeddings.
+        side: Side length in pixels of each patch.
     """
     layout, batch, seed = draw(layouts()), draw(batches), draw(seeds)
     everything_held = TokenSelection.identity(layout.n_tokens, batch)
@@ -117,7 +117,7 @@ def contexts(draw: st.DrawFn, stage: Stage[Any] | None = None, width: int = 8, s
 
 
 def _info(decoder: Decoder) -> BackboneInfo:
-    """A backbone of which only the decoder's depth matters."""
+    """A backbone with the depth of the layouts' plans; its other dimensions do not matter."""
     shape = DecoderShape(DEPTH, 8, 1, 1, decoder.head_dim, 8, decoder.causal)
     return BackboneInfo("random", "random", True, shape, VIEWS, ActionSpec(1, {"translation": (0, 1, 2)}))
 

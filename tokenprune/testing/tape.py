@@ -1,4 +1,4 @@
-"""A tape of torch's operations, which stands for a CUDA graph where there is no GPU."""
+"""A tape of torch operations that stands in for a CUDA graph on machines without a GPU."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from tokenprune.engine.tensor_tree import map_tensors, tensors_in
 
 
 class Tape(TorchDispatchMode):
-    """Every operation with what it was given; running them again takes what is there by then.
+    """Records operations with their arguments, and replays them on the current content of their inputs.
 
-    Whatever Python decided, and every number that it read, is as fixed as in a CUDA graph.
+    As in a CUDA graph, Python's decisions and the numbers it read are fixed.
     """
 
     def __init__(self) -> None:
-        """Nothing is recorded yet."""
+        """Start an empty tape."""
         super().__init__()  # type: ignore[no-untyped-call]
         self._operations: list[tuple[Any, Any, Any, Any]] = []
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
-        """Run and record."""
+        """Run and record one operation."""
         made = operation(*args, **(kwargs or {}))
         self._operations.append((operation, args, kwargs or {}, made))
         return made
 
-    def again(self) -> dict[int, torch.Tensor]:
-        """Run all of it again; what each tensor that was made is this time, by its identity."""
+    def replay(self) -> dict[int, torch.Tensor]:
+        """Run all operations again; return the new tensors by the `id` of the recorded ones."""
         now: dict[int, torch.Tensor] = {}
 
         def current(value: Any) -> Any:  # noqa: ANN401
@@ -46,14 +46,14 @@ class Tape(TorchDispatchMode):
 
 
 def taped(run: Callable[[], DeviceOutcome]) -> tuple[DeviceOutcome, Callable[[], None]]:
-    """A `Capture` for any device."""
+    """Capture on a tape: a `Capture` for any device."""
     with Tape() as tape:
         made = run()
     outcome = map_tensors(torch.clone, made)
 
-    def again() -> None:
-        now = tape.again()
+    def replay() -> None:
+        now = tape.replay()
         for place, old in zip(tensors_in(outcome), tensors_in(made), strict=True):
             place.copy_(now.get(id(old), old))
 
-    return outcome, again
+    return outcome, replay

@@ -1,4 +1,4 @@
-"""A dispatcher that refuses what would wait for a device, on any device."""
+"""Makes operations that would wait for a GPU fail, on any device."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tokenprune.engine.adapter import Backbone
 
 WAITING = ("nonzero", "masked_select", "_unique2", "equal")
-# On a CPU these do not pass the dispatcher.
+# On a CPU these bypass the dispatcher.
 READING = ("item", "tolist", "cpu", "numpy", "__int__", "__float__", "__bool__", "__index__")
 
 
 class NoWaiting(TorchDispatchMode):
-    """Refuses what copies to or from the host, or makes a shape depend on data."""
+    """Refuses operations that copy to or from the host, or make a shape depend on data."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
-        """Pass on everything else.
+        """Run an operation that does not wait.
 
         Raises:
-            AssertionError: Naming the operation.
+            AssertionError: If the operation waits; names it.
         """
         name = func.__name__.split(".")[0]
         masked = name in ("index", "index_put_") and any(
             index is not None and index.dtype == torch.bool for index in args[1]
         )
-        # A number that fills a tensor goes with the kernel; a list of them is copied.
+        # A scalar is a kernel argument; a list of numbers is copied to the device.
         uploaded = name == "lift_fresh" and args[0].dim() > 0
         if name in WAITING or masked or uploaded:
             raise AssertionError(f"{func} waits for the device")
@@ -43,7 +43,7 @@ def _refused(*_: object) -> None:
 
 @contextmanager
 def refusing() -> Iterator[None]:
-    """What waits for the device is refused, by the dispatcher or where a tensor would be read."""
+    """Make operations and tensor methods that wait for the device raise AssertionError."""
     with NoWaiting(), ExitStack() as reading:  # type: ignore[no-untyped-call]
         for name in READING:
             reading.enter_context(patch.object(torch.Tensor, name, _refused))
@@ -52,7 +52,7 @@ def refusing() -> Iterator[None]:
 
 @contextmanager
 def no_waiting(backbone: Backbone) -> Iterator[None]:
-    """The model runs under the refusing dispatcher, from after the upload to before the download."""
+    """Refuse waiting inside `Backbone.infer`: after the upload of observations, before the download of actions."""
     real = type(backbone).infer
 
     def infer(self: Backbone, inputs: Any, query: Any) -> torch.Tensor:  # noqa: ANN401

@@ -1,4 +1,4 @@
-"""How many tokens a cut keeps: a ratio, a count or the union of what is protected, as one static integer."""
+"""How many tokens a cut keeps: a count, a ratio, or as many as are protected."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ UNION: Literal["union"] = "union"
 
 
 Amount = int | float | Literal["union"]
-"""A count (int), a share of what the cut finds (float in (0, 1]), or as many as are protected."""
+"""A count (int), a ratio (float in (0, 1]), or `union`: as many tokens as are protected."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +23,9 @@ class Budget:
 
     Attributes:
         amount: Count, ratio or `union`.
-        of: What a ratio is a share of: the prunable tokens the cut finds, or the whole sequence it finds
-            (published variants that count every token); the fixed tokens then come off the kept share.
-        floor: Prunable tokens never to fall below, while there are as many.
+        of: What a ratio is a share of: the prunable tokens before the cut, or all tokens before it, from whose kept
+            share the fixed tokens are then subtracted (as some published variants count).
+        floor: Least number of prunable tokens to keep, if there are as many.
         bucket: The count is rounded up to a multiple of this.
     """
 
@@ -35,14 +35,14 @@ class Budget:
     bucket: int = 1
 
     def count(self, prunable: int, fixed: int, union: int | None = None) -> int:
-        """Prunable tokens to keep.
+        """Number of prunable tokens to keep.
 
-        Ratios round down, as the published implementations do, but never to nothing.
+        Ratios round down, as the published implementations do, but keep at least one token.
 
         Args:
-            prunable: Prunable tokens the cut finds.
+            prunable: Prunable tokens before the cut.
             fixed: Tokens that always stay.
-            union: How many tokens are protected; `None` while that is not known, which keeps everything.
+            union: Protected tokens; `None` while that is unknown, which keeps everything.
         """
         if self.amount == UNION:
             wanted = prunable if union is None else union
@@ -57,13 +57,13 @@ class Budget:
 
 
 def _share(ratio: float, total: int) -> int:
-    # 0.29 * 100 is 28.999999999999996: a ratio written in decimal must not lose a token to binary.
+    # 0.29 * 100 is 28.999999999999996 in floating point, and must keep 29 tokens.
     return math.floor(ratio * total + 1e-9)
 
 
 def union_count(protect: Tensor) -> int:
     """Largest number of protected tokens in any row of `[B, P]`.
 
-    Reading it waits for the device: this is the only data-dependent count, and a plan with one is not graph-safe.
+    Waits for the device. It is the only data-dependent count; a plan with one is not graph-safe.
     """
     return int(protect.sum(1).max().item())

@@ -1,4 +1,4 @@
-"""The tokens of one query in original order: who they are, never where a constant says they are."""
+"""The tokens of one query in original order: what each is for, its view, and whether it may be pruned."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ class TokenLayout:
     """All segments of one query in original order; host integers only, hashable.
 
     Segments are contiguous, disjoint and cover `[0, n_tokens)`. `rows` names spans that stages and the
-    runtime ask for by name: `text`, `instruction`, `action`, and `readout` (the positions whose hidden
-    states are read at the end; none where only keys and values are). Named rows are never prunable.
+    engine look up by name: `text`, `instruction`, `action`, and `readout` (the positions whose hidden
+    states are read at the end; empty if only keys and values are read). Named rows are never prunable.
 
     Raises:
         LayoutError: If segments leave a gap, overlap, repeat a view, or a named row is out of range or prunable.
@@ -103,7 +103,7 @@ class TokenLayout:
 
     @classmethod
     def build(cls, parts: Iterable[Segment], rows: Mapping[str, range] | None = None) -> TokenLayout:
-        """Lay segments one after the other; their `start` is set here and empty ones are left out."""
+        """Build a layout from segments in order; sets their `start` and leaves out empty ones."""
         placed: list[Segment] = []
         at = 0
         for part in parts:

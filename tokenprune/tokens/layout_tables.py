@@ -1,4 +1,4 @@
-"""A layout's host integers as tensors on a device."""
+"""A token layout as tensors on a device."""
 
 from __future__ import annotations
 
@@ -8,10 +8,19 @@ from tokenprune.tokens.layout import TokenLayout
 
 
 class LayoutTables:
-    """A layout's host integers as tensors, made once per layout and device."""
+    """A token layout as int64 tensors, made once per layout and device.
+
+    Attributes:
+        fixed: Original ids of the tokens that always stay `[F]`.
+        prunable: Original ids of the prunable tokens `[P]`.
+        rows: Original ids of each named span `[R]`.
+        place: Per token, its index among the prunable ones `[N]`; -1 for fixed tokens.
+        view_of: Per token, the number of its view `[N]`; -1 outside views.
+        view_number: Number of each view, in sequence order.
+    """
 
     def __init__(self, layout: TokenLayout, device: torch.device) -> None:  # cold: once per layout
-        """Upload ids of fixed and prunable tokens and of named rows, and each token's place among the prunable."""
+        """Upload the layout."""
         self.fixed = torch.tensor(layout.fixed, dtype=torch.int64, device=device)
         self.prunable = torch.tensor(layout.prunable, dtype=torch.int64, device=device)
         self.rows = {

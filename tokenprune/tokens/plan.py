@@ -1,4 +1,4 @@
-"""What a pipeline becomes for one layout and one mode: every count a known integer before the query starts."""
+"""The plan of a query: where tokens leave and how many stay, known before the query starts."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class Removal(StrEnum):
     """What becomes of the tokens that leave at a cut."""
 
     DROP = "drop"
-    """Nothing is left of them."""
+    """They are discarded."""
     MERGE = "merge"
     """They are merged into tokens that stay."""
     REUSE = "reuse"
-    """Later layers attend to their keys and values of the last query."""
+    """Later layers attend to their keys and values from the last query."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +35,11 @@ class Cut:
 
     Attributes:
         after: Layer it follows, -1 for before layer 0.
-        stages: Indices of the pipeline's stages whose proposals meet here, in pipeline order.
-        found: Prunable tokens it finds.
-        keep: Prunable tokens it keeps; for an unresolved union, the most it could keep.
-        groups: Budgets of single views, filled first.
-        union: Whether a `keep: union` sets the count and it is not known yet.
+        stages: Indices of the stages that propose here, in pipeline order.
+        found: Prunable tokens before the cut.
+        keep: Prunable tokens it keeps; an upper bound while a union is unresolved.
+        groups: Budgets of views, filled first.
+        union: Whether a `keep: union` sets the count, and the count is not known yet.
         removal: What becomes of the tokens that leave.
     """
 
@@ -61,10 +61,10 @@ class Plan:
         mode: Mode the counts are for.
         depth: Decoder layers.
         cuts: Ascending by layer.
-        skipped: Layers that are left out.
-        flow_interval: Of every `flow_interval` flow steps of the action head, the first runs through its layers.
+        skipped: Layers that do not run.
+        flow_interval: One of every `flow_interval` flow steps runs the action head's layers.
         unions: Counts of the `keep: union` cuts resolved so far.
-        own_flops: FLOPs of what stages multiply themselves.
+        own_flops: FLOPs of the stages' own matrix products.
     """
 
     layout: TokenLayout
@@ -88,7 +88,7 @@ class Plan:
 
     @cached_property
     def entering(self) -> tuple[int, ...]:
-        """Prunable tokens that come to each layer, whether it is left out or not."""
+        """Prunable tokens before each layer, whether the layer is skipped or not."""
         held = len(self.layout.prunable)
         counts = []
         for layer in range(self.depth):
@@ -99,25 +99,25 @@ class Plan:
 
     @cached_property
     def prunable(self) -> tuple[int, ...]:
-        """Prunable tokens each layer holds; a layer that is left out holds none."""
+        """Prunable tokens in each layer; none in a skipped layer."""
         return tuple(0 if layer in self.skipped else n for layer, n in enumerate(self.entering))
 
     @cached_property
     def tokens(self) -> tuple[int, ...]:
-        """Tokens each layer holds, pruned or not; a layer that is left out holds none."""
+        """All tokens in each layer, fixed and prunable; none in a skipped layer."""
         fixed = len(self.layout.fixed)
         return tuple(0 if layer in self.skipped else n + fixed for layer, n in enumerate(self.entering))
 
     @cached_property
     def keys(self) -> tuple[int, ...]:
-        """Tokens each layer attends to: those it holds, and those it reuses from the last query."""
+        """Keys in each layer: its own tokens, and those reused from the last query."""
         gone = {cut.after: cut.found - cut.keep for cut in self.cuts if cut.removal is Removal.REUSE}
         reused = [sum(n for after, n in gone.items() if after < layer) for layer in range(self.depth)]
         return tuple(n + extra if n else 0 for n, extra in zip(self.tokens, reused, strict=True))
 
     @property
     def reuses(self) -> bool:
-        """Whether keys and values of the last query may be needed: the query then has a pass of its own."""
+        """Whether the query may reuse keys and values of the last one; it then runs as a batch of one."""
         return any(cut.removal is Removal.REUSE and cut.union for cut in self.cuts)
 
     @property

@@ -1,4 +1,4 @@
-"""A tokenised prompt and the layout of the query that it makes."""
+"""A tokenised prompt and the token layout of its queries."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tokenprune.tokens.layout import TokenLayout
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompt:
-    """A tokenised prompt; made once per reset, or once per query where the prompt spells the robot state.
+    """A tokenised prompt; made once per reset, or once per query if the prompt contains the robot state.
 
     Attributes:
         layout: Tokens of a query with this prompt.

@@ -1,4 +1,4 @@
-"""What stages propose at a cut, and how proposals become one choice.
+"""What stages propose at a cut, and how proposals are resolved into one choice.
 
 Pure tensor functions; no shape depends on data.
 """
@@ -16,15 +16,15 @@ from tokenprune.errors import SelectionError
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """What one stage wishes for the prunable tokens a cut finds, in their current order.
+    """One stage's vote on the prunable tokens `[B, P]` before a cut, in their current order.
 
     Attributes:
-        score: Floating `[B, P]`; higher stays.
-        protect: Boolean `[B, P]`; kept before any score is looked at.
-        drop: Boolean `[B, P]`; kept only when nothing else is left to fill the budget.
-        reasons: Boolean `[B, P]` by a name, such as `local`: why a token is wanted. Recorded; changes nothing.
-        merge: Given the tokens that are kept, indices `[B, K]` into the `P`, what each becomes: weights `[B, K, P]` of
-            a sum over all tokens the cut finds. It keeps its place and position. Left out, tokens stay as they are.
+        score: Floating `[B, P]`; tokens with higher scores are kept.
+        protect: Boolean `[B, P]`; these are kept first, whatever their score.
+        drop: Boolean `[B, P]`; these are kept only if no other token is left to fill the budget.
+        reasons: Boolean `[B, P]` by name, such as `local`: why a token is wanted. For the trace only.
+        merge: Maps the kept tokens, indices `[B, K]` into the `P`, to weights `[B, K, P]`: each kept token becomes this
+            weighted sum of all tokens before the cut, at its own position. By default tokens are unchanged.
     """
 
     score: Tensor | None = None
@@ -36,7 +36,7 @@ class Proposal:
 
 @dataclass(frozen=True, slots=True)
 class Quota:
-    """A share of the budget that is filled first from one group of tokens.
+    """A part of the budget that is filled first, from one group of tokens.
 
     Attributes:
         member: Boolean `[B, P]`, the tokens of the group.
@@ -55,16 +55,15 @@ def resolve(
 ) -> Tensor:
     """Turn the proposals of all stages at one cut into exactly `keep` tokens per row.
 
-    The order is: tokens within a group's quota, then protected, then undropped ones, then higher score, then lower
-    index. Protect and drop votes are OR-ed. One score counts as it is; several are rank-normalised and summed with
-    their weights. Votes move tokens up and down this order and never change how many are kept, so the
-    shape is static. A NaN score ranks lowest.
+    Tokens are ordered by: within a group's quota, protected, not dropped, higher score, lower index. Protect and drop
+    votes are OR-ed. A single score is used as it is; several are replaced by their ranks and summed with their weights.
+    Votes never change how many tokens are kept, so the shape is static. A NaN score ranks lowest.
 
     Args:
         proposals: At least one, each over the same `[B, P]` tokens.
         keep: Tokens to keep, `0 <= keep <= P`.
-        weights: One per proposal; 1 each when left out.
-        quotas: Groups with budgets of their own; what a group cannot fill goes to the best of the others.
+        weights: One per proposal; 1 each by default.
+        quotas: Groups with their own budgets; what a group cannot fill goes to the best of the other tokens.
 
     Returns:
         Indices `[B, keep]` into the `P` tokens, strictly increasing.
@@ -84,7 +83,7 @@ def resolve(
     if len(scored) == 1:
         rank = rank_below(scored[0][0])
     elif scored:
-        # All ranks are out of the same n; not dividing by it keeps sums exact, so that ties do not hang on stage order.
+        # Ranks are not divided by n: sums of integers are exact, so ties do not depend on the order of stages.
         rank = rank_below(torch.stack([rank_below(s).double() * w for s, w in scored]).sum(0))
     level = torch.ones(shape, dtype=torch.int64, device=device)
     dropped = _any_vote([p.drop for p in proposals])
@@ -94,7 +93,7 @@ def resolve(
     if protected is not None:
         level = torch.where(protected, 2, level)
 
-    # One integer key holds the whole lexicographic order and has no ties, so topk is deterministic everywhere.
+    # One integer key without ties encodes the lexicographic order, so topk is deterministic on every device.
     key = (level * n + rank) * n + torch.arange(n - 1, -1, -1, device=device)
     if quotas:
         key = key + _within_quota(key, quotas).long() * (3 * n * n)
@@ -108,21 +107,21 @@ def rank_below(score: Tensor) -> Tensor:
 
 
 def _within_quota(key: Tensor, quotas: Sequence[Quota]) -> Tensor:
-    """Boolean `[B, P]`: whether a token is among the best `keep` of a group it belongs to."""
+    """Whether a token is among the best `keep` of one of its groups, boolean `[B, P]`."""
     order = key.argsort(dim=1, descending=True)
-    inside = torch.zeros_like(key, dtype=torch.bool)
+    within = torch.zeros_like(key, dtype=torch.bool)
     for quota in quotas:
         place = quota.member.gather(1, order).cumsum(1)
         chosen = quota.member & (torch.empty_like(place).scatter(1, order, place) <= quota.keep)
-        inside = inside | chosen
-    return inside
+        within = within | chosen
+    return within
 
 
 def _any_vote(votes: Sequence[Tensor | None]) -> Tensor | None:
-    cast = [v for v in votes if v is not None]
-    if not cast:
+    present = [v for v in votes if v is not None]
+    if not present:
         return None
-    return torch.stack(cast).any(0)
+    return torch.stack(present).any(0)
 
 
 def _common_shape(proposals: Sequence[Proposal]) -> tuple[int, int]:

@@ -1,7 +1,7 @@
-"""Which tokens are kept, in original coordinates.
+"""Which tokens are kept, by their ids in the unpruned sequence.
 
-Two index spaces exist and have two types: `OriginalIds` are positions in the unpruned sequence, `CurrentIds` positions
-in what a layer holds now. Pure tensor functions; no shape depends on data.
+The two index spaces have a type each: `OriginalIds` are positions in the unpruned sequence, `CurrentIds` positions
+among the tokens a layer holds now. Pure tensor functions; no shape depends on data.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     OriginalIds = NewType("OriginalIds", Tensor)
     CurrentIds = NewType("CurrentIds", Tensor)
 else:
-    # What NewType does when called, in a form that torch.compile can look into.
+    # NewType at run time, in a form that torch.compile can trace.
     def OriginalIds(ids):  # noqa: ANN001, ANN201, D103
         return ids
 
@@ -48,7 +48,7 @@ class TokenSelection:
         return self.ids.shape[1]
 
     def compose(self, inner: TokenSelection) -> TokenSelection:
-        """Select again among what is kept; `inner` counts from zero within this selection.
+        """Apply a further selection, whose ids are positions within this one.
 
         Raises:
             SelectionError: If `inner` was made for another number of tokens.
@@ -72,16 +72,26 @@ class TokenSelection:
 
 
 def others(chosen: Tensor, n: int) -> Tensor:
-    """The indices `[B, n - K]` of `n` that are not among `chosen` `[B, K]`, strictly increasing."""
+    """Indices `[B, n - K]` below `n` that are not in `chosen` `[B, K]`, strictly increasing."""
     taken = torch.zeros(len(chosen), n, dtype=torch.int64, device=chosen.device).scatter(1, chosen, 1)
     return taken.argsort(dim=1, stable=True)[:, : n - chosen.shape[1]]
 
 
 def rows_at(values: Tensor, at: Tensor) -> Tensor:
-    """Rows `at` `[B, M]` of `values` `[B, n, D]`, `[B, M, D]`; whole rows are copied, not element by element."""
+    """Rows `[B, M, D]` of `values` `[B, n, D]` at indices `at` `[B, M]`; faster than an elementwise gather."""
     batch, n, width = values.shape
     first = torch.arange(batch, device=values.device)[:, None] * n
     return values.reshape(batch * n, width).index_select(0, (at + first).flatten()).view(batch, -1, width)
+
+
+def head_rows_at(values: Tensor, at: Tensor) -> Tensor:
+    """Rows `[B, H, M, d]` of `values` `[B, H, n, d]` at indices `at` `[B, M]`."""
+    return values.gather(2, at[:, None, :, None].expand(-1, values.shape[1], -1, values.shape[3]))
+
+
+def key_columns_at(weights: Tensor, at: Tensor) -> Tensor:
+    """Columns `[B, H, R, M]` of attention `weights` `[B, H, R, n]` at indices `at` `[B, M]`."""
+    return weights.gather(3, at[:, None, None].expand(*weights.shape[:3], -1))
 
 
 def apply(
@@ -90,13 +100,13 @@ def apply(
     """Keep the chosen prunable tokens and every fixed one.
 
     Args:
-        tokens: What is held now.
+        tokens: Tokens held now.
         prunable: Original ids of the prunable tokens held now `[B, P]`, ascending.
         fixed: Original ids of the tokens that always stay `[F]`, ascending.
         chosen: Indices `[B, K]` into `prunable`, from `resolve`.
 
     Returns:
-        What is held next, and the original ids of its prunable tokens `[B, K]`.
+        The tokens held after the cut, and the original ids of the prunable ones among them `[B, K]`.
     """
     kept = OriginalIds(prunable.gather(1, chosen))
     ids = torch.cat([fixed.expand(kept.shape[0], -1), kept], dim=1).sort(dim=1).values
