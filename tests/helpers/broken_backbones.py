@@ -20,7 +20,7 @@ from tokenprune.registry.specs import BackboneSpec
 from tokenprune.tokens.layout import TokenLayout
 from tokenprune.tokens.positions import Positions
 from tokenprune.tokens.prompt import EncodedPrompt
-from tokenprune_adapters.backbones.openvla_oft.backbone import OFTInputs, OFTTokens, OpenVLAOFT
+from tokenprune_adapters.backbones.openvla_oft.backbone import OFTInputs, OFTSetup, OFTTokens, OpenVLAOFT
 from tokenprune_adapters.backbones.openvla_oft.factory import OFTFactory
 
 
@@ -49,7 +49,8 @@ class Sound(OpenVLAOFT):
         seed: int,
     ) -> Sound:
         made = OFTFactory.build(preset, checkpoint, options, device, dtype, seed)
-        return cls(made.config, made.model, made.tokenizer, made.statistics, cls.named(made.info))
+        setup = OFTSetup(made.config, made.tokenizer, made.statistics)
+        return cls(setup, made.model, cls.named(made.info))
 
 
 class DropsTheLastAction(Sound):

@@ -43,7 +43,7 @@ HIDING = """
 from dataclasses import replace
 
 from tokenprune import BackboneSpec, hookimpl
-from tokenprune_adapters.backbones.openvla.backbone import OpenVLA
+from tokenprune_adapters.backbones.openvla.backbone import OpenVLA, OpenVLASetup
 from tokenprune_adapters.backbones.openvla.factory import OpenVLAFactory
 
 class Hiding(OpenVLA):
@@ -59,8 +59,8 @@ class Factory:
     @staticmethod
     def build(*given):
         made = OpenVLAFactory.build(*given)
-        info = replace(made.info, name="hiding")
-        return Hiding(made.config, made.model, made.tokenizer, made.statistics, info)
+        setup = OpenVLASetup(made.config, made.tokenizer, made.statistics)
+        return Hiding(setup, made.model, replace(made.info, name="hiding"))
 
 @hookimpl
 def tokenprune_register():
