@@ -66,7 +66,7 @@ def test_a_new_backbone_works_as_it_is_and_as_its_page_says(tmp_path: Path) -> N
     own_tests_pass(package, env)
     written = [path.read_text(encoding="utf-8") for path in package.rglob("*.py")]
     blocks = re.findall(r"^```(\w+)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-    assert [kind for kind, _ in blocks].count("python") == 7
+    assert [kind for kind, _ in blocks].count("python") == 8
     for kind, block in blocks:
         if kind == "python":
             assert any(block in source for source in written), f"not in the package:\n{block}"
