@@ -32,7 +32,7 @@ def test_list_names_everything_and_imports_no_torch() -> None:
 def test_list_filters_and_prints_json() -> None:
     entries = json.loads(call("list", "uniform*", "--json").stdout)
     assert {(e["kind"], e["name"]) for e in entries} == {
-        ("stage/control", "uniform_grid"),
+        ("stage/baseline", "uniform_grid"),
         ("pipeline", "uniform_grid"),
     }
 
