@@ -22,7 +22,7 @@ from tests.helpers.tiny_oft import INSTRUCTION, observation, tiny_config, tiny_p
 from tokenprune.engine.executor import GraphExecutor
 from tokenprune.engine.query import DeviceOutcome
 from tokenprune.engine.tensor_tree import copy_tensors, tensors_in
-from tokenprune.errors import CapabilityError, ConfigError
+from tokenprune.errors import ConfigError
 from tokenprune.pipelines.config import PipelineConfig
 from tokenprune.pipelines.loader import load_pipeline
 from tokenprune.policy import ActionChunk, Policy
@@ -91,16 +91,14 @@ EPISODE = [
 ]
 
 
-@pytest.mark.parametrize("name", COMBINED)
-@pytest.mark.parametrize("family", ["oft", "pi0"])
+# OpenVLA-OFT has no flow steps that a head cache could spare.
+CASES = [(family, name) for family in ("oft", "pi0") for name in COMBINED if (family, name) != ("oft", "efficientvla")]
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
 def test_a_replay_is_the_query(family: str, name: str) -> None:
     backbone, _, _ = BACKBONES[family]()
-    config = load_pipeline(name, REGISTRY).config
-    try:
-        chunks = both(backbone, config, EPISODE)
-    except CapabilityError:
-        assert family == "oft"
-        return
+    chunks = both(backbone, load_pipeline(name, REGISTRY).config, EPISODE)
     assert "cuda_graph" in same(chunks)
 
 

@@ -33,11 +33,11 @@ def show_matrix(found: Registry, pattern: str, as_json: bool) -> None:
             table.add_row(kind, name, *(verdicts[kind, name, backbone] for backbone in backbones))
         Console(width=WIDTH, highlight=False).print(table)
         print(f"Found by running {QUERIES} queries of noise on each untrained preset '{PRESET}'.")
-        said: dict[str, list[str]] = {}
+        reasons: dict[str, list[str]] = {}
         for cell in cells:
             for text in (*([cell.why] if cell.why else []), *(cell.notes if cell.kind == "stage" else ())):
-                said.setdefault(text, []).append(f"{cell.name} on {cell.backbone}")
-        for text, where in said.items():
+                reasons.setdefault(text, []).append(f"{cell.name} on {cell.backbone}")
+        for text, where in reasons.items():
             print(textwrap.fill(f"{', '.join(dict.fromkeys(where))}: {text}", WIDTH, subsequent_indent="  "))
     if any(cell.verdict == "fails" for cell in cells):
         raise typer.Exit(1)

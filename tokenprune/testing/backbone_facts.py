@@ -85,11 +85,11 @@ def flops_are_those_that_run(subject: BackboneSubject) -> None:
         # The kernels of a CPU are not counted; this one is.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             (chunk,) = subject.ask(config)
-        told = query_flops(subject.backbone.info, chunk.trace.plan)
-        if told.total != counter.get_total_flops():
-            parts = {**told.other, "decoder": told.decoder, "follow_up": told.follow_up}
+        planned = query_flops(subject.backbone.info, chunk.trace.plan)
+        if planned.total != counter.get_total_flops():
+            parts = {**planned.other, "decoder": planned.decoder, "follow_up": planned.follow_up}
             raise CheckFailed(
-                f"pipeline '{config.name}': torch counts {counter.get_total_flops()}, info tells {told.total}: "
+                f"pipeline '{config.name}': torch counts {counter.get_total_flops()}, info tells {planned.total}: "
                 + ", ".join(f"{name} {number}" for name, number in parts.items())
             )
 

@@ -20,10 +20,10 @@ def require_same(what: str, found: object, expected: object) -> None:
         raise CheckFailed(f"{what}: {found!r:.200}, expected {expected!r:.200}")
 
 
-def require_equal(first: Sequence[Tensor], second: Sequence[Tensor], said: str) -> None:
+def require_equal(first: Sequence[Tensor], second: Sequence[Tensor], message: str) -> None:
     """Refuse tensors that are not equal, bit for bit."""
     if not are_equal(first, second):
-        raise CheckFailed(said)
+        raise CheckFailed(message)
 
 
 def are_equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:

@@ -141,9 +141,9 @@ def a_replay_is_the_query(subject: StageSubject) -> None:
         raise NotApplicable("it says that it works on the host")
     recorded.executor = GraphExecutor(recorded.backbone, taped)
     own, plain = (subject.queries(policy, 6) for policy in (recorded, eager))
-    said = "query {} was replayed and differs; what it reads on the host belongs in `host_state`"
-    _same_selection(own, plain, said)
-    _same_actions(own, plain, said)
+    message = "query {} was replayed and differs; what it reads on the host belongs in `host_state`"
+    _same_selection(own, plain, message)
+    _same_actions(own, plain, message)
 
 
 def nothing_waits_for_the_garbage_collector(subject: StageSubject) -> None:
@@ -240,14 +240,14 @@ def _has_union(subject: StageSubject) -> bool:
     return any(stage.budget(mode, entry).amount == UNION for mode in subject.config.modes for entry in entries)
 
 
-def _same_selection(first: Sequence[ActionChunk], second: Sequence[ActionChunk], said: str) -> None:
+def _same_selection(first: Sequence[ActionChunk], second: Sequence[ActionChunk], message: str) -> None:
     for query, (one, other) in enumerate(zip(first, second, strict=True)):
         pairs = zip_longest(one.trace.kept.items(), other.trace.kept.items())
         if any(a is None or b is None or a[0] != b[0] or not torch.equal(a[1], b[1]) for a, b in pairs):
-            raise CheckFailed(said.format(query))
+            raise CheckFailed(message.format(query))
 
 
-def _same_actions(first: Sequence[ActionChunk], second: Sequence[ActionChunk], said: str) -> None:
+def _same_actions(first: Sequence[ActionChunk], second: Sequence[ActionChunk], message: str) -> None:
     for query, (one, other) in enumerate(zip(first, second, strict=True)):
         if not np.array_equal(one.actions, other.actions):
-            raise CheckFailed(said.format(query))
+            raise CheckFailed(message.format(query))

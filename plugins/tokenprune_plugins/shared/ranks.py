@@ -32,8 +32,9 @@ def rank_within(score: Tensor, member: Tensor | None = None) -> Tensor:
 def rank_in_views(ctx: SelectContext, score: Tensor, member: Tensor | None = None) -> Tensor:
     """Rank of each held token within its view `[B, P]`; `member` as for `rank_within`."""
     ranks = torch.full_like(ctx.prunable, ctx.prunable.shape[1])
-    for view in ctx.layout.views:
-        inside = ctx.in_view(view) if member is None else member & ctx.in_view(view)
+    views = ctx.views_of
+    for number in range(len(ctx.layout.views)):
+        inside = views == number if member is None else member & (views == number)
         ranks = torch.where(inside, rank_within(score, inside), ranks)
     return ranks
 
@@ -50,6 +51,7 @@ def claims(ctx: SelectContext, score: Tensor, member: Tensor, top: int) -> Tenso
 def per_view(ctx: SelectContext, values: Sequence[float]) -> Tensor:
     """The value of each held token's view `[B, P]`; values are in sequence order of views, the last one repeats."""
     expanded = torch.zeros_like(ctx.prunable, dtype=torch.float64)
-    for number, view in enumerate(ctx.layout.views):
-        expanded = torch.where(ctx.in_view(view), values[min(number, len(values) - 1)], expanded)
+    views = ctx.views_of
+    for number in range(len(ctx.layout.views)):
+        expanded = torch.where(views == number, values[min(number, len(values) - 1)], expanded)
     return expanded
