@@ -17,12 +17,10 @@ import torch
 
 BROKEN = "operator torchvision::nms does not exist"
 
-
 SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
-
 
 # Declarations last as long as the object that made them.
 _declared: list[torch.library.Library] = []

@@ -18,7 +18,6 @@ _LIBERO = {
     "libero_90": "LIBERO-90: ninety short tasks",
 }
 
-
 _OPENVLA_PRESETS = {
     "small": "the release's tokens, a small decoder, untrained",
     "7b": "the release's dimensions, untrained",

@@ -17,17 +17,9 @@ from tokenprune.tokens.plan import Cut, Plan, Removal
 
 # A layer has 4 * 8 * 8 + 3 * 8 * 10 = 496 weights.
 SHAPE = DecoderShape(depth=3, hidden=8, heads=2, kv_heads=2, head_dim=4, mlp=10, causal=False)
-
-
 PARTS = [Segment(Role.VISION, 0, 90, "primary", (9, 10), prunable=True), Segment(Role.TEXT, 0, 10)]
-
-
 LAYOUT = TokenLayout.build(PARTS)
-
-
 ACTION = ActionSpec(horizon=1, groups={"all": (0,)})
-
-
 INFO = BackboneInfo("toy", "test", True, SHAPE, ("primary",), ACTION)
 
 

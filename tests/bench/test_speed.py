@@ -35,8 +35,6 @@ from tokenprune.report.files import read_result, write_json
 from tokenprune.report.text import WIDTH
 
 OFT = Subject("openvla-oft", "tiny", EPISODE)
-
-
 BACKBONES = ("openvla", "openvla-oft", "pi0", "pi05")
 
 

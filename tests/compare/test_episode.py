@@ -23,8 +23,6 @@ from tokenprune.compare.episode import load_episode, save_episode
 from tokenprune.errors import EpisodeError
 
 BUNDLED = ROOT / "adapters/tokenprune_adapters/episodes/libero_spatial.npz"
-
-
 INSTRUCTION = "pick up the black bowl between the plate and the ramekin and place it on the plate"
 
 

@@ -27,7 +27,6 @@ from tokenprune_plugins.specprune.controller import ControllerConfig, Motion
 
 COMPOSED = ("diverse-then-attended", "attended-and-spread", "seen-then-dropped", "gated-static", "merged-then-attended")
 
-
 AT_ONE_CUT: dict[str, Any] = {
     "fastv": FastVConfig(use="fastv", after=(1,), keep=12),
     "dart": DARTConfig(use="dart", after=(1,), keep=14),

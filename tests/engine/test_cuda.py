@@ -24,8 +24,6 @@ from tokenprune.policy import Policy
 from tokenprune.testing.matrix import INSTRUCTION, random_observation
 
 pytestmark = pytest.mark.cuda
-
-
 BACKBONES = ("openvla", "openvla-oft", "pi0", "pi05")
 
 

@@ -74,7 +74,6 @@ NOT_RECORDABLE = {
     "sp_vla-scheduled", "trim",
 }  # fmt: skip
 
-
 # Each stage alone is recorded by the check of its promises; here they are combined.
 COMBINED = sorted(
     name
@@ -82,14 +81,12 @@ COMBINED = sorted(
     if len(load_pipeline(name, REGISTRY).config.stages) > 1 or name in ("none", "sparsevlm-recycle", "vla_pruner")
 )
 
-
 EPISODE = [
     ("reset", INSTRUCTION, 0),
     *(("act", seed, (0,)) for seed in range(6)),
     ("reset", INSTRUCTION, 0),
     *(("act", seed, (0,)) for seed in range(10, 15)),
 ]
-
 
 # OpenVLA-OFT has no flow steps that a head cache could spare.
 CASES = [(family, name) for family in ("oft", "pi0") for name in COMBINED if (family, name) != ("oft", "efficientvla")]

@@ -11,8 +11,6 @@ from tokenprune.engine.observations import check_observation
 from tokenprune.errors import ObservationError
 
 IMAGE = np.zeros((64, 80, 3), dtype=np.uint8)
-
-
 VIEWS = ("primary", "wrist")
 
 

@@ -18,11 +18,7 @@ from tokenprune.evaluation.starts import Start
 from tokenprune.report.provenance import provenance
 
 SETTINGS = {"backbone": "toy", "execute": None, "environments": {"toy": {"views": ("primary", "wrist"), "horizon": 9}}}
-
-
 PROVENANCE = provenance(torch.device("cpu"))
-
-
 VARIANT = {"pipeline": {"version": 1, "name": "dense", "stages": []}, "condition": ""}
 
 

@@ -21,11 +21,7 @@ from tokenprune.policy import Policy
 from tokenprune.registry.discovery import Registry
 
 PLUGIN = Path(toy.__file__)
-
-
 REGISTRY = Registry.discover(plugin_files=[PLUGIN])
-
-
 BACKBONE = toy.ToyPolicy(("primary", "wrist"), 0)
 
 

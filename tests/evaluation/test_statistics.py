@@ -26,8 +26,6 @@ from tokenprune.evaluation.statistics import (
 )
 
 COUNTS = st.integers(0, 40)
-
-
 PAIRS = st.lists(st.tuples(st.booleans(), st.booleans(), st.integers(0, 3)), min_size=1, max_size=60)
 
 

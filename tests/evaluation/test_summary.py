@@ -27,7 +27,6 @@ COLUMNS = [
     "pairs_neither", "difference_share", "difference_low", "difference_high", "mcnemar_p", "pairs_needed", "verdict",
 ]  # fmt: skip
 
-
 LABELS = [
     "dense", "none", "random", "uniform_grid", "fastv", "fastv@keep=0.25", "fastv@keep=0.25,layer=3", "specprune",
     "specprune.static", "specprune.dynamic", "specprune.controller", "vlacache", "sparsevlm", "prumerge", "divprune",

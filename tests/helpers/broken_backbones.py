@@ -15,7 +15,8 @@ from tokenprune.engine.adapter import Description, Observation
 from tokenprune.engine.query import Query
 from tokenprune.model.decoder import Decoded, Decoder
 from tokenprune.model.info import BackboneInfo
-from tokenprune.registry.discovery import Owner, Registry
+from tokenprune.registry.discovery import Registry
+from tokenprune.registry.plugin_checks import Owner
 from tokenprune.registry.specs import BackboneSpec
 from tokenprune.tokens.layout import TokenLayout
 from tokenprune.tokens.positions import Positions

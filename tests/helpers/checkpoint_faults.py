@@ -18,32 +18,14 @@ from tokenizers import Tokenizer
 from tokenprune_adapters.backbones.openvla_oft.release import read_oft
 
 CONFIG, PREPROCESSOR, STATISTICS = "config.json", "preprocessor_config.json", "dataset_statistics.json"
-
-
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
 FIRST, LAST = "model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"
-
-
 HEAD, PROPRIO = "action_head--150000_checkpoint.pt", "proprio_projector--150000_checkpoint.pt"
-
-
 QUERY = "language_model.model.layers.1.self_attn.q_proj.weight"
-
-
 SCALE, GAMMA = (f"vision_backbone.featurizer.blocks.0.ls1.{name}" for name in ("scale_factor", "gamma"))
-
-
 BLOCK_3 = "vision_backbone.featurizer.blocks.3.norm1.bias"
-
-
 DATASET = "libero_spatial_no_noops"
-
-
 ZERO = torch.zeros(2, 2)
-
-
 Plant = Callable[[Path], object]
 
 
@@ -204,7 +186,6 @@ def swapped(data: dict[str, Any]) -> None:
 # Name: how to make the folder wrong, then what the error must contain.
 Faults = dict[str, tuple[Plant | str, ...]]
 
-
 JSON_FAULTS: Faults = {
     "no config": (remove(CONFIG), CONFIG, "No such file"),
     "config is no JSON": (write(CONFIG, b"{"), CONFIG, "not valid JSON"),
@@ -288,7 +269,6 @@ JSON_FAULTS: Faults = {
     "a token beyond the rows": (sparse_ids, "tokenizer.json", "token 5000", "text_config.vocab_size", "2048"),
 }  # fmt: skip
 
-
 WEIGHT_FAULTS: Faults = {
     "no weights": (remove(WEIGHTS), "single", WEIGHTS, INDEX),
     "empty": (write(WEIGHTS, b""), WEIGHTS, "truncated"),
@@ -347,7 +327,6 @@ WEIGHT_FAULTS: Faults = {
     ),
     "FiLM": (copy(HEAD, "vision_backbone--1_checkpoint.pt"), "vision_backbone--1_checkpoint.pt", "FiLM"),
 }  # fmt: skip
-
 
 SHARD_FAULTS: Faults = {
     "no shard": (remove(FIRST), INDEX, FIRST, "no such file"),

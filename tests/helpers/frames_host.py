@@ -24,8 +24,6 @@ from tokenprune.stages.token_context import SelectContext
 from tokenprune.tokens.proposal import Proposal
 
 BACKBONE = tiny_policy_parts(tiny_config())
-
-
 VIEWS = BACKBONE.config.views
 
 

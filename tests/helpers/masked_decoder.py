@@ -17,8 +17,6 @@ from tokenprune.tokens.positions import Positions
 from tokenprune.tokens.selection import OriginalIds, TokenSelection
 
 NEVER = 10**6
-
-
 Kept = list[list[int]]
 """Original ids kept, per batch row."""
 

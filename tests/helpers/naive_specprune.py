@@ -15,11 +15,8 @@ from typing import ClassVar
 import numpy as np
 
 DEPTH = 32
-
-
 Frame = Mapping[str, np.ndarray]
 """One uint8 image `[S, S, 3]` per view."""
-
 
 QK = Callable[[int], tuple[np.ndarray, np.ndarray]]
 """From a layer to queries and keys `[H, n, d]` of every token of the unpruned sequence."""
@@ -190,11 +187,9 @@ class Budget:
 
 PAPER_BUDGET = Budget({"coarse": [None], "fine": [None]}, {"coarse": 0.9, "fine": 1.0})
 
-
 NEAR_BOUNDS = Thresholds(
     ({"translation": 0.35, "rotation": 0.2, "rise": 1e-6},), {"rise": 0.2, "rotation": 0.3, "translation": 0.5}, 0
 )
-
 
 C3_BOUNDS = Thresholds(
     ({"translation": 0.35}, {"planar": 0.1, "rise": 0.1, "rotation": 0.2}), {"rise": 0.2, "rotation": 0.3}, 10

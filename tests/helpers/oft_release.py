@@ -17,16 +17,9 @@ from tests.helpers.release_format import BODY_KEYS, CONFIG, HEAD, PREPROCESSOR, 
 from tokenprune_adapters.backbones.openvla_oft.backbone import OpenVLAOFT
 
 LM_HEAD = "language_model.lm_head.weight"
-
-
 MLP = tuple(key.removeprefix("model.") for key in HEAD)
-
-
 LINEAR = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "attn_pool.q")
-
-
 RANK = 32
-
 
 FILES = {
     part: f"{part}--150000_checkpoint.pt"

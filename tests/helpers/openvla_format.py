@@ -16,16 +16,9 @@ from tests.helpers.release_format import BODY_KEYS, PREPROCESSOR, TOKENIZER
 from tokenprune_adapters.backbones.openvla.backbone import OpenVLA
 
 LM_HEAD = "language_model.lm_head.weight"
-
-
 KEYS = (*BODY_KEYS, LM_HEAD)
-
-
 UNUSED_KEYS = tuple(key for key in release_format.UNUSED_KEYS if key != LM_HEAD)
-
-
 DATASET = "libero_spatial"
-
 
 CONFIG: dict[str, Any] = {
     **release_format.CONFIG,

@@ -21,8 +21,6 @@ from tokenprune_adapters.backbones.openvla.backbone import OpenVLA
 from tokenprune_adapters.backbones.openvla.factory import OpenVLAFactory
 
 CPU = torch.device("cpu")
-
-
 FLOAT, BFLOAT = torch.float32, torch.bfloat16
 
 

@@ -28,34 +28,15 @@ from tokenprune_adapters.inputs.statistics import Quantiles, Standard, Statistic
 from tokenprune_adapters.weights.untrained import fill_untrained
 
 TOKENIZER = Path(backbones.__file__).parents[1] / "assets" / "tokenizer.json"
-
-
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-
-
 INSTRUCTION = "put the bowl on the plate"
-
-
 VARIANTS: tuple[Variant, ...] = ("pi0", "pi05")
-
-
 SLOTS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
-
-
 HORIZON, STEPS, DIMS, STATE = 4, 3, 7, 8
-
-
 ASSET = "physical-intelligence/libero"
-
-
 PALIGEMMA, EXPERT = "paligemma_with_expert.paligemma", "paligemma_with_expert.gemma_expert"
-
-
 TOWER, LANGUAGE = f"{PALIGEMMA}.model.vision_tower", f"{PALIGEMMA}.model.language_model"
-
-
 EMBEDDINGS, OUTPUT = f"{LANGUAGE}.embed_tokens.weight", f"{PALIGEMMA}.lm_head.weight"
-
 
 # What follows the block's or layer's number: the file's name, and the model's.
 BLOCK = {
@@ -69,21 +50,17 @@ BLOCK = {
     "mlp.fc2.weight": "mlp.fc2.weight", "mlp.fc2.bias": "mlp.fc2.bias",
 }  # fmt: skip
 
-
 LAYER = (
     "self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight", "self_attn.o_proj.weight",
     "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight",
 )  # fmt: skip
 
-
 NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
-
 
 ADAPTIVE_NORMS = (
     "input_layernorm.dense.weight", "input_layernorm.dense.bias",
     "post_attention_layernorm.dense.weight", "post_attention_layernorm.dense.bias",
 )  # fmt: skip
-
 
 # The tower has two blocks, the decoders have three layers.
 VISION_NAMES = {
@@ -95,7 +72,6 @@ VISION_NAMES = {
     f"{TOWER}.post_layernorm.bias": "vision.norm.bias",
 }
 
-
 PREFIX_NAMES = {
     f"{PALIGEMMA}.model.multi_modal_projector.linear.weight": "projector.weight",
     f"{PALIGEMMA}.model.multi_modal_projector.linear.bias": "projector.bias",
@@ -103,7 +79,6 @@ PREFIX_NAMES = {
     **{f"{LANGUAGE}.layers.{n}.{key}": f"language.layers.{n}.{key}" for n in (0, 1, 2) for key in (*LAYER, *NORMS)},
     f"{LANGUAGE}.norm.weight": "language.norm.weight",
 }
-
 
 EXPERT_NAMES: dict[Variant, dict[str, str]] = {
     "pi0": {
@@ -355,8 +330,6 @@ def write_transformers(folder: Path, backbone: PI0, *, precision: str = "float32
 
 # What no file of the formats states.
 TRANSFORMERS = {"dims": DIMS, "state_size": STATE, "relative": 0, "views": list(SLOTS[:2])}
-
-
 OPENPI = {**TRANSFORMERS, "horizon": HORIZON, "steps": STEPS}
 
 

@@ -11,7 +11,8 @@ from pydantic import Field, field_validator
 
 from tokenprune.errors import ConfigError
 from tokenprune.pipelines.loader import load_pipeline
-from tokenprune.registry.discovery import Owner, Registry
+from tokenprune.registry.discovery import Registry
+from tokenprune.registry.plugin_checks import Owner
 from tokenprune.registry.specs import PipelineSpec, StageSpec
 from tokenprune.stages.config import CutConfig, StageConfig, Strict
 from tokenprune.stages.stage import Stage
@@ -134,10 +135,7 @@ AMOUNTS = st.one_of(
     st.builds(lambda n: {"count": n}, st.integers(0, 9)),
 )
 
-
 CUTS = st.one_of(st.integers(0, 31), st.just("embedding"), st.integers(0, 100).map(lambda n: f"{n}%"))
-
-
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]) | st.just(" "), max_size=20)
 
 

@@ -17,8 +17,6 @@ from tokenprune_plugins.fastv import FastVConfig
 from tokenprune_plugins.shared.bases import HalfConfig
 
 REGISTRY = stages.registry()
-
-
 NOTICED = (AssertionError, ExceptionGroup, TokenPruneError, RuntimeError, IndexError)
 
 

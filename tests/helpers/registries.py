@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tokenprune.registry.discovery import Owner, Registry
+from tokenprune.registry.discovery import Registry
+from tokenprune.registry.plugin_checks import Owner
 from tokenprune.registry.specs import StageKind, StageSpec
 from tokenprune.stages.stage import Stage
 

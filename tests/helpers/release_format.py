@@ -15,29 +15,21 @@ from tokenprune_adapters import backbones
 from tokenprune_adapters.backbones.openvla_oft.backbone import OpenVLAOFT
 
 TOKENIZER = Path(backbones.__file__).parents[1] / "assets" / "tokenizer.json"
-
-
 DINO, SIGLIP = "vision_backbone.featurizer", "vision_backbone.fused_featurizer"
-
-
 LLAMA = "language_model.model"
-
 
 BLOCK = (
     "norm1.weight", "norm1.bias", "attn.qkv.weight", "attn.qkv.bias", "attn.proj.weight", "attn.proj.bias",
     "norm2.weight", "norm2.bias", "mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias",
 )  # fmt: skip
 
-
 LAYER_SCALE = ("ls1.scale_factor", "ls2.scale_factor")
-
 
 LAYER = (
     "input_layernorm.weight", "self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight",
     "self_attn.o_proj.weight", "post_attention_layernorm.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight",
     "mlp.down_proj.weight",
 )  # fmt: skip
-
 
 HEAD = (
     "model.layer_norm1.weight", "model.layer_norm1.bias", "model.fc1.weight", "model.fc1.bias",
@@ -48,15 +40,12 @@ HEAD = (
     "model.layer_norm2.weight", "model.layer_norm2.bias", "model.fc2.weight", "model.fc2.bias",
 )  # fmt: skip
 
-
 PROPRIO = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
-
 
 POOL = (
     "latent", "q.weight", "q.bias", "kv.weight", "kv.bias", "proj.weight", "proj.bias", "norm.weight", "norm.bias",
     "mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias",
 )  # fmt: skip
-
 
 # Towers of three blocks are read after the second, number 1; the decoder has three layers.
 BODY_KEYS = (
@@ -70,7 +59,6 @@ BODY_KEYS = (
     *(f"{LLAMA}.layers.{n}.{name}" for n in (0, 1, 2) for name in LAYER),
 )  # fmt: skip
 
-
 UNUSED_KEYS = (
     "language_model.lm_head.weight",
     *(f"{DINO}.blocks.2.{name}" for name in (*BLOCK, *LAYER_SCALE)),
@@ -78,7 +66,6 @@ UNUSED_KEYS = (
     *(f"{tower}.norm.{kind}" for tower in (DINO, SIGLIP) for kind in ("weight", "bias")),
     *(f"{SIGLIP}.attn_pool.{name}" for name in POOL),
 )
-
 
 CONFIG: dict[str, Any] = {
     "architectures": ["OpenVLAForActionPrediction"],
@@ -117,7 +104,6 @@ CONFIG: dict[str, Any] = {
     "use_fused_vision_backbone": True,
     "vision_backbone_id": "dinosiglip-vit-so-224px",
 }
-
 
 PREPROCESSOR: dict[str, Any] = {
     "image_processor_type": "PrismaticImageProcessor",

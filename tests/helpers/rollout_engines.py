@@ -14,8 +14,6 @@ from tokenprune.evaluation.worker import Worker, WorkerSpec
 from tokenprune.registry.discovery import Registry
 
 PLUGIN = Path(toy.__file__)
-
-
 LABELS = ("dense", "fastv@keep=0.25", "dense+no-wrist")
 
 

@@ -22,11 +22,7 @@ from tokenprune.tokens.prompt import EncodedPrompt
 from tokenprune.tokens.selection import TokenSelection, rows_at
 
 VIEWS = ("primary", "wrist", "left")
-
-
 SIDE, PATCH, DEPTH, HEADS, WIDTH = 16, 2, 32, 2, 8
-
-
 ACTION = ActionSpec(8, {"translation": (0, 1, 2), "rotation": (3, 4, 5), "gripper": (6,)}, gripper=(6, 0.5))
 
 
@@ -206,7 +202,6 @@ _AT_THRESHOLD = (
     ((7, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0), (7, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0)),
 )
 
-
 FRAMES = ("static", "part", "part black", "jitter", "all", "black", "darker", "brighter", "threshold")
 
 
@@ -256,7 +251,6 @@ def _image(patches: np.ndarray) -> np.ndarray:
 
 # Sums of up to eight of these are exact, and reach the bounds at which the look-back changes.
 _STEADY = (0.125, 0.25, 0.5, 0.609375, 0.75, 0.875, 0.890625, 1.0, 1.03125, 1.171875, 1.3125, 1.453125, 2.0)
-
 
 # Where controllers turn.
 BOUNDS = (0.0, 1e-6, 0.1, 0.2, 0.3, 0.35, 0.5)

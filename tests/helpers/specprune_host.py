@@ -22,20 +22,10 @@ from tokenprune.policy import Policy
 from tokenprune_plugins.specprune import signals
 
 PRESETS = ("specprune-paper", "specprune-c3", "specprune")
-
-
 STILL, FAST = (0.0, 0.0, 0.0), (1.0, 0.0, 0.0)
-
-
 THERE_AND_BACK = (FAST, (-1.0, 0.0, 0.0)) * 6
-
-
 PRIMARY, WRIST, LEFT = (range(1 + 256 * number, 257 + 256 * number) for number in range(3))
-
-
 BOTH = [*chain(*zip(PRIMARY, WRIST, strict=True))]
-
-
 Looks = dict[int, Sequence[int]]
 """By layer, the tokens that every row attends to, most of all to the first."""
 

@@ -16,10 +16,7 @@ mend_torchvision()
 
 
 open_clip: Any = importlib.import_module("open_clip")
-
-
 GRID = (4, 4)
-
 
 CONFIG = {
     "embed_dim": 16,

@@ -29,20 +29,12 @@ from tokenprune.stages.token_context import LayerContext
 from tokenprune_adapters.backbones.openvla_oft.backbone import OpenVLAOFT
 
 VIEWS = ("primary", "wrist", "left")
-
-
 DEPTH = 8
-
-
 OTHER_TASK = "open the top drawer of the cabinet"
-
 
 # Of the 16 patches of a view, each signal is to want some and not others.
 _TOPS = ("local_top=4", "previous_top=5", "changed_top=3")
-
-
 _C3 = ("local_top={coarse: [4, 3], fine: [2, 1]}", "unchanged_cap={coarse: [12, 11], fine: [14, 13]}")
-
 
 _SHRUNK = {
     "specprune": (*(f"stages.1.{top}" for top in _TOPS), "stages.2.floor=3", "stages.2.per_view=1"),
@@ -53,10 +45,7 @@ _SHRUNK = {
     "specprune.controller": (),
 }
 
-
 PRESETS = ("specprune", "specprune-paper", "specprune-c3")
-
-
 PIPELINES = (*_SHRUNK, "specprune.static_c3")
 
 
@@ -163,7 +152,6 @@ MOVES = {
     "fast": np.array([0.6, 0, 0.3, 0.4, 0, 0, 1]),
 }
 """Actions that enter `fine`, that change nothing, and that leave it."""
-
 
 SPEED = {name: float(np.linalg.norm(action[:3])) for name, action in MOVES.items()}
 

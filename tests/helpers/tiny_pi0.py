@@ -23,14 +23,8 @@ from tokenprune_adapters.inputs.statistics import Quantiles, Standard, Statistic
 from tokenprune_adapters.weights.untrained import fill_untrained
 
 VARIANTS: tuple[Variant, ...] = ("pi0", "pi05")
-
-
 INSTRUCTION = "put the bowl on the plate"
-
-
 VIEWS = ("primary", "wrist", "left")
-
-
 HORIZON = 5
 
 

@@ -38,11 +38,7 @@ from tokenprune.tokens.prompt import EncodedPrompt
 from tokenprune.tokens.proposal import Proposal
 
 SIDE = 64
-
-
 HORIZON = 20
-
-
 TASKS = ("push the point to the left", "push the point to the right", "push the point to the right")
 
 
@@ -182,8 +178,6 @@ class Moody(Stage[MoodyConfig]):
 
 
 ACTION = ActionSpec(4, {"translation": (0, 1, 2), "gripper": (3,)}, gripper=(3, 1.3))
-
-
 SHAPE = DecoderShape(depth=3, hidden=16, heads=2, kv_heads=2, head_dim=8, mlp=24, causal=False)
 
 

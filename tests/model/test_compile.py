@@ -18,8 +18,6 @@ from tokenprune.tokens.proposal import Proposal, Quota, resolve
 from tokenprune.tokens.selection import OriginalIds, TokenSelection, apply
 
 N, KEEP, DIM = 12, 4, 4
-
-
 PRUNABLE, FIXED, ROWS = range(1, 9), [0, 9, 10, 11], range(9, 11)
 
 

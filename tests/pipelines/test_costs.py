@@ -20,10 +20,7 @@ from tokenprune.report.describe import trace_flops
 
 # Distances of what is recycled are computed in another way for few tokens than for many.
 INEXACT = {"sparsevlm-recycle"}
-
-
 FLOWS = ("efficientvla", "head_cache", "vla_pruner", "specprune")
-
 
 # What OpenVLA-OFT's L1 head refuses, and what needs weights of its own.
 REFUSED = {"efficientvla": CapabilityError, "head_cache": CapabilityError, "trim": MissingError}

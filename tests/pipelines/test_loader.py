@@ -361,7 +361,8 @@ def test_loading_imports_no_torch_unless_a_stage_does(tmp_path):
     program = """
 import sys
 from tokenprune.pipelines.loader import load_pipeline, pipeline_schema
-from tokenprune.registry.discovery import Owner, Registry
+from tokenprune.registry.discovery import Registry
+from tokenprune.registry.plugin_checks import Owner
 from tokenprune.registry.specs import StageSpec
 spec = StageSpec("light", "baseline", "", "light:Light")
 found = Registry().with_specs(spec, owner=Owner("light", "1", "light"))

@@ -14,8 +14,6 @@ from tokenprune.pipelines.loader import load_pipeline, pipeline_schema
 from tokenprune.registry.discovery import Registry
 
 KINDS = {"object": dict, "array": list, "string": str, "integer": int, "number": int | float, "boolean": bool}
-
-
 ABOUT = {"title", "description", "default", "$schema", "$defs"}
 
 

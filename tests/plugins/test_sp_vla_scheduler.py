@@ -23,14 +23,8 @@ from tokenprune.stages.memory import ExecutedAction
 from tokenprune_plugins.sp_vla_scheduler import Scheduler, SchedulerConfig, extrapolate
 
 BACKBONE = tiny_policy_parts(tiny_config())
-
-
 INFO = BACKBONE.info
-
-
 HORIZON, DIMS = INFO.action.horizon, INFO.action.dims
-
-
 numbers = st.integers(-8, 8)
 
 

@@ -29,11 +29,7 @@ from tokenprune_plugins.shared import clip
 from tokenprune_plugins.trim import TRIMConfig, mean_weights
 
 LAYOUT = OFT.layout(INSTRUCTION)
-
-
 SIDE = 4
-
-
 PATCHES = 2 * SIDE * SIDE
 
 

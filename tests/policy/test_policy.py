@@ -18,8 +18,9 @@ from tokenprune.engine import combine as resolution
 from tokenprune.errors import CapabilityError, ConfigError, PluginError, StageError, TokenPruneError, TraceError
 from tokenprune.pipelines.config import DENSE, PipelineConfig
 from tokenprune.policy import Policy
-from tokenprune.registry.discovery import Owner, Registry
+from tokenprune.registry.discovery import Registry
 from tokenprune.registry.hookspecs import hookimpl
+from tokenprune.registry.plugin_checks import Owner
 from tokenprune.stages.config import StageConfig, ViewBudget
 from tokenprune.stages.control_context import ControlContext, ControlDecision
 from tokenprune.stages.feature_context import FeatureContext

@@ -17,7 +17,6 @@ torch._C._dispatch_has_kernel_for_dispatch_key("torchvision::qnms", "Meta")
 whole = torchvision.extension.loaded
 """
 
-
 REPORT = """
 import sys, traceback
 from tokenprune.compat import _declared, mend_torchvision

@@ -5,8 +5,6 @@ from evidence_page import ROOT, filled
 from tokenprune.evaluation.results_file import read_results
 
 PAGE = ROOT / "docs" / "evidence.md"
-
-
 RESULTS = sorted((ROOT / "docs" / "evidence").glob("*.jsonl"))
 
 

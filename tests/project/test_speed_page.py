@@ -19,8 +19,6 @@ from tokenprune.pipelines.loader import load_pipeline
 from tokenprune.report.files import read_result, write_json
 
 PAGE = ROOT / "docs" / "speed.md"
-
-
 RESULTS = sorted((ROOT / "docs" / "evidence").glob("bench-*.json"))
 
 

@@ -16,8 +16,6 @@ import pytest
 from tests.helpers.paths import ROOT
 
 PACKAGES = (ROOT / "tokenprune", ROOT / "plugins" / "tokenprune_plugins", ROOT / "adapters" / "tokenprune_adapters")
-
-
 TORCH = re.search(r"^TORCH \?= (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE).group(1)
 
 

@@ -14,13 +14,13 @@ from types import SimpleNamespace
 import pytest
 
 from tokenprune.errors import PluginError
-from tokenprune.registry.discovery import Owner, Registry
+from tokenprune.registry.discovery import Registry
+from tokenprune.registry.plugin_checks import Owner
 
 HEAD = """
 from tokenprune.registry.hookspecs import hookimpl
 from tokenprune.registry.specs import BackboneSpec, EnvironmentSpec, PipelineSpec, StageSpec
 """
-
 
 _numbers = itertools.count()
 

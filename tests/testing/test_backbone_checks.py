@@ -15,17 +15,15 @@ from tests.helpers.broken_backbones import broken
 from tokenprune.cli import app
 from tokenprune.errors import ConfigError, PluginError
 from tokenprune.loading import from_module
-from tokenprune.registry.discovery import Owner, Registry
+from tokenprune.registry.discovery import Registry
+from tokenprune.registry.plugin_checks import Owner
 from tokenprune.registry.specs import BackboneSpec
 from tokenprune.testing import BACKBONE_CHECKS, check_backbone, parametrize_with_backbone_checks
 from tokenprune.testing.backbone_subject import backbone_subject
 from tokenprune.testing.verdicts import verdict
 
 BUILT_IN = sorted(Registry.discover().backbones)
-
-
 BROKEN = broken_backbones.registry()
-
 
 # What changes the sequence, the passes or the head, besides the presets as they are.
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -37,7 +35,6 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("pi0", {"views": ["front"], "horizon": 4, "steps": 3, "state_size": 6, "dims": 9}),
     ("pi05", {"views": ["front"], "horizon": 4, "steps": 3, "state_size": 6, "dims": 9}),
 ]
-
 
 HIDING = """
 from dataclasses import replace

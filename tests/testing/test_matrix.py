@@ -13,10 +13,7 @@ from tokenprune.testing.matrix import Cell, alone, matrix
 USERS = {"trim": "give its weights"}
 """What runs only with something of the user's own, and what it says."""
 
-
 NEEDS = {"action_rows": {"specprune.static_c3", "specprune-c3"}, "head_cache": {"head_cache", "efficientvla"}}
-
-
 OFFERED = {"action_rows": {"openvla-oft"}, "head_cache": {"pi0", "pi05"}}
 
 

@@ -19,8 +19,6 @@ from tokenprune.testing.conformance import stage_verdict
 from tokenprune.testing.stage_subject import subjects
 
 BUILT_IN = sorted(Registry.discover().stages)
-
-
 BROKEN = broken_stages.registry()
 
 

@@ -12,17 +12,9 @@ from hypothesis import strategies as st
 from tokenprune.tokens.budget import UNION, Budget, union_count
 
 prunables = st.integers(0, 1200)
-
-
 fixed_counts = st.integers(0, 200)
-
-
 floors = st.integers(0, 80)
-
-
 buckets = st.sampled_from([1, 2, 8, 16, 32])
-
-
 ratios = st.tuples(st.integers(1, 10000), st.sampled_from([2, 3, 4])).map(lambda r: (min(r[0], 10 ** r[1]), r[1]))
 
 

@@ -96,10 +96,7 @@ def test_bad_segments_are_refused(case: str) -> None:
 
 
 BOS, TEXT = Segment(Role.BOS, 0, 1), Segment(Role.TEXT, 1, 4)
-
-
 VIEW = Segment(Role.VISION, 5, 4, "wrist", (2, 2), prunable=True)
-
 
 BAD_LAYOUTS = {
     "gap": ((BOS, dataclasses.replace(TEXT, start=2)), (), "'text' starts at 2.*ends at 1"),

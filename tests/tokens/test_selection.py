@@ -20,14 +20,9 @@ from tokenprune.tokens.selection import CurrentIds, OriginalIds, TokenSelection,
 
 INF, NAN = math.inf, math.nan
 
-
 # Few values, so that ties are frequent; all are exact in every dtype.
 VALUES = st.sampled_from([-2.0, -0.5, -0.0, 0.0, 0.25, 1.0, 1.5, INF])
-
-
 SCORES = st.one_of(VALUES, st.sampled_from([-1.0, 0.75, 3.0, NAN]))
-
-
 DTYPES = st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64])
 
 

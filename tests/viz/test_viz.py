@@ -28,8 +28,6 @@ from tokenprune.viz.reading import read_result
 from tokenprune.viz.result import QueryResult, Result, View
 
 SPEED = np.linspace(0, 1, 20)
-
-
 SIDE = 160
 
 

@@ -13,7 +13,7 @@ import typer
 
 from tokenprune.cli.options import registry
 from tokenprune.errors import ConfigError
-from tokenprune.registry.discovery import Registered
+from tokenprune.registry.plugin_checks import Registered
 
 app = typer.Typer(help="Begin a plugin package, a backbone package or a pipeline file.", no_args_is_help=True)
 Folder = Annotated[Path, typer.Option("--in", help="Folder to write it in.")]

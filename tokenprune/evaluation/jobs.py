@@ -14,10 +14,8 @@ from tokenprune.evaluation.starts import Start
 CRASHES = 3
 """Crashes of one episode that end the evaluation."""
 
-
 LIMIT_S = 3600.0
 """Seconds after which an episode counts as hung, which is a crash; a worker's start is part of its first episode."""
-
 
 POLL_S = 1.0
 """Seconds between checks for hung episodes."""

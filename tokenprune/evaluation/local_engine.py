@@ -19,8 +19,6 @@ from tokenprune.evaluation.records import EpisodeRecord
 from tokenprune.evaluation.worker import SafeWorker, WorkerSpec
 
 _SPAWN = multiprocessing.get_context("spawn")
-
-
 _EXIT_S = 10.0
 """Seconds that an idle worker has to release its simulator and exit; then it is killed."""
 

@@ -21,7 +21,6 @@ from tokenprune.evaluation.worker import SafeWorker, WorkerSpec
 CONNECT_S = 20.0
 """Seconds that an address has to answer; Ray itself would try for minutes and end the program."""
 
-
 _ENVIRONMENT = {
     # No usage statistics.
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -29,12 +28,9 @@ _ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
-
 # Ray's default on macOS and Windows: a cluster of one machine listens on its loopback address only. Ray reads it when
 # it is imported.
 _LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-
-
 _PROBE = "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False, configure_logging=False)"
 
 

@@ -10,7 +10,8 @@ from typing import Any
 from tokenprune.errors import ConfigError, nearest
 from tokenprune.evaluation.environment import Suite
 from tokenprune.pipelines.loader import load_pipeline
-from tokenprune.registry.discovery import DENSE, Registry
+from tokenprune.registry.discovery import Registry
+from tokenprune.registry.plugin_checks import DENSE
 
 BLIND = "blind"
 OTHER_INSTRUCTION = "other-instruction"

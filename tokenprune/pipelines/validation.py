@@ -16,8 +16,6 @@ from tokenprune.errors import nearest
 from tokenprune.pipelines.yaml_document import Location
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
-
-
 _KINDS = {"model_type": "a mapping", "dict_type": "a mapping", "tuple_type": "a list", "list_type": "a list"}
 
 

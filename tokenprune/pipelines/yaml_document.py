@@ -19,7 +19,6 @@ from tokenprune.errors import ConfigError, nearest
 Location = tuple[str | int, ...]
 """Path to a part of a file: keys and list indices from the top."""
 
-
 _TAG = "tag:yaml.org,2002:"
 
 

@@ -10,7 +10,6 @@ import copy
 import importlib
 import importlib.metadata
 import importlib.util
-import inspect
 import itertools
 import os
 import re
@@ -20,19 +19,29 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, ModuleType
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_args
-
-import pluggy
+from typing import TYPE_CHECKING, Any, get_args
 
 from tokenprune.errors import PluginError, nearest
-from tokenprune.registry.hookspecs import PROJECT, PluginHooks, StageHooks
+from tokenprune.registry.hookspecs import PluginHooks
+from tokenprune.registry.plugin_checks import (
+    DENSE,
+    FAILURES,
+    FILE_VERSION,
+    Owner,
+    Registered,
+    SpecT,
+    check_spec,
+    checked_factory,
+    checked_stage,
+    implementations,
+    import_target,
+    one_line,
+)
 from tokenprune.registry.specs import (
-    CAPABILITIES,
     BackboneSpec,
     EnvironmentSpec,
     PipelineSpec,
     Spec,
-    StageKind,
     StageSpec,
 )
 
@@ -40,56 +49,10 @@ if TYPE_CHECKING:
     from tokenprune.stages.stage import Stage
 
 GROUP = "tokenprune"
-
-
 DISABLE = "TOKENPRUNE_DISABLE"
-
-
 OWN_DISTRIBUTION = "tokenprune-vla"
 
-
-FILE_VERSION = "(file)"
-DENSE = "dense"
-"""The pipeline without stages: always there, part of no plugin."""
-
-
-_NAME = re.compile(r"[a-z0-9][a-z0-9_.\-]*")
-
-
-_DOTTED = r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*"
-
-
-_TARGET = re.compile(f"(?P<module>{_DOTTED})?:{_DOTTED}")
-
-
-# A plugin that calls sys.exit at import must not end the program.
-_FAILURES = (Exception, SystemExit)
-
-
 _file_numbers = itertools.count(1)
-
-
-SpecT = TypeVar("SpecT", bound=Spec)
-
-
-@dataclass(frozen=True, slots=True)
-class Owner:
-    """The distribution a plugin belongs to; for a plugin file, its path and the version `(file)`."""
-
-    distribution: str
-    version: str
-    module: str
-
-    def __str__(self) -> str:
-        return f"{self.distribution} {self.version}"
-
-
-@dataclass(frozen=True, slots=True)
-class Registered(Generic[SpecT]):
-    """A spec and its owner."""
-
-    spec: SpecT
-    owner: Owner
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,16 +115,16 @@ class Registry:
                 continue
             try:
                 found._add(owner, _specs_of(entry.load()))
-            except _FAILURES as error:
+            except FAILURES as error:
                 trace = "".join(traceback.format_exception(error))
-                found.quarantined += (Quarantined(entry.name, owner, _one_line(error), trace),)
+                found.quarantined += (Quarantined(entry.name, owner, one_line(error), trace),)
         found.unknown_disabled = tuple(sorted(unwanted - known))
         for path in plugin_files:
             owner = Owner(str(path), FILE_VERSION, f"_tokenprune_file_{next(_file_numbers)}_{path.stem}")
             try:
                 found._add(owner, _specs_of(_import_file(path, owner.module)))
-            except _FAILURES as error:
-                raise PluginError(f"plugin file {_place(path, error)}: {_one_line(error)}") from error
+            except FAILURES as error:
+                raise PluginError(f"plugin file {_place(path, error)}: {one_line(error)}") from error
         return found
 
     def with_specs(self, *specs: Spec, owner: Owner) -> Registry:
@@ -234,7 +197,7 @@ class Registry:
             PluginError: If there is no such stage, it cannot be imported, it is no `Stage`, its `Config` is no
                 `StageConfig`, or its hooks do not fit `StageHooks`.
         """
-        found: type[Stage[Any]] = self._import(StageSpec, name, _checked_stage)
+        found: type[Stage[Any]] = self._import(StageSpec, name, checked_stage)
         return found
 
     def backbone_factory(self, name: str) -> Any:  # noqa: ANN401 - a BackboneFactory, whose module needs torch
@@ -243,7 +206,7 @@ class Registry:
         Raises:
             PluginError: If there is no such backbone, it cannot be imported, or it cannot describe and build.
         """
-        return self._import(BackboneSpec, name, _checked_factory)
+        return self._import(BackboneSpec, name, checked_factory)
 
     def environment_factory(self, name: str) -> Any:  # noqa: ANN401 - an EnvironmentFactory, whose module needs torch
         """Import an environment's factory, once.
@@ -251,7 +214,7 @@ class Registry:
         Raises:
             PluginError: If there is no such environment, it cannot be imported, or it cannot describe and build.
         """
-        return self._import(EnvironmentSpec, name, _checked_factory)
+        return self._import(EnvironmentSpec, name, checked_factory)
 
     def _get(self, kind: type[SpecT], name: str) -> Registered[SpecT]:
         table: dict[str, Registered[SpecT]] = self._tables[kind]
@@ -269,14 +232,14 @@ class Registry:
         registered: Registered[Any] = self._get(kind, name)
         if (kind, name) not in self._imported:
             label = f"{_kind_name(kind)} '{name}' of {registered.owner}, {registered.spec.target}"
-            self._imported[kind, name] = check(_import_target(registered, label), label)
+            self._imported[kind, name] = check(import_target(registered, label), label)
         return self._imported[kind, name]
 
     def _add(self, owner: Owner, specs: Iterable[Spec]) -> None:
         """Register all of these specs, or none."""
         tables = {kind: dict(table) for kind, table in self._tables.items()}
         for spec in specs:
-            _check(spec, owner)
+            check_spec(spec, owner)
             table = tables[type(spec)]
             if spec.name in table:
                 taken = table[spec.name].owner
@@ -291,7 +254,7 @@ def _kind_name(kind: type) -> str:
 
 def _specs_of(plugin: object) -> Iterable[Spec]:
     """Call `tokenprune_register` of a plugin module."""
-    implementation = _implementations(plugin, PluginHooks).get("tokenprune_register")
+    implementation = implementations(plugin, PluginHooks).get("tokenprune_register")
     if implementation is None:
         raise PluginError("it has no hook 'tokenprune_register' decorated with @hookimpl")
     if implementation.wrapper or implementation.hookwrapper:
@@ -333,104 +296,6 @@ def _import_file(path: Path, name: str) -> ModuleType:
         del sys.modules[name]
         raise
     return module
-
-
-def _check(spec: Spec, owner: Owner) -> None:
-    """Check a spec without importing its target."""
-    if type(spec) not in get_args(Spec):
-        valid = ", ".join(kind.__name__ for kind in get_args(Spec))
-        raise PluginError(f"'tokenprune_register' returned {spec!r:.80}, which is none of {valid}")
-    if not isinstance(spec.name, str) or not _NAME.fullmatch(spec.name):
-        raise PluginError(f"{spec.name!r} is not a name: write lower-case letters, digits, '_', '-' and '.'")
-    if isinstance(spec, PipelineSpec):
-        if spec.name == DENSE:
-            raise PluginError(f"pipeline '{DENSE}' is part of tokenprune and cannot be registered")
-        if spec.name.endswith((".yaml", ".yml")):
-            raise PluginError(f"pipeline '{spec.name}' cannot end as a file does")
-        return
-    target = _TARGET.fullmatch(spec.target) if isinstance(spec.target, str) else None
-    if target is None or (target["module"] is None and owner.version != FILE_VERSION):
-        raise PluginError(f"target {spec.target!r} of '{spec.name}' is not of the form 'package.module:Class'")
-    if isinstance(spec, StageSpec):
-        kinds = get_args(StageKind)
-        if spec.kind not in kinds:
-            raise PluginError(f"stage '{spec.name}' has the unknown kind '{spec.kind}'{nearest(str(spec.kind), kinds)}")
-        if not isinstance(spec.requires, frozenset | set):
-            raise PluginError(f"stage '{spec.name}': requires must be a frozenset of names, got {spec.requires!r}")
-        for name in sorted(map(str, spec.requires - set(CAPABILITIES))):
-            raise PluginError(
-                f"stage '{spec.name}' requires an unknown capability '{name}'{nearest(name, CAPABILITIES)}"
-            )
-
-
-def _import_target(registered: Registered[Any], label: str) -> Any:  # noqa: ANN401 - whatever the plugin names
-    module_name, _, attribute = registered.spec.target.partition(":")
-    try:
-        module = importlib.import_module(module_name or registered.owner.module)
-    except _FAILURES as error:
-        raise PluginError(f"{label}: cannot be imported: {_one_line(error)}") from error
-    found: Any = module
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            public = [name for name in vars(found) if not name.startswith("_")]
-            raise PluginError(f"{label}: there is no '{part}'{nearest(part, public)}")
-        found = getattr(found, part)
-    return found
-
-
-def _checked_factory(factory: Any, label: str) -> Any:  # noqa: ANN401 - whatever the plugin names
-    for method in ("describe", "build"):
-        if not callable(getattr(factory, method, None)):
-            raise PluginError(f"{label}: a factory has a method '{method}'")
-    return factory
-
-
-def _checked_stage(stage: Any, label: str) -> type[Stage[Any]]:  # noqa: ANN401 - whatever the plugin names
-    from tokenprune.stages.config import StageConfig
-    from tokenprune.stages.stage import Stage
-
-    if not isinstance(stage, type) or not issubclass(stage, Stage):
-        raise PluginError(f"{label}: it must be a subclass of tokenprune.Stage")
-    if not isinstance(stage.Config, type) or not issubclass(stage.Config, StageConfig):
-        raise PluginError(f"{label}: its Config must be a subclass of tokenprune.StageConfig")
-    try:
-        _implementations(stage, StageHooks)
-    except PluginError as error:
-        raise PluginError(f"{label}: {error}") from error
-    return stage
-
-
-def _implementations(plugin: object, hooks: type) -> dict[str, pluggy.HookImpl]:
-    """Hook implementations of a module or class, by hook.
-
-    Raises:
-        PluginError: If a hook is unknown, has wrong arguments, or lacks its decorator.
-    """
-    manager = pluggy.PluginManager(PROJECT)
-    manager.register(plugin, name="plugin")
-    found = {caller.name: caller.get_hookimpls()[0] for caller in manager.get_hookcallers(plugin) or ()}
-    manager = pluggy.PluginManager(PROJECT)
-    manager.add_hookspecs(hooks)
-    specified = {name: caller.spec.argnames for name, caller in vars(manager.hook).items() if caller.spec is not None}
-    for name, implementation in found.items():
-        if name not in specified:
-            raise PluginError(f"unknown hook '{name}'{nearest(name, specified)}")
-        if implementation.argnames != specified[name]:
-            actual, valid = ", ".join(implementation.argnames), ", ".join(specified[name])
-            raise PluginError(f"hook '{name}' takes the arguments ({valid}), not ({actual})")
-    for name in specified:
-        if name not in found and inspect.isroutine(inspect.getattr_static(plugin, name, None)):
-            raise PluginError(f"'{name}' has the name of a hook and is not one; decorate it with @hookimpl")
-    try:
-        manager.register(plugin, name="plugin")
-    except pluggy.PluginValidationError as error:
-        raise PluginError(_one_line(error)) from error
-    return found
-
-
-def _one_line(error: BaseException) -> str:
-    message = " ".join(str(error).split())
-    return message if isinstance(error, PluginError) else f"{type(error).__name__}: {message}"
 
 
 def _place(path: Path, error: BaseException) -> str:

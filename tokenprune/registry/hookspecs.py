@@ -24,11 +24,7 @@ if TYPE_CHECKING:
     from tokenprune.tokens.proposal import Proposal
 
 PROJECT = "tokenprune"
-
-
 hookspec = pluggy.HookspecMarker(PROJECT)
-
-
 hookimpl = pluggy.HookimplMarker(PROJECT)
 """Decorator of a method, or of a plugin module's function, that implements a hook point."""
 

@@ -7,11 +7,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 HOOK_API_VERSION = 1
-
-
 StageKind = Literal["controller", "selector", "scorer", "shortcut", "baseline"]
 """`shortcut` saves other work than tokens; `baseline` is for comparison (none, random, grid)."""
-
 
 CAPABILITIES: Mapping[str, str] = {
     "action_rows": "action tokens in the decoder beside the image, whose attention scorers can read",

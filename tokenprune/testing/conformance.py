@@ -60,13 +60,13 @@ def check_backbone(
 
 def stage_verdict(check: Callable[[StageSubject], None], subject: StageSubject) -> Verdict:
     """Run one check of a stage, unless the backbone cannot run it."""
-    verdict = partial(Verdict, check.__name__, promise_of(check), subject.backbone_name)
+    unbound = partial(Verdict, check.__name__, promise_of(check), subject.backbone_name)
     try:
         subject.policy()
     except (CapabilityError, LayoutError, MissingError) as error:
-        return verdict("refused", str(error))
+        return unbound("refused", str(error))
     except TokenPruneError as error:
-        return verdict("fails", str(error))
+        return unbound("fails", str(error))
     return verdict(check, subject, subject.backbone_name)
 
 

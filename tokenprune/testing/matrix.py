@@ -17,14 +17,8 @@ from tokenprune.policy import Policy
 from tokenprune.registry.discovery import Registry
 
 PRESET = "tiny"
-
-
 INSTRUCTION = "put the bowl on the plate"
-
-
 QUERIES = 2
-
-
 SIDE = 96
 
 

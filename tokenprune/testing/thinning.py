@@ -9,8 +9,9 @@ from torch import Tensor
 
 from tokenprune._version import __version__
 from tokenprune.pipelines.config import PipelineConfig
-from tokenprune.registry.discovery import Owner, Registry
+from tokenprune.registry.discovery import Registry
 from tokenprune.registry.hookspecs import hookimpl
+from tokenprune.registry.plugin_checks import Owner
 from tokenprune.registry.specs import StageSpec
 from tokenprune.stages.config import CutConfig, Keep
 from tokenprune.stages.stage import Stage

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 UNION: Literal["union"] = "union"
 """The amount `union` of `keep`: as many tokens as the stages protect."""
 
-
 Amount = int | float | Literal["union"]
 """A count (int), a ratio (float in (0, 1]), or `union`: as many tokens as are protected."""
 

@@ -95,7 +95,6 @@ SIGLIP_SO400M_224 = ViTConfig(
     registers=0, cls=False, layer_scale=False, gelu="exact", tap=25,
 )  # fmt: skip
 
-
 # SigLIP of PaliGemma and pi0 (upstream openpi): all blocks, then the final norm; no pooling head.
 SIGLIP_SO400M_224_PALIGEMMA = ViTConfig(
     image_size=224, patch_size=14, hidden_size=1152, depth=27, heads=16, mlp_size=4304,

@@ -22,13 +22,8 @@ from tokenprune_adapters.inputs import observations, resample
 from tokenprune_adapters.inputs.observations import crops_on_device, upload_frames
 
 CPU = torch.device("cpu")
-
-
 SIDES = st.one_of(st.sampled_from([64, 224, 256]), st.integers(64, 400))
-
-
 KINDS = ("resize-naive", "letterbox", "resize-crop")
-
 
 TRANSFORMS = [
     *(ImageTransform(224, kind, area) for kind in KINDS for area in (None, 0.9)),
@@ -36,7 +31,6 @@ TRANSFORMS = [
     ResizePad(224),
     ResizePad(65),
 ]
-
 
 NAMES = [
     f"{getattr(one, 'resize', 'resize-pad')}-{one.size}-{getattr(one, 'center_crop_area', None)}" for one in TRANSFORMS

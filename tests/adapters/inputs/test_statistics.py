@@ -17,8 +17,6 @@ from tokenprune_adapters.backbones.pi0.statistics import read_lerobot, read_open
 from tokenprune_adapters.inputs.statistics import Bounds, Quantiles, Standard, Statistics
 
 DIMS, STATE = 7, 8
-
-
 VALUES = np.linspace(-3, 3, 4 * DIMS).reshape(2, 2, DIMS)
 
 
@@ -30,8 +28,6 @@ def per_number(formula, values, *parameters):
 
 
 LOW, HIGH = np.linspace(-2, -0.5, DIMS), np.linspace(0.25, 2, DIMS)
-
-
 MASK = np.array([True] * (DIMS - 1) + [False])
 
 

@@ -20,10 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 
-
 GOAL_BOWL_ON_PLATE = 8
-
-
 OPTIONS = {"size": 64, "quality": "fast"}
 
 

@@ -34,11 +34,7 @@ from tokenprune_adapters.backbones.openvla import backbone as adapter
 from tokenprune_adapters.backbones.openvla.backbone import OpenVLA
 
 DEPTH = 3
-
-
 PATCHES = list(range(1, 17))
-
-
 Kept = dict[int, list[list[int]]]
 
 

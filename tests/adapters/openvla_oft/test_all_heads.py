@@ -31,19 +31,10 @@ from tokenprune_plugins.fastv import FastVConfig
 from tokenprune_plugins.shared.bases import HalfConfig
 
 RIGHT = Spec()
-
-
 DIFFUSION, DISCRETE = {"head": "diffusion", "steps": 4}, {"head": "discrete"}
-
-
 HEADS = [{}, DIFFUSION, DISCRETE, {**DISCRETE, "restrict": True}]
-
-
 CHUNKS = {"libero": (8, 7), "aloha": (25, 14), "bridge": (5, 7)}
-
-
 VIEWS = {"libero": ("primary", "wrist"), "aloha": ("high", "left_wrist", "right_wrist"), "bridge": ("primary",)}
-
 
 DIFFUSION_TRAPS = {
     "timestep before proprio": Spec(timestep="before proprio"),
@@ -55,7 +46,6 @@ DIFFUSION_TRAPS = {
     "clean actions not clipped": Spec(clipped=False),
     "timesteps ascending": Spec(ascending=True),
 }
-
 
 DISCRETE_TRAPS = {
     "read-out not shifted": Spec(readout_shift=0),

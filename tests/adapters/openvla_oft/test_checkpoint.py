@@ -49,8 +49,6 @@ from tokenprune_adapters.weights import tensor_files as tensors
 from tokenprune_adapters.weights.tensor_files import StoredTensor, stored_pt
 
 CPU = torch.device("cpu")
-
-
 FLOAT, BFLOAT = torch.float32, torch.bfloat16
 
 

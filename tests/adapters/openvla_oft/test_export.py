@@ -34,11 +34,7 @@ from tokenprune_adapters.backbones.openvla_oft.release import load_oft, verify_o
 from tokenprune_adapters.weights.untrained import fill_untrained
 
 CPU, HALF, FLOAT, DOUBLE = torch.device("cpu"), torch.float16, torch.float32, torch.float64
-
-
 HEADS: tuple[dict[str, Any], ...] = ({}, {"head": "diffusion", "steps": 2}, {"head": "discrete"})
-
-
 FILES = {WEIGHTS, CONFIG, PREPROCESSOR, STATISTICS, "tokenizer.json"}
 
 
@@ -271,10 +267,7 @@ def test_an_export_that_was_broken_off_does_not_load(tmp_path: Path, monkeypatch
 # What the loader refuses of an exported folder.
 
 QUERY = "language_model.model.layers.1.self_attn.q_proj.weight"
-
-
 LAST = "vision_backbone.featurizer.blocks.1.attn.qkv.weight"
-
 
 DAMAGE: dict[str, tuple[Any, ...]] = {
     "a missing key": (drop(WEIGHTS, QUERY), f"needs '{QUERY}'"),

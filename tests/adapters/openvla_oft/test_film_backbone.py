@@ -26,7 +26,6 @@ from tokenprune_plugins.shared.bases import HalfConfig
 # As many tokens, so that both share a pass, and others, so that their mean is another.
 OTHER = "push the plate to the stove"
 
-
 TRAPS = {
     "the mean has no BOS": Spec(film_bos=False),
     "the mean has no stop token": Spec(film_stop=False),

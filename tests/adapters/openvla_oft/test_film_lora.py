@@ -21,11 +21,7 @@ from tokenprune_adapters.vision.transformer import ViTConfig
 from tokenprune_adapters.weights.tensor_files import StoredTensor, stored_pt
 
 CPU = torch.device("cpu")
-
-
 SCALES = {1: 1.0, 3: 1.0, 15: 1.0, 16: 1.0, 17: 16 / 17, 32: 0.5, 64: 0.25}
-
-
 State = dict[str, Tensor]
 
 
@@ -168,7 +164,6 @@ DINO = ViTConfig(
     image_size=4, patch_size=2, hidden_size=8, depth=1, heads=2, mlp_size=12,
     registers=1, cls=True, layer_scale=True, gelu="exact", tap=0, film=5,
 )  # fmt: skip
-
 
 SIGLIP = replace(DINO, hidden_size=6, mlp_size=10, registers=0, cls=False, layer_scale=False)
 

@@ -22,11 +22,7 @@ from tokenprune_adapters.backbones.openvla_oft.heads import (
 from tokenprune_adapters.backbones.prismatic.config import lm_head_flops
 
 WIDTH = 6
-
-
 CHUNKS = [(8, 7), (25, 14), (5, 7)]
-
-
 HEADS = {L1ActionHead: "model", DiffusionActionHead: "noise_predictor.mlp_resnet"}
 
 

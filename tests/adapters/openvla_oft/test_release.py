@@ -28,13 +28,8 @@ from tokenprune_adapters.backbones.openvla_oft.factory import OFTFactory
 from tokenprune_adapters.weights.tensor_files import StoredTensor
 
 CPU, DOUBLE = torch.device("cpu"), torch.float64
-
-
 VIEWS = {"libero": ("primary", "wrist"), "aloha": ("high", "left_wrist", "right_wrist"), "bridge": ("primary",)}
-
-
 HEAD, NOISY, PROPRIO, FILM = FILES.values()
-
 
 CASES: dict[str, dict[str, Any]] = {
     "l1": {},
@@ -47,7 +42,6 @@ CASES: dict[str, dict[str, Any]] = {
     "bridge, discrete": {"constants": "bridge", "head": "discrete", "proprio": False},
     "FiLM": {"film": True},
 }
-
 
 SHAPES = {
     "aloha": (25, 14), "aloha with FiLM": (25, 14), "aloha, diffusion and FiLM": (12, 14),
@@ -159,10 +153,7 @@ def test_the_files_of_the_hub(release: Callable[[str], Path], monkeypatch: pytes
 # What is wrong with a folder, and which option would fit.
 
 QUERY = "vision_backbone.featurizer.blocks.1.block.attn.qkv"
-
-
 SCALE = "vision_backbone.featurizer.blocks.1.scale.weight"
-
 
 FAULTS: dict[str, tuple[Any, ...]] = {
     "L1 for diffusion": ("l1", {"head": "diffusion"}, None, HEAD, "'diffusion'", "head=l1 fits"),

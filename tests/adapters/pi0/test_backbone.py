@@ -37,7 +37,6 @@ from tokenprune_adapters.inputs.tokenizer import Prompt
 
 FACTORIES = {"pi0": PI0Factory, "pi05": PI05Factory}
 
-
 BOTH = {
     "language not scaled": Spec(scales_language=False),
     "images scaled": Spec(scales_images=True),
@@ -49,7 +48,6 @@ BOTH = {
     "float32 time embedding": Spec(time=torch.float32),
     "no final norm of the expert": Spec(final_norm_adapts=False),
 }
-
 
 TRAPS: dict[tuple[Variant, str], Spec] = {
     **{(variant, trap): spec for variant in VARIANTS for trap, spec in BOTH.items()},

@@ -45,11 +45,7 @@ from tokenprune_adapters.backbones.pi0.release import read_pi0, verify_pi0
 from tokenprune_adapters.inputs.statistics import Quantiles, Standard
 
 FLOAT, BFLOAT = torch.float32, torch.bfloat16
-
-
 VIEWS = list(SLOTS[:2])
-
-
 FACTORIES = {"pi0": PI0Factory, "pi05": PI05Factory}
 
 

@@ -42,20 +42,10 @@ from tokenprune_adapters.backbones.pi0.tensor_names import model_name
 from tokenprune_adapters.weights.tensor_files import StoredTensor
 
 FLOAT, BFLOAT = torch.float32, torch.bfloat16
-
-
 VIEWS = list(SLOTS[:2])
-
-
 FACTORIES = {"pi0": PI0Factory, "pi05": PI05Factory}
-
-
 QUERY = f"{EXPERT}.model.layers.1.self_attn.q_proj.weight"
-
-
 STATISTICS = "policy_postprocessor_step_0_unnormalizer_processor.safetensors"
-
-
 POSITIONS = f"{TOWER.replace('tower', 'tower.vision_model')}.embeddings.position_embedding.weight"
 
 

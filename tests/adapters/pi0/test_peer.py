@@ -28,11 +28,7 @@ from tokenprune_adapters.backbones.pi0 import backbone as adapter
 from tokenprune_adapters.backbones.pi0.backbone import PI0
 
 VOCAB, IMAGE, PAD = 700, 699, 0
-
-
 GEMMA = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 8}
-
-
 TOWER = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40}
 
 

@@ -17,21 +17,13 @@ from tokenprune_adapters.backbones.pi0.prompt import PI0_MAX_TOKENS, PI05_MAX_TO
 from tokenprune_adapters.backbones.prismatic.prompt import PromptTokenizer
 
 ASSET = ROOT / "adapters" / "tokenprune_adapters" / "assets" / "tokenizer.json"
-
-
 INSTRUCTIONS = (ROOT / "tools" / "libero_instructions.txt").read_text(encoding="utf-8").splitlines()
-
-
 BOS, LINE_BREAK = 2, 108
-
-
 WORDS = ["▁put", "▁the", "▁bowl", "put", "Task", "▁State", "Action", "▁-"]
-
 
 printable = st.text(st.characters(exclude_categories=("Cc", "Cs")), min_size=1, max_size=60).filter(
     lambda text: text.strip(" _") and text.strip() and "▁" not in text
 )
-
 
 states = st.lists(st.floats(-1.5, 1.5), min_size=1, max_size=9).map(np.array)
 
@@ -60,11 +52,7 @@ def gemma_like(leave_out: str = "") -> Tokenizer:
 
 
 raw = gemma_like()
-
-
 tokenizer = GemmaTokenizer(gemma_like(), "hand-made")
-
-
 bundled = GemmaTokenizer.bundled()
 
 

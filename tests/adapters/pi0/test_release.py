@@ -56,11 +56,7 @@ from tokenprune_adapters.backbones.pi0.tensor_names import model_name
 from tokenprune_adapters.weights import tensor_files as tensors_module
 
 FLOAT, BFLOAT = torch.float32, torch.bfloat16
-
-
 VIEWS = list(SLOTS[:2])
-
-
 FACTORIES = {"pi0": PI0Factory, "pi05": PI05Factory}
 
 

@@ -12,8 +12,6 @@ from tokenprune.errors import CheckpointError
 from tokenprune_adapters.backbones.prismatic.action_bins import ActionBins
 
 ROWS, VOCAB = 32064, 32000
-
-
 bins = ActionBins(VOCAB)
 
 

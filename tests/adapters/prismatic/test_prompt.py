@@ -16,16 +16,9 @@ from tokenprune.errors import CheckpointError, ObservationError
 from tokenprune_adapters.backbones.prismatic.prompt import PromptTokenizer
 
 ASSET = ROOT / "adapters" / "tokenprune_adapters" / "assets" / "tokenizer.json"
-
-
 INSTRUCTIONS = (ROOT / "tools" / "libero_instructions.txt").read_text(encoding="utf-8").splitlines()
-
-
 printable = st.text(st.characters(exclude_categories=("Cc", "Cs")), min_size=1, max_size=60).filter(str.strip)
-
-
 tokenizer = PromptTokenizer.bundled()
-
 
 BEFORE = {
     "pure": "In: What action should the robot take to ",
@@ -34,7 +27,6 @@ BEFORE = {
         "detailed, and polite answers to the user's questions. USER: What action should the robot take to "
     ),
 }
-
 
 AFTER = {"pure": "?\nOut:", "vicuna": "? ASSISTANT:"}
 

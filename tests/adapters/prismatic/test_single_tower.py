@@ -31,14 +31,8 @@ from tokenprune_adapters.backbones.openvla_oft.factory import OFTFactory
 from tokenprune_adapters.weights.tensor_files import StoredTensor
 
 CPU, DOUBLE = torch.device("cpu"), torch.float64
-
-
 IDS = {"dinov2": "vit_large_patch14_reg4_dinov2.lvd142m", "siglip": "vit_so400m_patch14_siglip_224"}
-
-
 FACTORIES: dict[str, Any] = {"openvla": OpenVLAFactory, "openvla-oft": OFTFactory}
-
-
 KINDS = [(family, kind) for family in FACTORIES for kind in IDS]
 
 
@@ -188,7 +182,6 @@ def constants_of_two(data: dict[str, Any]) -> None:
 
 
 FC3 = torch.zeros(32, 32)
-
 
 FAULTS: dict[str, tuple[Any, ...]] = {
     "fused": (top(use_fused_vision_backbone=True), CONFIG, "timm_model_ids", "is True"),

@@ -20,10 +20,7 @@ DINO = ViTConfig(
     registers=2, cls=True, layer_scale=True, gelu="exact", tap=2, film=10,
 )  # fmt: skip
 
-
 SIGLIP = replace(DINO, hidden_size=8, heads=2, registers=0, cls=False, layer_scale=False)
-
-
 State = dict[str, Tensor]
 
 

@@ -29,7 +29,6 @@ from tokenprune_adapters.vision.transformer import (
 
 TOLERANCE = 1e-10
 
-
 SIGLIP = ViTConfig(
     image_size=28,
     patch_size=7,
@@ -44,13 +43,8 @@ SIGLIP = ViTConfig(
     tap=2,
 )
 
-
 DINO = replace(SIGLIP, registers=4, cls=True, layer_scale=True, mlp_size=96)
-
-
 PALIGEMMA = replace(SIGLIP, gelu="tanh", tap=3, split_qkv=True, final_norm=True)
-
-
 State = dict[str, Tensor]
 
 

@@ -23,11 +23,7 @@ from tokenprune_adapters.weights.loading import load_weights, share_weights
 from tokenprune_adapters.weights.tensor_files import StoredTensor, stored_module, stored_safetensors
 
 CPU = torch.device("cpu")
-
-
 FOLDER = Path("folder")
-
-
 UNUSED = re.compile(r"old\.(x|y\.z)")
 
 

@@ -25,23 +25,19 @@ from tokenprune.errors import ConfigError
 
 STATIC = {"use": "specprune.static", "local_top": 4, "previous_top": 5, "changed_top": 3}
 
-
 C3 = {
     "use": "specprune.static_c3",
     "local_top": {"default": [4, 3]},
     "unchanged_cap": {"default": [12, 11]},
 }
 
-
 DYNAMIC = {"use": "specprune.dynamic", "keep": 0.7, "per_view": 1}
-
 
 CONTROLLER = {
     "use": "specprune.controller",
     "enter": [{"translation": 0.35, "rotation": 0.2, "rise": 1e-6}],
     "leave": {"translation": 0.5},
 }
-
 
 TURNS = (Turn(), Turn(("slow",) * 2), Turn())
 

@@ -25,13 +25,8 @@ from tokenprune.stages.memory import ExecutedAction
 from tokenprune_plugins.specprune.controller import Controller
 
 BACKBONE = tiny_policy_parts(tiny_config(("primary",)))
-
-
 SEEN = observation(BACKBONE.config)
-
-
 HORIZON = BACKBONE.info.action.horizon
-
 
 ENTER, LEAVE = (
     [{"translation": 0.35, "rotation": 0.2, "rise": 1e-6}],
@@ -234,8 +229,6 @@ def scaled(bounds: Mapping[str, float], metric: Mapping[str, float]) -> dict[str
 
 
 motions = st.lists(st.floats(-1, 1).map(lambda value: value**3), min_size=7, max_size=7)
-
-
 episodes = st.lists(st.lists(motions, max_size=HORIZON), min_size=1, max_size=6)
 
 

@@ -45,20 +45,10 @@ from tokenprune.policy import ActionChunk, Policy
 from tokenprune.stages.config import StageConfig
 
 TOPS = {"local_top": 4, "previous_top": 5, "changed_top": 3}
-
-
 MIXED = (Turn(("slow",) * 3), Turn(("fast",) * 5, shown=False), Turn(("middling",) * 8), Turn())
-
-
 ONE, OTHER = Episode(0, MIXED), Episode(1, MIXED, OTHER_TASK)
-
-
 every_pipeline = pytest.mark.parametrize("name", PIPELINES)
-
-
 every_preset = pytest.mark.parametrize("name", PRESETS)
-
-
 historical = pytest.mark.parametrize("name", ["specprune", "specprune-paper", "specprune.static"])
 
 

@@ -33,14 +33,8 @@ from tokenprune.pipelines.binding import bind
 from tokenprune_plugins.specprune import signals
 
 PAPER, C3, OURS = PRESETS
-
-
 F, C = "fine", "coarse"
-
-
 LEAST_OF_C3 = [*PRIMARY[:20], *WRIST[:26]]
-
-
 every_preset = pytest.mark.parametrize("preset", PRESETS)
 
 

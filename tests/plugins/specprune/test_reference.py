@@ -37,11 +37,7 @@ from tokenprune.policy import ActionChunk, Policy
 from tokenprune.registry.discovery import Registry
 
 PRESETS = ("specprune", "specprune-paper", "specprune-c3")
-
-
 STILL, MOVING = Chunk(8, "zero", ("static",), "all"), Chunk(8, "fast", ("all",), "all")
-
-
 every_preset = pytest.mark.parametrize("preset", PRESETS)
 
 

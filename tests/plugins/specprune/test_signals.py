@@ -30,7 +30,6 @@ from tokenprune_plugins.specprune import signals
 SIDE = 12
 """Pixels per side of a test image; a grid of up to four rows and columns divides it."""
 
-
 FEW = (-1.0, 0.0, 0.25, 2.0)
 """Few different scores, so that ties are common."""
 
