@@ -28,7 +28,7 @@ demo: setup
 		specprune.controller specprune --backbone openvla-oft --preset mini
 
 test: lint docs rendering
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 # What the tests of the closed loop need besides: LIBERO with its assets, and Ray.
 simulators: $(SIMULATORS)

@@ -19,6 +19,7 @@ OTHERWISE = {
     "bench": {"--backbone", "--preset", "--dtype"},
     "verify": {"--backbone"},
     "validate": {"--backbone"},
+    "check": {"--backbone"},
 }
 
 
@@ -66,7 +67,7 @@ def test_a_model_option_is_the_same_in_every_verb() -> None:
                 verbs[flag].add(verb)
     assert {flag: len(forms) for flag, forms in declared.items()} == dict.fromkeys(MODEL_FLAGS, 1)
     assert verbs["--seed"] == {"run", "compare", "eval", "bench"}
-    assert verbs["--option"] == {"run", "compare", "eval", "bench", "explain", "verify", "validate"}
+    assert verbs["--option"] == {"run", "compare", "eval", "bench", "explain", "verify", "validate", "check"}
 
 
 @pytest.mark.parametrize("pair", ["proprio", "=1", "views=[a"])

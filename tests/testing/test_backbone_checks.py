@@ -85,6 +85,7 @@ def test_so_does_each_of_its_variants(name: str, options: dict[str, Any]) -> Non
     assert len(verdicts) == len(BACKBONE_CHECKS)
 
 
+@pytest.mark.slow
 def test_trained_weights_do_not_hang_on_a_seed() -> None:
     verdicts = {one.check: one for one in check_backbone("openvla-oft", Registry.discover(), "mini")}
     seed = verdicts.pop("the_seed_decides_the_weights")
